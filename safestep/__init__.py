@@ -1,0 +1,1 @@
+"""Step-size safety controller and diagnostics for PyTorch training."""
