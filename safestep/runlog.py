@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 SCHEMA_VERSION = 1
 FILE_NAME = "run.jsonl"
 KINDS = ("step", "workers", "event")
@@ -56,12 +54,8 @@ class RunLog:
         self.path = Path(run_dir).resolve() / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_joining = any(log.path == self.path for log in _open_logs)
-        self._file: BinaryIO | None = self.path.open("a+b")
-        try:
-            is_new = _prepare(self._file, self.path)
-        except ValueError:
-            self.close()
-            raise
+        is_new = _prepare(self.path)
+        self._file: BinaryIO | None = self.path.open("ab", buffering=0)
         _open_logs.add(self)
         if is_new:
             self._append({**_header(world_size), "settings": settings})
@@ -71,7 +65,7 @@ class RunLog:
             self.write("event", {"name": name, "message": message, "settings": settings})
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
-        """Append one record and flush it.
+        """Append one record, handed to the system before the call returns.
 
         Args:
             kind: "step", "workers" or "event".
@@ -107,9 +101,11 @@ class RunLog:
             return
         try:
             # One write for the whole line: lines of two writers never mix.
-            self._file.write(encode(record) + b"\n")
-            self._file.flush()
+            line = encode(record) + b"\n"
+            if self._file.write(line) != len(line):
+                raise OSError("the last record was written in part")
         except OSError as error:
+            self._file.close()
             self._file = None
             warnings.warn(
                 f"safestep: no more records in {self.path}: {error}. Training goes on unlogged.",
@@ -171,29 +167,36 @@ def _header(world_size: int) -> dict[str, Any]:
     return {
         "kind": "header",
         "schema_version": SCHEMA_VERSION,
-        "safestep": _version(),
-        "torch": str(torch.__version__),
+        "safestep": _version("safestep"),
+        "torch": _version("torch"),
         "world_size": world_size,
     }
 
 
-def _version() -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return metadata.version("safestep")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:  # a bare checkout on the path
         return None
 
 
-def _prepare(file: BinaryIO, path: Path) -> bool:
+def _prepare(path: Path) -> bool:
     """Return whether the file still needs a header; a torn last line is cut off."""
-    file.seek(0)
-    first_line = file.readline(_MAX_HEADER_BYTES)
-    if not first_line.endswith(b"\n"):
-        if first_line and not first_line.startswith(b'{"kind": "header"'[: len(first_line)]):
-            check_header(first_line, path)  # not ours: raises rather than cutting it off
-        file.truncate(0)
+    if not path.exists():
         return True
-    check_header(first_line, path)
+    with path.open("r+b") as file:
+        first_line = file.readline(_MAX_HEADER_BYTES)
+        if not first_line.endswith(b"\n"):
+            if not first_line.startswith(b'{"kind": "header"'[: len(first_line)]):
+                check_header(first_line, path)  # not ours: raises rather than cutting it off
+            file.truncate(0)
+            return True
+        check_header(first_line, path)
+        _cut_torn_line(file)
+    return False
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
     end = file.seek(0, os.SEEK_END)
     while True:  # back, block by block, to the end of the last whole line
         start = max(0, end - 65536)
@@ -201,7 +204,7 @@ def _prepare(file: BinaryIO, path: Path) -> bool:
         newline = file.read(end - start).rfind(b"\n")
         if newline >= 0:
             file.truncate(start + newline + 1)
-            return False
+            return
         end = start
 
 
