@@ -1,0 +1,328 @@
+"""Layer 0: from the logits' tangent to the radius in which the loss has a convergent Taylor series.
+
+The rungs of one ladder, each at least the one before and none above the exact radius:
+bound <= closed form <= strip <= certified <= exact. All take ``[*B, C]`` and return ``[*B]`` in the
+inputs' common dtype, float32 for half precision. Their common conventions:
+
+- ``mask`` is bool, True where a row counts ``[*B]`` or a class exists ``[*B, C]``. A row that is
+  masked or has fewer than two classes has spread 0 and radius inf, whatever numbers it holds.
+- A class with logit -inf does not exist either; its tangent is ignored.
+- NaN in the tangent or logits of a class that exists, an infinite tangent, a spread too large for
+  the dtype and a logit +inf give NaN, never a number.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safestep.scan import dominated_interval, scan_minimum, tilted_moments
+
+# Elements of one [rows, classes] work array: bounds memory to some 16 MiB apiece in float32.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def logit_spread(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return the range of the logit tangent over the classes.
+
+    spread = max_k a_k - min_k a_k, where a = J p and p is the tangent in parameter space.
+
+    Args:
+        logit_tangent: Directional derivative of the logits. Shape ``[*B, C]``. Unit: logits per
+            parameter distance (unit tangent) or logits (proposed update).
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
+
+    Returns:
+        The spread. Shape ``[*B]``, never negative, in the input's unit; float32 for half precision.
+        Zero means the softmax does not change along this tangent. NaN where it is not finite.
+
+    Raises:
+        ValueError: If there is no class, or the mask has another shape.
+        TypeError: If the mask is not bool.
+
+    Reference:
+        Ghosts of Softmax, arXiv:2603.13552, Def. 4.4.
+
+    Example:
+        >>> import torch
+        >>> logit_spread(torch.tensor([[0.5, -1.5, 0.0]]))
+        tensor([2.])
+    """
+    _check("logit_spread", logit_tangent, mask)
+    if mask is not None and mask.ndim == logit_tangent.ndim:
+        # One class that exists stands in for those that do not: the range stays the same.
+        stand_in = logit_tangent.gather(-1, mask.byte().argmax(dim=-1, keepdim=True))
+        logit_tangent = torch.where(mask, logit_tangent, stand_in)
+        mask = mask.any(dim=-1)
+    lowest, highest = logit_tangent.aminmax(dim=-1)
+    dtype = torch.promote_types(logit_tangent.dtype, torch.float32)
+    spread = highest.to(dtype) - lowest.to(dtype)
+    spread = torch.where(spread.isinf(), math.nan, spread)
+    return spread if mask is None else torch.where(mask, spread, 0.0)
+
+
+def radius_bound(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return rung 1, the radius that holds for every value of the logits.
+
+    radius = pi / spread, infinite where the spread is zero.
+
+    Args:
+        logit_tangent: Directional derivative of the logits, shape ``[*B, C]``.
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
+
+    Returns:
+        The radius. Shape ``[*B]``, in multiples of the tangent: of the proposed update if the
+        tangent is J times the update.
+
+    Reference:
+        Ghosts of Softmax, arXiv:2603.13552, Thm 4.6.
+
+    Example:
+        >>> import torch
+        >>> radius_bound(torch.tensor([[0.5, -1.5, 0.0]]))
+        tensor([1.5708])
+    """
+    return math.pi / logit_spread(logit_tangent, mask=mask)
+
+
+def closed_form_radius(
+    logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """Return rung 2, which needs the spread and the tangent's variance under the softmax.
+
+    With kappa = spread^2 / (4 variance) >= 1 and L = log kappa,
+    radius = sqrt(L^2 + pi^2) / spread if L <= pi^2 / 2, else sqrt(x^2 + 2 x) / spread with
+    x + log x = log(pi^2 / 2) + L.
+
+    Args:
+        logits: Numbers that enter the softmax, shape ``[*B, C]``.
+        logit_tangent: Their directional derivative, shape ``[*B, C]``.
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
+
+    Returns:
+        The radius. Shape ``[*B]``, in multiples of the tangent, at least ``radius_bound``.
+
+    Reference:
+        The minimum over u of sqrt(u^2 + pi^2 / (4 s(u)^2)) with s(u)^2 bounded by
+        min(spread^2 / 4, variance exp(spread |u|)).
+
+    Example:
+        >>> import torch
+        >>> closed_form_radius(torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.5, -1.5, 0.0]]))
+        tensor([2.0439])
+    """
+    return _climb("closed_form_radius", _closed_form, logits, logit_tangent, mask)
+
+
+def strip_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return rung 3, the nearest that the edge of the zero-free strip comes to the origin.
+
+    radius = min over real u of sqrt(u^2 + pi^2 / (4 s(u)^2)), s(u)^2 the variance of the tangent a
+    under softmax(logits + u a): no zero u + iy of the partition function has |y| < pi / (2 s(u)).
+    The minimum is found by a scan that never comes out above it, and at most 0.25 % below.
+
+    Args:
+        logits: Numbers that enter the softmax, shape ``[*B, C]``.
+        logit_tangent: Their directional derivative, shape ``[*B, C]``.
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
+
+    Returns:
+        The radius. Shape ``[*B]``, in multiples of the tangent, at least ``closed_form_radius``.
+
+    Example:
+        >>> import torch
+        >>> strip_radius(torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.5, -1.5, 0.0]]))
+        tensor([2.3360])
+    """
+    return _climb("strip_radius", _strip, logits, logit_tangent, mask)
+
+
+def certified_radius(
+    logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """Return rung 4, the largest radius that is still proven cheaply.
+
+    The minimum of ``strip_radius`` taken only over the u beyond those around 0 at which one class
+    holds more than half of softmax(logits + u a), where there can be no zero either. Exact for two
+    classes: sqrt((logits_1 - logits_2)^2 + pi^2) / spread.
+
+    Args:
+        logits: Numbers that enter the softmax, shape ``[*B, C]``.
+        logit_tangent: Their directional derivative, shape ``[*B, C]``.
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
+
+    Returns:
+        The radius. Shape ``[*B]``, in multiples of the tangent, at least ``strip_radius``.
+
+    Reference:
+        Ghosts of Softmax, arXiv:2603.13552, Thm 4.3 (two classes).
+
+    Example:
+        >>> import torch
+        >>> certified_radius(torch.tensor([[4.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor([5.0862])
+    """
+    return _climb("certified_radius", _certified, logits, logit_tangent, mask)
+
+
+def ladder_radius(
+    logits: Tensor | None,
+    logit_tangent: Tensor,
+    *,
+    mask: Tensor | None = None,
+    limit: float | None = None,
+    rung: Literal["bound", "certified"] = "certified",
+) -> Tensor:
+    """Return for each row the radius at the rung that settles whether 1 / radius <= limit.
+
+    Only rows that the bound leaves unsettled go to the closed form, only those that it leaves
+    unsettled are scanned; they are gathered, so that the cost is that of the few. Where the bound
+    settles all, the tangent is read once and the logits are not: a NaN among them goes unseen, a
+    class of logit -inf counts with its tangent. The only wait for the device is the question
+    whether any row is unsettled.
+
+    Args:
+        logits: Numbers that enter the softmax, shape ``[*B, C]``; may be None for rung "bound".
+        logit_tangent: Their directional derivative, shape ``[*B, C]``.
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
+        limit: Largest normalised step (1 / radius) that passes. None takes all rows to ``rung``.
+        rung: The highest rung, "bound" or "certified".
+
+    Returns:
+        The radius. Shape ``[*B]``, in multiples of the tangent. Every value is a proven one; a row
+        over the limit has that of ``rung``, a row within it may have a smaller one.
+
+    Raises:
+        ValueError: If the limit is not positive, or logits are missing.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[4.0, 0.0], [4.0, 0.0]])
+        >>> ladder_radius(logits, torch.tensor([[1.0, 0.0], [6.0, 0.0]]), limit=1.0)
+        tensor([3.1416, 0.8477])
+    """
+    if rung == "bound":
+        return radius_bound(logit_tangent, mask=mask)
+    if rung != "certified":
+        raise ValueError(f"ladder_radius: expected `rung` 'bound' or 'certified', got {rung!r}.")
+    if logits is None:
+        raise ValueError(
+            "ladder_radius: expected `logits` for rung 'certified', got None. "
+            "Pass them, or ask for rung='bound'."
+        )
+    if limit is None:
+        return certified_radius(logits, logit_tangent, mask=mask)
+    if not limit > 0:
+        raise ValueError(f"ladder_radius: expected `limit` > 0, got {limit}.")
+    _check("ladder_radius", logit_tangent, mask, logits)
+    radius = radius_bound(logit_tangent, mask=mask)
+    radius = radius.to(torch.promote_types(radius.dtype, logits.dtype))
+    class_mask = mask if mask is not None and mask.ndim == logits.ndim else None
+    for climb in (closed_form_radius, certified_radius):
+        # NaN counts as unsettled: it may come from a class that does not exist.
+        unsettled = ~(radius >= 1 / limit)
+        if not unsettled.any():
+            break
+        few = None if class_mask is None else class_mask[unsettled]
+        radius[unsettled] = climb(logits[unsettled], logit_tangent[unsettled], mask=few)
+    return radius
+
+
+@torch.no_grad()
+def _climb(
+    where: str,
+    rung: Callable[[Tensor, Tensor], Tensor],
+    logits: Tensor,
+    logit_tangent: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return the larger of bound and rung, computed in chunks of rows."""
+    _check(where, logit_tangent, mask, logits)
+    classes = logits.shape[-1]
+    exists = logits != -math.inf
+    if mask is not None:
+        exists &= mask if mask.ndim == logits.ndim else mask.unsqueeze(-1)
+    dtype = torch.promote_types(
+        torch.promote_types(logits.dtype, logit_tangent.dtype), torch.float32
+    )
+    flat = (each.reshape(-1, classes) for each in (logits, logit_tangent, exists))
+    chunks = zip(*(each.split(max(1, _CHUNK_ELEMENTS // classes)) for each in flat), strict=True)
+    radius = [_climb_chunk(rung, z.to(dtype), a.to(dtype), live) for z, a, live in chunks]
+    return torch.cat(radius).reshape(logits.shape[:-1])
+
+
+def _climb_chunk(
+    rung: Callable[[Tensor, Tensor], Tensor], logits: Tensor, logit_tangent: Tensor, exists: Tensor
+) -> Tensor:
+    """Return the larger of bound and rung, which sees rows of spread 1 only."""
+    spread = logit_spread(logit_tangent, mask=exists)
+    broken = (exists & ~(logits < math.inf)).any(dim=-1)
+    radius = torch.where(broken, math.nan, math.pi / spread)
+    rows = radius.isfinite().nonzero().squeeze(-1)
+    if len(rows) > 0:
+        absent = ~exists[rows]
+        log_weight = logits[rows].masked_fill(absent, -math.inf)
+        log_weight = log_weight - log_weight.amax(dim=-1, keepdim=True)
+        lowest = logit_tangent[rows].masked_fill(absent, math.inf).amin(dim=-1, keepdim=True)
+        slope = (logit_tangent[rows] - lowest) / spread[rows].unsqueeze(-1)
+        climbed = rung(log_weight, slope.masked_fill(absent, 0.0)) / spread[rows]
+        radius[rows] = torch.maximum(radius[rows], climbed)
+    return radius
+
+
+def _closed_form(log_weight: Tensor, slope: Tensor) -> Tensor:
+    """Return rung 2 in units of 1 / spread."""
+    _, log_variance, _ = tilted_moments(log_weight, slope)
+    log_kappa = (math.log(0.25) - log_variance).clamp(min=0)
+    # x + log x = total is solved by Newton; the first guess is good to 15 % where it is needed.
+    total = math.log(math.pi**2 / 2) + log_kappa.clamp(min=math.pi**2 / 2)
+    x = total - total.log()
+    for _ in range(4):
+        x = x * (1 + total - x.log()) / (1 + x)
+    near = torch.hypot(log_kappa, torch.full_like(log_kappa, math.pi))
+    return torch.where(log_kappa <= math.pi**2 / 2, near, (x * (x + 2)).sqrt())
+
+
+def _certified(log_weight: Tensor, slope: Tensor) -> Tensor:
+    """Return rung 4 in units of 1 / spread."""
+    left, right = dominated_interval(log_weight, slope)
+    outside = scan_minimum(log_weight, slope, left, right, inside=False)
+    return torch.maximum(outside, _closed_form(log_weight, slope))
+
+
+def _strip(log_weight: Tensor, slope: Tensor) -> Tensor:
+    """Return rung 3: what rung 4 scans and what it leaves out, so that it is never over it."""
+    left, right = dominated_interval(log_weight, slope)
+    outside = scan_minimum(log_weight, slope, left, right, inside=False)
+    inside = scan_minimum(log_weight, slope, left, right, inside=True)
+    return torch.maximum(torch.minimum(outside, inside), _closed_form(log_weight, slope))
+
+
+def _check(
+    where: str, logit_tangent: Tensor, mask: Tensor | None, logits: Tensor | None = None
+) -> None:
+    """Check that the arguments are a batch of rows.
+
+    Raises:
+        ValueError: If there is no class, or two shapes do not fit.
+        TypeError: If the mask is not bool.
+    """
+    shape = tuple(logit_tangent.shape)
+    if not shape or shape[-1] == 0:
+        raise ValueError(
+            f"{where}: expected `logit_tangent` with classes on the last axis, got shape {shape}."
+        )
+    if logits is not None and logits.shape != logit_tangent.shape:
+        raise ValueError(
+            f"{where}: expected `logits` of the shape of `logit_tangent`, {shape}, "
+            f"got {tuple(logits.shape)}."
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"{where}: expected `mask` of dtype bool, got {mask.dtype}.")
+    if mask is not None and mask.shape not in {shape, shape[:-1]}:
+        raise ValueError(
+            f"{where}: expected `mask` of shape {shape[:-1]} (rows) or {shape} (classes), "
+            f"got {tuple(mask.shape)}."
+        )
