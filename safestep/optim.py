@@ -1,0 +1,389 @@
+"""Layer 3: watch every step of a torch optimizer and scale or undo it where it is too long."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from safestep.capture import LogitsFn
+from safestep.controller import (
+    Action,
+    Finding,
+    Measurement,
+    Rung,
+    StepController,
+    StepReport,
+)
+from safestep.distributed import agree, rank, world_size
+from safestep.estimators import jvp, moved_back
+from safestep.replay import Call, DetachableHook, Recorder
+from safestep.runlog import RunLog
+from safestep.snapshot import Snapshot
+
+_logger = logging.getLogger("safestep")
+
+
+class SafeStep:
+    """Keep every step of an optimizer within the softmax convergence radius.
+
+    It hooks into ``optimizer.step()``, measures r = step distance / radius along the update that
+    was really made, and scales the update if r is over the limit. A step that is not finite is
+    undone, optimizer state included. While it does not intervene, it writes nothing: training is
+    what it would have been, bit for bit.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``, or a wrapper with the real one in ``.optimizer``.
+            Several optimizers on one model get a SafeStep each: the sum of their r bounds the r
+            of their joint step.
+        model: The module whose forward pass computes the logits (``DistributedDataParallel`` and
+            ``torch.compile`` wrappers included).
+        max_normalized_step: Largest r that is let through. 1.0 is the radius itself.
+        radius: "bound" is pi / spread; "certified" is larger and still proven.
+        estimator: "jvp" runs the recorded forward calls again in forward-mode automatic
+            differentiation: exact, at every step.
+        action: "clip" scales down a step with r over the limit; "set" scales every step to
+            r = the limit, up or down; "monitor" only measures.
+        logits: How to get from the model's output to the numbers that enter the softmax, where they
+            are not the output itself: ``logits=lambda output: output / temperature``.
+        quantile: Let the limit apply to this quantile of the rows' r, not to the largest. What
+            passes is then not certified for every row.
+        run_dir: Directory for ``run.jsonl``, the input of ``safestep report``. None writes none.
+        process_group: The workers that must take the same step; by default all of them, if
+            ``torch.distributed`` is initialized.
+        max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
+
+    Attributes:
+        last: The StepReport of the latest step, None before the first.
+
+    Raises:
+        TypeError: If `optimizer` or `model` is none.
+        ValueError: If an option has a value that is not listed here, or another SafeStep is already
+            attached to this optimizer.
+
+    Reference:
+        Ghosts of Softmax: Complex Singularities That Limit Safe Step Sizes in Cross-Entropy,
+        arXiv:2603.13552, Thm 4.6 and Sec. 6.5.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1000.0)
+        >>> guard = SafeStep(optimizer, model)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.ones(2, 4)), torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> guard.last.status, guard.last.scale < 0.01
+        ('clipped', True)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        max_normalized_step: float = 1.0,
+        radius: Rung = "bound",
+        estimator: Literal["jvp"] = "jvp",
+        action: Action = "clip",
+        logits: LogitsFn | None = None,
+        quantile: float | None = None,
+        run_dir: str | Path | None = None,
+        process_group: ProcessGroup | None = None,
+        max_consecutive_skips: int = 25,
+    ) -> None:
+        self.optimizer = innermost_optimizer(optimizer)
+        _check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
+        self.last: StepReport | None = None
+        self._controller = StepController(max_normalized_step, radius, action, quantile)
+        self._estimator = estimator
+        self._logits = logits
+        self._group = process_group
+        self._max_consecutive_skips = max_consecutive_skips
+        self._snapshot = Snapshot(self.optimizer)
+        self._is_armed = False
+        self._seconds = 0.0
+        self._extras: dict[str, Any] = {}
+        self._interventions = 0
+        self._warned: set[str] = set()
+        self._names = {param: name for name, param in model.named_parameters()}
+        self._log = self._open_log(run_dir)
+        self._recorder = Recorder(model, self._trained)
+        self._handles = (
+            self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
+            self.optimizer.register_step_post_hook(_StepHook(self._after_step)),
+        )
+
+    def log(self, **values: Any) -> None:
+        """Write `values` into the next step's record of the run log, such as ``loss=loss``.
+
+        Args:
+            **values: Numbers or tensors of one element, by the name they get in the log.
+        """
+        self._extras.update(values)
+
+    def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Tell which call the next update is computed from, just before it happens.
+
+        For training steps that are more than a forward call of the model: `function` is run again
+        to measure, and the logits are what it hands to its loss function. Once told, the guard no
+        longer looks at forward calls of the model.
+
+        Args:
+            function: What is called, for instance ``training_step``.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+        """
+        self._recorder.record(function, *args, **kwargs)
+
+    def detach(self) -> None:
+        """Remove every hook; the optimizer and the model are then as they were before."""
+        for handle in self._handles:
+            handle.remove()
+        self._recorder.detach()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain numbers."""
+        return self._controller.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned.
+
+        Args:
+            state: The state; it is not changed.
+        """
+        self._controller.load_state_dict(state)
+
+    def __enter__(self) -> SafeStep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "SafeStep: expected not to be copied or pickled, since its hooks belong to one "
+            "optimizer. Save guard.state_dict() and attach a new SafeStep."
+        )
+
+    @torch.compiler.disable
+    def _before_step(self, *_: Any) -> None:
+        begin = perf_counter()
+        self._snapshot.take()
+        self._is_armed = True
+        self._seconds = perf_counter() - begin
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        if not self._is_armed:
+            return
+        self._is_armed = False
+        begin = perf_counter()
+        params, start = self._snapshot.params, self._snapshot.start
+        update = torch._foreach_sub(params, start) if params else []
+        measurement = agree(self._measure(update), self._group)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        report = self._controller.decide(measurement, lr, self._estimator)
+        if report.status == "skipped":
+            self._snapshot.restore()
+        elif report.scale != 1.0:
+            torch._foreach_copy_(params, start)
+            torch._foreach_add_(params, update, alpha=report.scale)
+        self.last = replace(report, seconds=self._seconds + perf_counter() - begin)
+        self._publish(self.last)
+
+    def _measure(self, update: list[Tensor]) -> Measurement:
+        calls = self._recorder.take()
+        gradients = [p.grad for p in self._snapshot.params if p.grad is not None]
+        row, obstacle = torch.full((3,), torch.nan, dtype=torch.float64), None
+        try:
+            row = self._row(calls, update)
+        except Exception as error:  # training goes on; the report and a warning say what happened
+            obstacle = _one_line(error)
+        norms = torch.stack([_norm(update), _norm(gradients)])
+        # The one host synchronization of the step.
+        radius, spread, index, step_norm, gradient_norm = torch.cat([row, norms.to(row)]).tolist()
+        finding = _finding(radius, step_norm, gradient_norm, obstacle)
+        reason = self._reason(finding, obstacle, update)
+        index = int(index) if finding is Finding.MEASURED else -1
+        return Measurement(finding, radius, spread, index, step_norm, reason)
+
+    def _row(self, calls: Sequence[Call], update: list[Tensor]) -> Tensor:
+        if not calls:
+            raise RuntimeError(
+                "no gradient came back through a forward call of `model` since the last step; pass "
+                "the module whose forward computes the logits"
+            )
+        params, module = self._snapshot.params, self._recorder.module
+        with (
+            moved_back(params, self._snapshot.start),
+            closing(jvp(calls, module, params, update, self._logits)) as rows,
+        ):
+            return self._controller.measure(rows)
+
+    def _reason(self, finding: Finding, obstacle: str | None, update: list[Tensor]) -> str | None:
+        params = self._snapshot.params
+        if finding is Finding.GRADIENT_NOT_FINITE:
+            return f"{finding}: {self._first_not_finite([p.grad for p in params])}"
+        if finding is Finding.UPDATE_NOT_FINITE:
+            return f"{finding}: {self._first_not_finite(update)}"
+        if finding is Finding.MEASUREMENT_NOT_FINITE:
+            return str(finding)
+        return obstacle
+
+    def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> str:
+        for param, tensor in zip(self._snapshot.params, tensors, strict=True):
+            if tensor is not None and not _norm([tensor]).isfinite():
+                return self._names.get(param, "a parameter outside the model")
+        return "its norm overflows"
+
+    def _publish(self, report: StepReport) -> None:
+        if self._log is not None:
+            self._log.write("step", asdict(report) | self._extras)
+        self._extras = {}
+        if report.status == "unmeasured":
+            self._warn_once(report.reason or "")
+        if report.status in ("clipped", "skipped"):
+            self._tell(report)
+        if self._controller.skips_in_a_row >= self._max_consecutive_skips:
+            raise RuntimeError(
+                f"SafeStep: {self._controller.skips_in_a_row} steps in a row were not taken; the "
+                f"last because {report.reason}. Parameters and optimizer state are those of the "
+                "last step that was. Look for the cause there, lower the learning rate, or raise "
+                "`max_consecutive_skips`."
+            )
+
+    def _tell(self, report: StepReport) -> None:
+        self._interventions += 1
+        # Ten lines, then one at every power of two: a held spike must not fill the disk.
+        count = self._interventions
+        if rank(self._group) or (count > 10 and count & (count - 1)):
+            return
+        if report.status == "skipped":
+            _logger.info("step %d was not taken: %s", report.step, report.reason)
+            return
+        _logger.info(
+            "step %d: r = %.3g, radius %.3g, scaled by %.3g (row %s; intervention %d)",
+            report.step, report.normalized_step, report.radius, report.scale, report.bottleneck,
+            count,
+        )  # fmt: skip
+
+    def _warn_once(self, reason: str) -> None:
+        if reason in self._warned or rank(self._group):
+            return
+        self._warned.add(reason)
+        warnings.warn(f"SafeStep: a step was not measured and left alone: {reason}.", stacklevel=2)
+
+    def _trained(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    def _open_log(self, run_dir: str | Path | None) -> RunLog | None:
+        if run_dir is None or rank(self._group):
+            return None
+        settings = {
+            "optimizer": type(self.optimizer).__name__,
+            "parameters": sum(param.numel() for param in self._trained()),
+            "max_normalized_step": self._controller.max_normalized_step,
+            "radius": self._controller.radius,
+            "estimator": self._estimator,
+            "action": self._controller.action,
+            "quantile": self._controller.quantile,
+        }
+        return RunLog(run_dir, settings, world_size(self._group))
+
+
+class _StepHook(DetachableHook):
+    """Marks an optimizer that a SafeStep is attached to."""
+
+
+def innermost_optimizer(optimizer: Any) -> Any:
+    """Return the torch optimizer whose hooks fire, inside wrappers such as Accelerate's.
+
+    Args:
+        optimizer: An optimizer or a wrapper that holds one in ``.optimizer``.
+
+    Returns:
+        The innermost of them.
+    """
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _finding(
+    radius: float, step_norm: float, gradient_norm: float, obstacle: str | None
+) -> Finding:
+    infinity = float("inf")
+    if not gradient_norm < infinity:
+        return Finding.GRADIENT_NOT_FINITE
+    if not step_norm < infinity:
+        return Finding.UPDATE_NOT_FINITE
+    if obstacle is not None:
+        return Finding.UNMEASURED
+    return Finding.MEASURED if radius == radius else Finding.MEASUREMENT_NOT_FINITE
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the joint 2-norm in float64, reduced in float32 or wider."""
+    halves = (torch.float16, torch.bfloat16)
+    dense = [t.detach()._values() if t.is_sparse else t.detach() for t in tensors]
+    narrow = [tensor for tensor in dense if tensor.dtype in halves]
+    wide = [tensor for tensor in dense if tensor.dtype not in halves]
+    norms = [*(torch._foreach_norm(wide) if wide else ())]
+    norms += torch._foreach_norm(narrow, 2, torch.float32) if narrow else ()
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).double())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
+
+
+def _check_arguments(
+    optimizer: Any, model: Any, estimator: str, logits: Any, max_consecutive_skips: Any
+) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "SafeStep: expected `optimizer` to be a torch.optim.Optimizer or to wrap one, got "
+            f"{type(optimizer).__name__}. Pass the optimizer whose step() updates the parameters."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "
+            "Pass the module whose forward computes the logits."
+        )
+    if estimator != "jvp":
+        raise ValueError(f"SafeStep: expected `estimator` to be 'jvp', got {estimator!r}. Use it.")
+    if logits is not None and not callable(logits):
+        raise TypeError(
+            f"SafeStep: expected `logits` to be callable, got {type(logits).__name__}. "
+            "Pass a function from the model's output to its logits."
+        )
+    if not (isinstance(max_consecutive_skips, int) and max_consecutive_skips > 0):
+        raise ValueError(
+            "SafeStep: expected `max_consecutive_skips` to be a positive integer, got "
+            f"{max_consecutive_skips!r}. 25 is the default."
+        )
+    if any(isinstance(h, _StepHook) for h in optimizer._optimizer_step_pre_hooks.values()):
+        raise ValueError(
+            "SafeStep: expected an `optimizer` without a SafeStep, got one that has it already. "
+            "Call detach() on the other one first."
+        )

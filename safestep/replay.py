@@ -1,0 +1,360 @@
+"""Layer 1: record the calls an update was computed from, and run them again without a trace."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from safestep.capture import GradientEvidence, named_tensors
+
+# More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
+MAX_RECORDED_CALLS = 1024
+_CONTAINERS = (list, dict, set, deque)
+# nn.Module's own tables (parameters, submodules, hooks), which a forward pass leaves alone.
+_MODULE_TABLES = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """State of every random generator that a forward pass may draw from."""
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    numpy: Any
+    python: Any
+    own: tuple[tuple[torch.Generator, Tensor], ...]
+
+    @classmethod
+    def capture(cls, generators: tuple[torch.Generator, ...] = ()) -> RandomState:
+        """Return the state of the global generators and of the given ones."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+        return cls(
+            cpu=torch.get_rng_state(),
+            cuda=tuple(cuda),
+            numpy=np.random.get_state(),
+            python=random.getstate(),
+            own=tuple((generator, generator.get_state()) for generator in generators),
+        )
+
+    def restore(self) -> None:
+        """Write the state back into the generators that it came from."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+        for generator, state in self.own:
+            generator.set_state(state)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call that took part in an update: what ran, on what, in which surroundings.
+
+    Attributes:
+        function: What to call again.
+        args: Positional arguments, detached.
+        kwargs: Keyword arguments, detached.
+        random: Random state just before the call, so that dropout draws the same mask.
+        autocast: ``(device type, dtype)`` of every autocast region around the call.
+        versions: Version counter of each tensor argument, to notice a change in place.
+        gradients: What the loss's gradient showed about each output tensor, by its name.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: RandomState
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    versions: tuple[int, ...]
+    gradients: dict[str, GradientEvidence] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        generators: tuple[torch.Generator, ...] = (),
+    ) -> Call:
+        """Return the description of a call that is about to happen."""
+        args, kwargs = tree_map(_detached, (args, kwargs))
+        return cls(
+            function, args, kwargs, RandomState.capture(generators), _autocast_regions(),
+            _versions((args, kwargs)),
+        )  # fmt: skip
+
+    def run(self) -> Any:
+        """Call again, with the recorded random state and inside the recorded autocast regions.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            RuntimeError: If an argument was changed in place since the call.
+        """
+        if _versions((self.args, self.kwargs)) != self.versions:
+            raise RuntimeError(
+                "an input of the model was changed in place between its forward pass and the step"
+            )
+        self.random.restore()
+        with ExitStack() as regions:
+            for device_type, dtype in self.autocast:
+                # A weight cast before the parameters moved must not be reused: no cache.
+                regions.enter_context(torch.autocast(device_type, dtype, cache_enabled=False))
+            return self.function(*self.args, **self.kwargs)
+
+
+class Recorder:
+    """Keep the grad-enabled forward calls of a module that the next update is computed from.
+
+    A call enters the queue when a gradient flows back through its output, so that a forward pass
+    for logging or evaluation is neither re-run nor kept in memory.
+
+    Args:
+        model: The module whose forward calls are recorded. A DistributedDataParallel wrapper is
+            looked through: a re-run must not broadcast buffers.
+        params: Trained parameters; where all their gradients are None, a new update begins.
+    """
+
+    def __init__(self, model: nn.Module, params: Callable[[], list[Tensor]]) -> None:
+        self.module = eager_module(model)
+        self._params = params
+        self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
+        self._opened: Call | None = None
+        self._is_told = False
+        self._generators: tuple[torch.Generator, ...] | None = None
+        self._class_axes: dict[str, int] = {}
+        target = without_data_parallel(model)
+        self._handles = (
+            target.register_forward_pre_hook(DetachableHook(self._before), with_kwargs=True),
+            target.register_forward_hook(DetachableHook(self._after), with_kwargs=True),
+        )
+
+    def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
+        """Queue a call that is about to happen, such as a training step that returns the loss.
+
+        From the first such call on, forward calls of the module are no longer recorded.
+
+        Args:
+            function: What is going to be called.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            The recorded call.
+        """
+        self._is_told = True
+        call = Call.of(function, args, kwargs, self._own_generators())
+        self._queue(call)
+        return call
+
+    def take(self) -> list[Call]:
+        """Return the queued calls and forget them."""
+        calls = list(self._calls)
+        self._calls.clear()
+        return calls
+
+    def detach(self) -> None:
+        """Remove the hooks and forget the queue."""
+        for handle in self._handles:
+            handle.remove()
+        self._calls.clear()
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._opened = None
+        if self._is_told or not torch.is_grad_enabled():
+            return
+        if self._calls and all(param.grad is None for param in self._params()):
+            # Gradients were cleared without a step (GradScaler found inf): those calls are void.
+            self._calls.clear()
+        self._opened = Call.of(self.module, args, kwargs, self._own_generators())
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call, self._opened = self._opened, None
+        if call is None:
+            return
+        for name, tensor in named_tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(self._on_gradient(call, name))
+
+    def _on_gradient(self, call: Call, name: str) -> Callable[[Tensor], None]:
+        def look(gradient: Tensor) -> None:
+            if not call.gradients:
+                self._queue(call)
+            evidence = GradientEvidence.of(gradient, self._class_axes.get(name))
+            if evidence.class_axis is not None:
+                self._class_axes[name] = evidence.class_axis
+            call.gradients[name] = evidence
+
+        return look
+
+    def _queue(self, call: Call) -> None:
+        if len(self._calls) == MAX_RECORDED_CALLS:
+            warnings.warn(
+                f"SafeStep: {MAX_RECORDED_CALLS} forward passes were recorded and the optimizer it "
+                "is attached to never stepped. A copied or re-created optimizer has lost its "
+                "hooks: attach SafeStep to the optimizer whose step() is called.",
+                stacklevel=2,
+            )
+            self._calls.clear()
+        self._calls.append(call)
+
+    def _own_generators(self) -> tuple[torch.Generator, ...]:
+        if self._generators is None:
+            self._generators = tuple(
+                value
+                for module in self.module.modules()
+                for value in tree_leaves(list(vars(module).values()))
+                if isinstance(value, torch.Generator)
+            )
+        return self._generators
+
+
+class DetachableHook:
+    """A hook that does nothing in a copy of the module it is on.
+
+    ``copy.deepcopy(model)`` for an averaged model, or pickling a model, would otherwise copy the
+    hook's owner: the controller, the optimizer and its state.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function returns, None if this is a copy."""
+        return self._function(*args, **kwargs) if self._function is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DetachableHook:
+        return DetachableHook(None)
+
+    def __reduce__(self) -> tuple[type[DetachableHook], tuple[None]]:
+        return DetachableHook, (None,)
+
+
+@contextmanager
+def untraced(module: nn.Module) -> Iterator[None]:
+    """Let `module` run inside without a trace: everything it may change is put back afterwards.
+
+    Put back are buffers (contents, bindings, version counters), attributes of every submodule
+    (tensors, lists, dicts, counters, train/eval flags) and the state of every random generator.
+    The original objects are kept out of reach and copies put in their place. Compiled code runs
+    eagerly inside.
+
+    Args:
+        module: The root of the modules that are protected.
+
+    Yields:
+        Nothing.
+    """
+    copies: dict[int, Any] = {}
+    saved = [(child, dict(vars(child)), dict(child._buffers)) for child in module.modules()]
+    generators = tuple(
+        value
+        for _, attributes, _ in saved
+        for value in tree_leaves(list(attributes.values()))
+        if isinstance(value, torch.Generator)
+    )
+    random_state = RandomState.capture(generators)
+    try:
+        for child, attributes, buffers in saved:
+            for name, value in attributes.items():
+                if name not in _MODULE_TABLES and _is_mutable(value):
+                    vars(child)[name] = _copied(value, copies)
+            for name, buffer in buffers.items():
+                child._buffers[name] = _copied(buffer, copies)
+        torch.clear_autocast_cache()
+        with _eager():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+        for child, attributes, buffers in saved:
+            vars(child).clear()
+            vars(child).update(attributes)
+            child._buffers.clear()
+            child._buffers.update(buffers)
+        random_state.restore()
+
+
+def without_data_parallel(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel or DataParallel wrappers."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers):
+        model = model.module
+    return model
+
+
+def eager_module(model: nn.Module) -> nn.Module:
+    """Return the user's own module, inside data-parallel and torch.compile wrappers."""
+    model = without_data_parallel(model)
+    while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+        model = without_data_parallel(original)
+    return model
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    # Importing dynamo takes seconds: where nothing was compiled it is not loaded.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _versions(tree: Any) -> tuple[int, ...]:
+    return tuple(
+        leaf._version
+        for leaf in tree_leaves(tree)
+        if isinstance(leaf, Tensor) and not leaf.is_inference()
+    )
+
+
+def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
+    return tuple(
+        (device_type, torch.get_autocast_dtype(device_type))
+        for device_type in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device_type)
+    )
+
+
+def _is_mutable(value: Any) -> bool:
+    return isinstance(value, _CONTAINERS) or (
+        isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    )
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    # Once each, so that what was shared stays shared.
+    if not _is_mutable(value):
+        return value
+    if id(value) not in copies:
+        if isinstance(value, Tensor):
+            copies[id(value)] = value.detach().clone()
+        elif isinstance(value, dict):
+            duplicate = copies[id(value)] = copy(value)
+            duplicate.update({key: _copied(item, copies) for key, item in value.items()})
+        else:
+            duplicate = copies[id(value)] = copy(value)
+            if not isinstance(value, set):
+                for index, item in enumerate(value):
+                    duplicate[index] = _copied(item, copies)
+    return copies[id(value)]
