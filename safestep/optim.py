@@ -116,7 +116,7 @@ class SafeStep:
         self._extras: dict[str, Any] = {}
         self._interventions = 0
         self._warned: set[str] = set()
-        self._names = {param: name for name, param in model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._log = self._open_log(run_dir)
         self._recorder = Recorder(model, self._trained)
         self._handles = (
@@ -179,14 +179,12 @@ class SafeStep:
             "optimizer. Save guard.state_dict() and attach a new SafeStep."
         )
 
-    @torch.compiler.disable
     def _before_step(self, *_: Any) -> None:
         begin = perf_counter()
         self._snapshot.take()
         self._is_armed = True
         self._seconds = perf_counter() - begin
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         if not self._is_armed:
@@ -194,7 +192,7 @@ class SafeStep:
         self._is_armed = False
         begin = perf_counter()
         params, start = self._snapshot.params, self._snapshot.start
-        update = torch._foreach_sub(params, start) if params else []
+        update = list(torch._foreach_sub(params, start)) if params else []
         measurement = agree(self._measure(update), self._group)
         lr = float(self.optimizer.param_groups[0]["lr"])
         report = self._controller.decide(measurement, lr, self._estimator)

@@ -173,7 +173,6 @@ class Recorder:
             handle.remove()
         self._calls.clear()
 
-    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._opened = None
         if self._is_told or not torch.is_grad_enabled():
@@ -183,7 +182,6 @@ class Recorder:
             self._calls.clear()
         self._opened = Call.of(self.module, args, kwargs, self._own_generators())
 
-    @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call, self._opened = self._opened, None
         if call is None:
@@ -233,7 +231,8 @@ class DetachableHook:
     """
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
-        self._function = function
+        # A compiled optimizer step or model must not trace what the guard does.
+        self._function = torch.compiler.disable(function) if function is not None else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function returns, None if this is a copy."""
