@@ -12,16 +12,13 @@ inputs' common dtype, float32 for half precision. Their common conventions:
 """
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from safestep.rows import check_rows, climb_rows, row_spread
 from safestep.scan import dominated_interval, scan_minimum, tilted_moments
-
-# Elements of one [rows, classes] work array: bounds memory to some 16 MiB apiece in float32.
-_CHUNK_ELEMENTS = 1 << 22
 
 
 def logit_spread(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -50,17 +47,8 @@ def logit_spread(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor
         >>> logit_spread(torch.tensor([[0.5, -1.5, 0.0]]))
         tensor([2.])
     """
-    _check("logit_spread", logit_tangent, mask)
-    if mask is not None and mask.ndim == logit_tangent.ndim:
-        # One class that exists stands in for those that do not: the range stays the same.
-        stand_in = logit_tangent.gather(-1, mask.byte().argmax(dim=-1, keepdim=True))
-        logit_tangent = torch.where(mask, logit_tangent, stand_in)
-        mask = mask.any(dim=-1)
-    lowest, highest = logit_tangent.aminmax(dim=-1)
-    dtype = torch.promote_types(logit_tangent.dtype, torch.float32)
-    spread = highest.to(dtype) - lowest.to(dtype)
-    spread = torch.where(spread.isinf(), math.nan, spread)
-    return spread if mask is None else torch.where(mask, spread, 0.0)
+    check_rows("logit_spread", logit_tangent, mask)
+    return row_spread(logit_tangent, mask)
 
 
 def radius_bound(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -113,7 +101,7 @@ def closed_form_radius(
         >>> closed_form_radius(torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.5, -1.5, 0.0]]))
         tensor([2.0439])
     """
-    return _climb("closed_form_radius", _closed_form, logits, logit_tangent, mask)
+    return climb_rows("closed_form_radius", _closed_form, logits, logit_tangent, mask)
 
 
 def strip_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -136,7 +124,7 @@ def strip_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None =
         >>> strip_radius(torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.5, -1.5, 0.0]]))
         tensor([2.3360])
     """
-    return _climb("strip_radius", _strip, logits, logit_tangent, mask)
+    return climb_rows("strip_radius", _strip, logits, logit_tangent, mask)
 
 
 def certified_radius(
@@ -164,7 +152,7 @@ def certified_radius(
         >>> certified_radius(torch.tensor([[4.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
         tensor([5.0862])
     """
-    return _climb("certified_radius", _certified, logits, logit_tangent, mask)
+    return climb_rows("certified_radius", _certified, logits, logit_tangent, mask)
 
 
 def ladder_radius(
@@ -216,7 +204,7 @@ def ladder_radius(
         return certified_radius(logits, logit_tangent, mask=mask)
     if not limit > 0:
         raise ValueError(f"ladder_radius: expected `limit` > 0, got {limit}.")
-    _check("ladder_radius", logit_tangent, mask, logits)
+    check_rows("ladder_radius", logit_tangent, mask, logits)
     radius = radius_bound(logit_tangent, mask=mask)
     radius = radius.to(torch.promote_types(radius.dtype, logits.dtype))
     class_mask = mask if mask is not None and mask.ndim == logits.ndim else None
@@ -227,48 +215,6 @@ def ladder_radius(
             break
         few = None if class_mask is None else class_mask[unsettled]
         radius[unsettled] = climb(logits[unsettled], logit_tangent[unsettled], mask=few)
-    return radius
-
-
-@torch.no_grad()
-def _climb(
-    where: str,
-    rung: Callable[[Tensor, Tensor], Tensor],
-    logits: Tensor,
-    logit_tangent: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """Return the larger of bound and rung, computed in chunks of rows."""
-    _check(where, logit_tangent, mask, logits)
-    classes = logits.shape[-1]
-    exists = logits != -math.inf
-    if mask is not None:
-        exists &= mask if mask.ndim == logits.ndim else mask.unsqueeze(-1)
-    dtype = torch.promote_types(
-        torch.promote_types(logits.dtype, logit_tangent.dtype), torch.float32
-    )
-    flat = (each.reshape(-1, classes) for each in (logits, logit_tangent, exists))
-    chunks = zip(*(each.split(max(1, _CHUNK_ELEMENTS // classes)) for each in flat), strict=True)
-    radius = [_climb_chunk(rung, z.to(dtype), a.to(dtype), live) for z, a, live in chunks]
-    return torch.cat(radius).reshape(logits.shape[:-1])
-
-
-def _climb_chunk(
-    rung: Callable[[Tensor, Tensor], Tensor], logits: Tensor, logit_tangent: Tensor, exists: Tensor
-) -> Tensor:
-    """Return the larger of bound and rung, which sees rows of spread 1 only."""
-    spread = logit_spread(logit_tangent, mask=exists)
-    broken = (exists & ~(logits < math.inf)).any(dim=-1)
-    radius = torch.where(broken, math.nan, math.pi / spread)
-    rows = radius.isfinite().nonzero().squeeze(-1)
-    if len(rows) > 0:
-        absent = ~exists[rows]
-        log_weight = logits[rows].masked_fill(absent, -math.inf)
-        log_weight = log_weight - log_weight.amax(dim=-1, keepdim=True)
-        lowest = logit_tangent[rows].masked_fill(absent, math.inf).amin(dim=-1, keepdim=True)
-        slope = (logit_tangent[rows] - lowest) / spread[rows].unsqueeze(-1)
-        climbed = rung(log_weight, slope.masked_fill(absent, 0.0)) / spread[rows]
-        radius[rows] = torch.maximum(radius[rows], climbed)
     return radius
 
 
@@ -298,31 +244,3 @@ def _strip(log_weight: Tensor, slope: Tensor) -> Tensor:
     outside = scan_minimum(log_weight, slope, left, right, inside=False)
     inside = scan_minimum(log_weight, slope, left, right, inside=True)
     return torch.maximum(torch.minimum(outside, inside), _closed_form(log_weight, slope))
-
-
-def _check(
-    where: str, logit_tangent: Tensor, mask: Tensor | None, logits: Tensor | None = None
-) -> None:
-    """Check that the arguments are a batch of rows.
-
-    Raises:
-        ValueError: If there is no class, or two shapes do not fit.
-        TypeError: If the mask is not bool.
-    """
-    shape = tuple(logit_tangent.shape)
-    if not shape or shape[-1] == 0:
-        raise ValueError(
-            f"{where}: expected `logit_tangent` with classes on the last axis, got shape {shape}."
-        )
-    if logits is not None and logits.shape != logit_tangent.shape:
-        raise ValueError(
-            f"{where}: expected `logits` of the shape of `logit_tangent`, {shape}, "
-            f"got {tuple(logits.shape)}."
-        )
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"{where}: expected `mask` of dtype bool, got {mask.dtype}.")
-    if mask is not None and mask.shape not in {shape, shape[:-1]}:
-        raise ValueError(
-            f"{where}: expected `mask` of shape {shape[:-1]} (rows) or {shape} (classes), "
-            f"got {tuple(mask.shape)}."
-        )

@@ -170,7 +170,7 @@ def _gap_bounds(nodes: Nodes, searched: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parabola_bound(near: Nodes, far: Nodes) -> Tensor:
-    """Return a lower bound of w between two nodes from w'' >= -1/4: where the two parabolas meet."""
+    """Return a lower bound of w between two nodes from w'' >= -1/4, where two parabolas meet."""
     width = far.x - near.x
     rise = near.value - far.value + far.slope * width + width.square() / 8
     at = rise / (far.slope - near.slope + width / 4).clamp(min=torch.finfo(width.dtype).tiny)
@@ -185,8 +185,9 @@ def _parabola_bound(near: Nodes, far: Nodes) -> Tensor:
 def _tent_bound(near: Nodes, far: Nodes) -> Tensor:
     """Return a lower bound of w between two nodes from the slope of log s^2: for wide gaps.
 
-    In an exponential family -mean <= d(log s^2)/dx <= 1 - mean for values in [0, 1]. The mean grows with x, so to the right of a node log s^2 rises by 1 - mean(node) at most, to
-    the left of one by mean(node); and s^2 <= 1/4.
+    In an exponential family with values in [0, 1] that slope lies between -mean and 1 - mean, and
+    the mean grows with x: right of a node log s^2 rises by 1 - mean(node) at most, left of one by
+    mean(node). Besides, s^2 <= 1/4.
     """
     width = far.x - near.x
     up, down = 1 - near.mean, far.mean
