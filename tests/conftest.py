@@ -1,0 +1,154 @@
+"""Small models, their batches, and a reference for r that shares no code with the package."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    """Convolutions with BatchNorm around a shortcut, classes from pooled features."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images):
+        features = self.stem(images)
+        return self.head((features + self.body(features)).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One pre-norm Transformer block on the default attention, and a tied output embedding."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 8)
+        self.position = nn.Parameter(torch.zeros(5, 8))
+        self.block = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.head = nn.Linear(8, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.block(self.embedding(tokens) + self.position))
+
+
+class Recurrent(nn.Module):
+    """A GRU over a sequence, classes from its last output."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 6, batch_first=True)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, sequences):
+        return self.head(self.gru(sequences)[0][:, -1])
+
+
+class Cached(nn.Module):
+    """Keeps its parameter in a list too, and computes with the listed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5, 3))
+        self.cache = [self.weight]
+
+    def forward(self, inputs):
+        return torch.tanh(inputs) @ self.cache[0]
+
+
+def _multilayer(dropout=0.0):
+    return nn.Sequential(
+        nn.Linear(5, 12), nn.LayerNorm(12), nn.Tanh(), nn.Dropout(dropout), nn.Linear(12, 3)
+    )
+
+
+_MODELS = {
+    "linear": (lambda: nn.Linear(5, 3), (5,), 3),
+    "multilayer": (_multilayer, (5,), 3),
+    "dropout": (lambda: _multilayer(0.3), (5,), 3),
+    "residual": (Residual, (1, 6, 6), 3),
+    "attention": (Attention, None, 7),
+    "attention-dropout": (lambda: Attention(0.2), None, 7),
+    "recurrent": (Recurrent, (4, 3), 4),
+    "cached": (Cached, (5,), 3),
+}
+
+
+@pytest.fixture
+def make_model():
+    """Return a function from a model's name to the model, its weights drawn from a fixed seed."""
+
+    def make(name):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = _MODELS[name][0]()
+            for param in model.parameters():
+                nn.init.normal_(param, std=0.5)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    """Return a function from a model's name to inputs and target classes."""
+
+    def make(name, *, size=6, seed=0):
+        _, shape, num_classes = _MODELS[name]
+        generator = torch.Generator().manual_seed(seed)
+        if shape is None:
+            tokens = torch.randint(num_classes, (size, 6), generator=generator)
+            return tokens[:, :-1], tokens[:, 1:]
+        inputs = torch.randn(size, *shape, generator=generator)
+        return inputs, torch.randint(num_classes, (size,), generator=generator)
+
+    return make
+
+
+def _dense_logit_tangent(model, tangent, *inputs):
+    """Return J @ tangent in float64: J by one reverse pass for every logit."""
+    model = copy.deepcopy(model).double().requires_grad_()
+    params = dict(model.named_parameters())
+    tangent = {name: value.detach().double() for name, value in tangent.items()}
+    logits = model(*(x.double() if x.is_floating_point() else x for x in inputs))
+    rows = [
+        torch.autograd.grad(
+            value, [params[name] for name in tangent], retain_graph=True, materialize_grads=True
+        )
+        for value in logits.flatten()
+    ]
+    products = [
+        sum((gradient * step).sum() for gradient, step in zip(row, tangent.values(), strict=True))
+        for row in rows
+    ]
+    return torch.stack(products).reshape(logits.shape)
+
+
+@pytest.fixture
+def dense_logit_tangent():
+    """Return the reference for a logit tangent."""
+    return _dense_logit_tangent
+
+
+@pytest.fixture
+def dense_normalized_step():
+    """Return the reference for r: largest spread of J @ (after - before) over pi, in float64."""
+
+    def measure(before, after, *batches):
+        moved = {
+            name: param.detach().double() - start.detach().double()
+            for (name, param), start in zip(
+                after.named_parameters(), before.parameters(), strict=True
+            )
+        }
+        tangents = [_dense_logit_tangent(before, moved, inputs) for inputs in batches]
+        return max(float((t.amax(-1) - t.amin(-1)).max()) for t in tangents) / math.pi
+
+    return measure
