@@ -3,6 +3,7 @@
 from safestep.controller import StepReport
 from safestep.dispersion import worker_dispersion
 from safestep.estimators import logits_jvp
+from safestep.exact import exact_radius
 from safestep.optim import SafeStep
 from safestep.radius import certified_radius, closed_form_radius, logit_spread, radius_bound
 from safestep.run import read_run
@@ -12,6 +13,7 @@ __all__ = [
     "StepReport",
     "certified_radius",
     "closed_form_radius",
+    "exact_radius",
     "logit_spread",
     "logits_jvp",
     "radius_bound",

@@ -202,7 +202,6 @@ class StepController:
         scale, status = self._scale(measurement)
         if self.quantile is not None:
             estimator = f"{estimator} ({self.quantile:g} quantile, uncertified)"
-        is_measured = not math.isnan(measurement.radius)
         step_norm = measurement.step_norm
         report = StepReport(
             step=self.step,
@@ -216,7 +215,7 @@ class StepController:
             estimator=estimator,
             status=status,
             seconds=0.0,
-            bottleneck=measurement.bottleneck if is_measured else None,
+            bottleneck=measurement.bottleneck if measurement.bottleneck >= 0 else None,
             reason=measurement.reason,
         )
         self.step += 1

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from math import pi
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from safestep.controller import (
 )
 from safestep.distributed import agree, rank, world_size
 from safestep.estimators import jvp, moved_back
+from safestep.predict import Predictor
 from safestep.replay import Call, DetachableHook, Recorder
 from safestep.runlog import RunLog
 from safestep.snapshot import Snapshot
@@ -51,7 +53,8 @@ class SafeStep:
         max_normalized_step: Largest r that is let through. 1.0 is the radius itself.
         radius: "bound" is pi / spread; "certified" is larger and still proven.
         estimator: "jvp" runs the recorded forward calls again in forward-mode automatic
-            differentiation: exact, at every step.
+            differentiation: exact, at every step. "auto" does so only where the last measurements
+            cannot vouch for this step; the others are reported as "predicted".
         action: "clip" scales down a step with r over the limit; "set" scales every step to
             r = the limit, up or down; "monitor" only measures.
         logits: How to get from the model's output to the numbers that enter the softmax, where they
@@ -65,6 +68,7 @@ class SafeStep:
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
+        enabled: False lets steps pass unseen, as in a search for a learning rate.
 
     Raises:
         TypeError: If `optimizer` or `model` is none.
@@ -94,7 +98,7 @@ class SafeStep:
         *,
         max_normalized_step: float = 1.0,
         radius: Rung = "bound",
-        estimator: Literal["jvp"] = "jvp",
+        estimator: Literal["jvp", "auto"] = "jvp",
         action: Action = "clip",
         logits: LogitsFn | None = None,
         quantile: float | None = None,
@@ -105,6 +109,7 @@ class SafeStep:
         self.optimizer = innermost_optimizer(optimizer)
         _check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
         self.last: StepReport | None = None
+        self.enabled = True
         self._controller = StepController(max_normalized_step, radius, action, quantile)
         self._estimator = estimator
         self._logits = logits
@@ -118,7 +123,10 @@ class SafeStep:
         self._warned: set[str] = set()
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._log = self._open_log(run_dir)
-        self._recorder = Recorder(model, self._trained)
+        # "set" needs the exact r at every step, so there is nothing to predict.
+        is_sparing = estimator == "auto" and action != "set"
+        self._predictor = Predictor(max_normalized_step) if is_sparing else None
+        self._recorder = Recorder(model, self._trained, watches=is_sparing)
         self._handles = (
             self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
             self.optimizer.register_step_post_hook(_StepHook(self._after_step)),
@@ -145,6 +153,14 @@ class SafeStep:
             **kwargs: Its keyword arguments.
         """
         self._recorder.record(function, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Void the calls recorded since the last step: the step they were for never came.
+
+        GradScaler leaves a step out where a gradient is infinite. Forward calls of the model that
+        the guard finds by itself are then void anyway; those it was told of with `record` are not.
+        """
+        self._recorder.take()
 
     def detach(self) -> None:
         """Remove every hook; the optimizer and the model are then as they were before."""
@@ -180,6 +196,8 @@ class SafeStep:
         )
 
     def _before_step(self, *_: Any) -> None:
+        if not self.enabled:
+            return
         begin = perf_counter()
         self._snapshot.take()
         self._is_armed = True
@@ -193,9 +211,10 @@ class SafeStep:
         begin = perf_counter()
         params, start = self._snapshot.params, self._snapshot.start
         update = list(torch._foreach_sub(params, start)) if params else []
-        measurement = agree(self._measure(update), self._group)
+        mine, estimator = self._measure(update)
+        measurement = agree(mine, self._group)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        report = self._controller.decide(measurement, lr, self._estimator)
+        report = self._controller.decide(measurement, lr, estimator)
         if report.status == "skipped":
             self._snapshot.restore()
         elif report.scale != 1.0:
@@ -204,21 +223,46 @@ class SafeStep:
         self.last = replace(report, seconds=self._seconds + perf_counter() - begin)
         self._publish(self.last)
 
-    def _measure(self, update: list[Tensor]) -> Measurement:
+    def _measure(self, update: list[Tensor]) -> tuple[Measurement, str]:
+        """Return this worker's measurement and how it was made."""
         calls = self._recorder.take()
         gradients = [p.grad for p in self._snapshot.params if p.grad is not None]
+        norms = [_norm(update), _norm(gradients)]
+        if self._predictor is not None:
+            predicted = self._predict(self._predictor, norms, calls)
+            if predicted is not None:
+                return predicted, "predicted"
         row, obstacle = torch.full((3,), torch.nan, dtype=torch.float64), None
         try:
             row = self._row(calls, update)
         except Exception as error:  # training goes on; the report and a warning say what happened
             obstacle = _one_line(error)
-        norms = torch.stack([_norm(update), _norm(gradients)])
-        # The one host synchronization of the step.
-        radius, spread, index, step_norm, gradient_norm = torch.cat([row, norms.to(row)]).tolist()
+        # The one host synchronization of a measured step.
+        numbers = torch.cat([row, torch.stack(norms).to(row)]).tolist()
+        radius, spread, index, step_norm, gradient_norm = numbers
         finding = _finding(radius, step_norm, gradient_norm, obstacle)
         reason = self._reason(finding, obstacle, update)
-        index = int(index) if finding is Finding.MEASURED else -1
-        return Measurement(finding, radius, spread, index, step_norm, reason)
+        if finding is not Finding.MEASURED:
+            index = -1
+        elif self._predictor is not None:
+            self._predictor.learn(step_norm, 1.0 / radius)
+        return Measurement(finding, radius, spread, int(index), step_norm, reason), "jvp"
+
+    def _predict(
+        self, predictor: Predictor, norms: list[Tensor], calls: Sequence[Call]
+    ) -> Measurement | None:
+        signals = [signal for call in calls for signal in call.signals]
+        step_norm, gradient_norm, *sizes = torch.stack([*norms, *signals]).tolist()
+        groups = self.optimizer.param_groups
+        first = groups[0]["lr"] or 1.0
+        options = (
+            len(self._snapshot.params),
+            *(round(float(group["lr"] / first), 1) for group in groups),
+        )
+        r = predictor.predict(step_norm, [gradient_norm, *sizes], options)
+        if r is None or not calls:
+            return None
+        return Measurement(Finding.MEASURED, 1.0 / r if r else torch.inf, r * pi, -1, step_norm)
 
     def _row(self, calls: Sequence[Call], update: list[Tensor]) -> Tensor:
         if not calls:
@@ -368,8 +412,11 @@ def _check_arguments(
             f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "
             "Pass the module whose forward computes the logits."
         )
-    if estimator != "jvp":
-        raise ValueError(f"SafeStep: expected `estimator` to be 'jvp', got {estimator!r}. Use it.")
+    if estimator not in ("jvp", "auto"):
+        raise ValueError(
+            f"SafeStep: expected `estimator` to be 'jvp' or 'auto', got {estimator!r}. "
+            "'jvp' measures every step exactly."
+        )
     if logits is not None and not callable(logits):
         raise TypeError(
             f"SafeStep: expected `logits` to be callable, got {type(logits).__name__}. "

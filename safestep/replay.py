@@ -71,6 +71,8 @@ class Call:
         autocast: ``(device type, dtype)`` of every autocast region around the call.
         versions: Version counter of each tensor argument, to notice a change in place.
         gradients: What the loss's gradient showed about each output tensor, by its name.
+        signals: Largest output and 1-norm of the loss's gradient there, where a Recorder watches
+            them: scalars on the device, which tell unusual data from usual.
     """
 
     function: Callable[..., Any]
@@ -80,6 +82,7 @@ class Call:
     autocast: tuple[tuple[str, torch.dtype], ...]
     versions: tuple[int, ...]
     gradients: dict[str, GradientEvidence] = field(default_factory=dict)
+    signals: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -127,11 +130,15 @@ class Recorder:
         model: The module whose forward calls are recorded. A DistributedDataParallel wrapper is
             looked through: a re-run must not broadcast buffers.
         params: Trained parameters; where all their gradients are None, a new update begins.
+        watches: Whether to note the sizes of outputs and of their gradients with each call.
     """
 
-    def __init__(self, model: nn.Module, params: Callable[[], list[Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, params: Callable[[], list[Tensor]], *, watches: bool = False
+    ) -> None:
         self.module = eager_module(model)
         self._params = params
+        self._watches = watches
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
         self._opened: Call | None = None
         self._is_told = False
@@ -157,6 +164,7 @@ class Recorder:
             The recorded call.
         """
         self._is_told = True
+        self._opened = None  # DistributedDataParallel calls Lightning's training_step as a forward
         call = Call.of(function, args, kwargs, self._own_generators())
         self._queue(call)
         return call
@@ -189,6 +197,8 @@ class Recorder:
         for name, tensor in named_tensors(output):
             if tensor.grad_fn is not None:
                 tensor.register_hook(self._on_gradient(call, name))
+                if self._watches:
+                    call.signals.append(torch.linalg.vector_norm(tensor.detach(), torch.inf))
 
     def _on_gradient(self, call: Call, name: str) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
@@ -198,6 +208,8 @@ class Recorder:
             if evidence.class_axis is not None:
                 self._class_axes[name] = evidence.class_axis
             call.gradients[name] = evidence
+            if self._watches:
+                call.signals.append(torch.linalg.vector_norm(gradient, 1))
 
         return look
 

@@ -1,0 +1,117 @@
+"""Layer 2: when the exact radius can be spared, because the last one still tells enough."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
+AUDIT_INTERVAL = 40  # a JVP costs about one step: 1/40 of it keeps an audit at 2.5 %
+WINDOW = 32  # steps that say what is usual
+JUMP = 1.5  # times the window's maximum: minibatch noise stays below
+MARGIN = 1.5  # growth of r per unit of distance that is always allowed for between measurements
+_RECENT = 4  # exact measurements whose largest is carried forward
+
+
+class Predictor:
+    """Bound the next r from the last exact ones, and say when that is not enough.
+
+    Along one direction r is proportional to the step distance, and the factor, the spread per unit
+    of distance over pi, drifts slowly from step to step. The bound is that factor, times the
+    distance of this step, times a margin that grows with every prediction that fell short. An
+    exact measurement is called for
+
+    - in the first steps, and after at most 40 steps without one;
+    - where the bound is over the limit;
+    - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)
+      exceeds what was usual: another direction or other data;
+    - where an option of the optimizer changed that turns the direction.
+
+    Args:
+        limit: The largest r that is let through.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._factors: deque[float] = deque(maxlen=_RECENT)
+        self._margin = MARGIN
+        self._steps = 0
+        self._interval = 1
+        self._since = 0
+        self._usual: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
+        self._options: tuple[Any, ...] = ()
+
+    def predict(
+        self, step_norm: float, signals: Sequence[float], options: tuple[Any, ...]
+    ) -> float | None:
+        """Return the predicted r, or None if this step has to be measured.
+
+        Args:
+            step_norm: Distance of the proposed update.
+            signals: Sizes that tell the usual from the unusual, always the same ones.
+            options: What turns the direction of an update when it changes.
+
+        Returns:
+            r of the update, if r is surely within the limit.
+        """
+        self._steps += 1
+        self._since += 1
+        signals = (step_norm, *signals)
+        is_unusual = self._is_unusual(signals) or options != self._options
+        self._usual.append(signals)
+        self._options = options
+        is_due = self._steps <= FIRST_STEPS or self._since >= self._interval
+        if is_unusual or is_due or not self._factors:
+            return None
+        predicted = max(self._factors) * step_norm
+        return predicted if predicted * self._margin <= self.limit else None
+
+    def learn(self, step_norm: float, normalized_step: float) -> None:
+        """Take an exact measurement.
+
+        Args:
+            step_norm: Distance of the update that was measured.
+            normalized_step: Its r.
+        """
+        if not (step_norm > 0 and math.isfinite(normalized_step)):
+            return
+        factor = normalized_step / step_norm
+        growth = factor / max(self._factors) if self._factors and max(self._factors) > 0 else 1.0
+        # A prediction that held makes the next ones last longer; one that fell short, shorter.
+        held = growth <= self._margin
+        self._interval = min(2 * self._interval, AUDIT_INTERVAL) if held else 1
+        self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
+        self._factors.append(factor)
+        self._since = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain numbers and lists."""
+        return {
+            "factors": list(self._factors),
+            "margin": self._margin,
+            "steps": self._steps,
+            "interval": self._interval,
+            "since": self._since,
+            "usual": [list(signals) for signals in self._usual],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned; the first step after it is measured.
+
+        Args:
+            state: The state; it is not changed.
+        """
+        self._factors = deque(state["factors"], maxlen=_RECENT)
+        self._margin = state["margin"]
+        self._steps = state["steps"]
+        self._interval = state["interval"]
+        self._since = state["since"]
+        self._usual = deque((tuple(signals) for signals in state["usual"]), maxlen=WINDOW)
+
+    def _is_unusual(self, signals: tuple[float, ...]) -> bool:
+        if any(len(usual) != len(signals) for usual in self._usual):
+            self._usual.clear()
+        highest = map(max, zip(*self._usual, strict=True))
+        return not all(now <= JUMP * most for now, most in zip(signals, highest, strict=False))
