@@ -1,0 +1,231 @@
+"""Layer 4: a Lightning callback that keeps every optimizer step within its convergence radius."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from safestep.optim import SafeStep, StepReport
+
+from .run_dir import default_run_dir
+from .training_step import announce_training_step
+
+
+class StepSafety(Callback):
+    """Keep every optimizer step of a Lightning run within the softmax convergence radius.
+
+    Every optimizer of the trainer gets a SafeStep. Under automatic optimization it measures by
+    running ``training_step`` again, so that the logits are those the loss was computed from.
+    Under manual optimization ``training_step`` makes the optimizer steps itself and cannot be run
+    again: there, the forward calls of the smallest submodule that holds all parameters of the
+    optimizer are.
+
+    Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
+    bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and
+    ``safestep/effective_lr``. With several optimizers each name ends in the optimizer's index, and
+    ``safestep/normalized_step`` is the sum, which bounds the r of their joint step.
+
+    Args:
+        max_normalized_step: Largest r that is let through. 1.0 is the radius itself.
+        radius: "bound" is pi / spread; "certified" is larger and still proven.
+        estimator: How to measure; see SafeStep.
+        action: "clip" scales down a step with r over the limit; "set" scales every step to
+            r = the limit, up or down; "monitor" only measures.
+        logits: How to get from what ``training_step`` returns (under manual optimization: from the
+            submodule's output) to the numbers that enter the softmax, where they are not found.
+        quantile: Let the limit apply to this quantile of the rows' r, not to the largest. What
+            passes is then not certified for every row.
+        run_dir: Directory for ``run.jsonl``; by default beside the files of the first logger.
+        max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
+
+    Attributes:
+        guards: One SafeStep for each optimizer while the trainer fits, else empty.
+        last: The latest StepReport of each optimizer, None for one that has not stepped.
+
+    Reference:
+        Ghosts of Softmax: Complex Singularities That Limit Safe Step Sizes in Cross-Entropy,
+        arXiv:2603.13552, Thm 4.6 and Sec. 6.5.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(
+        ...     callbacks=[StepSafety(radius="certified")], logger=False, accelerator="cpu",
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+    """
+
+    def __init__(
+        self,
+        *,
+        max_normalized_step: float = 1.0,
+        radius: Literal["bound", "certified"] = "bound",
+        estimator: Literal["jvp"] = "jvp",
+        action: Literal["clip", "set", "monitor"] = "clip",
+        logits: Callable[[Any], Tensor] | None = None,
+        quantile: float | None = None,
+        run_dir: str | Path | None = None,
+        max_consecutive_skips: int = 25,
+    ) -> None:
+        self.guards: list[SafeStep] = []
+        self.last: list[StepReport | None] = []
+        self._run_dir = run_dir
+        self._options: dict[str, Any] = {
+            "max_normalized_step": max_normalized_step,
+            "radius": radius,
+            "estimator": estimator,
+            "action": action,
+            "logits": logits,
+            "quantile": quantile,
+            "max_consecutive_skips": max_consecutive_skips,
+        }
+        self._states: list[dict[str, Any]] = []
+        self._loss: Tensor | float = 0.0
+        self._put_back: Callable[[], None] = _nothing
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach a SafeStep to every optimizer; searches for a learning rate are over by now."""
+        run_dir = default_run_dir(trainer) if self._run_dir is None else self._run_dir
+        self._detach()
+        for optimizer in trainer.optimizers:
+            model = pl_module
+            if not pl_module.automatic_optimization:
+                model = smallest_submodule(pl_module, optimizer)
+            guard = SafeStep(optimizer, model, run_dir=run_dir, **self._options)
+            guard.enabled = False
+            self.guards.append(guard)
+        self.last = [None for _ in self.guards]
+        self._load_states()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the steps of this batch, and get ready to record its ``training_step``."""
+        loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        # True while StochasticWeightAveraging runs an epoch for the statistics of BatchNorm.
+        is_without_steps = getattr(loop, "_skip_backward", False)
+        for guard in self.guards:
+            guard.enabled = not is_without_steps
+        if is_without_steps or not pl_module.automatic_optimization:
+            return
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            # Lightning zeroes the gradients: what was recorded without a step (inf) is void.
+            self._loss = 0.0
+            self.guards[0].forget()
+        self._put_back()
+        self._put_back = announce_training_step(trainer, pl_module, self.guards[0].record)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Note the loss for the run log: over accumulated batches the sum of their parts."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        unscaled = loss.detach() if scaler is None else loss.detach() / scaler.get_scale()
+        self._loss = unscaled + (self._loss if pl_module.automatic_optimization else 0.0)
+        for index, guard in enumerate(self.guards):
+            guard.log(loss=self._loss, **({"optimizer": index} if len(self.guards) > 1 else {}))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the steps that were made in this batch."""
+        reports: dict[int, StepReport] = {}
+        for index, guard in enumerate(self.guards):
+            guard.enabled = False
+            if guard.last is not None and guard.last is not self.last[index]:
+                reports[index] = self.last[index] = guard.last
+        if reports and not trainer.barebones:
+            joint = sum(report.normalized_step for report in reports.values())
+            pl_module.log_dict(self._metrics(reports))
+            pl_module.log("safestep/normalized_step", joint)
+            pl_module.log("r", joint, prog_bar=True, logger=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove every hook; the final state stays for a checkpoint."""
+        self._detach()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remove every hook, so that training can be started again."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every optimizer's guard, as plain numbers."""
+        if self.guards:
+            self._states = [guard.state_dict() for guard in self.guards]
+        return {"guards": self._states} if self._states else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` returned; before the guards exist it is kept for them.
+
+        Args:
+            state_dict: The state; it is not changed.
+        """
+        self._states = state_dict["guards"]
+        if self.guards:
+            self._load_states()
+
+    def _load_states(self) -> None:
+        if self._states and len(self._states) != len(self.guards):
+            raise ValueError(
+                f"StepSafety: expected a checkpoint of {len(self.guards)} optimizers, got one of "
+                f"{len(self._states)}. Resume with the optimizers it was made with."
+            )
+        for guard, state in zip(self.guards, self._states, strict=False):
+            guard.load_state_dict(state)
+
+    def _detach(self) -> None:
+        self._put_back()
+        self._put_back = _nothing
+        self.state_dict()
+        for guard in self.guards:
+            guard.detach()
+        self.guards = []
+
+    def _metrics(self, reports: dict[int, StepReport]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for index, report in reports.items():
+            ending = f"/{index}" if len(self.guards) > 1 else ""
+            metrics[f"safestep/radius{ending}"] = report.radius
+            metrics[f"safestep/step_norm{ending}"] = report.step_norm
+            metrics[f"safestep/scale{ending}"] = report.scale
+            metrics[f"safestep/effective_lr{ending}"] = report.effective_learning_rate
+            if ending:
+                metrics[f"safestep/normalized_step{ending}"] = report.normalized_step
+        return metrics
+
+
+def smallest_submodule(module: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """Return the smallest submodule that holds all parameters of the optimizer.
+
+    Args:
+        module: Where to look.
+        optimizer: The optimizer.
+
+    Returns:
+        The submodule with the fewest parameters; the outermost of those with equally many.
+        `module` itself if none holds them all.
+
+    Example:
+        >>> import torch
+        >>> pair = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2), "two": torch.nn.Linear(2, 2)})
+        >>> optimizer = torch.optim.SGD(pair["two"].parameters(), lr=0.1)
+        >>> smallest_submodule(pair, optimizer) is pair["two"]
+        True
+    """
+    wanted = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    smallest, size = module, float("inf")
+    for child in module.modules():
+        held = {id(param) for param in child.parameters()}
+        if wanted <= held and len(held) < size:
+            smallest, size = child, len(held)
+    return smallest
+
+
+def _nothing() -> None:
+    pass
