@@ -135,7 +135,7 @@ def jvp(
     """
     with torch.no_grad(), untraced(module), tangents_in_place(params, tangents):
         for call in calls:
-            for found in find_logits(call.run(), call.gradients, logits):
+            for found in find_logits(call, logits):
                 values, tangent = _unpacked(found.values)
                 yield LogitTangent(found.name, values, tangent, found.mask)
 
