@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from safestep.losses import LossInput, LossWatch
+
+if TYPE_CHECKING:
+    from safestep.replay import Call
 
 # |sum| / sum|.| of dL/dlogits over the classes: measured 1e-8 (float32), 7e-4 (bfloat16) for losses
 # of softmax probabilities, .2 to .5 for MSE and binary cross-entropy.
@@ -89,23 +95,26 @@ def named_tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tens
             yield from named_tensors(getattr(output, field.name), f"{name}.{field.name}")
 
 
-def find_logits(
-    output: Any, gradients: Mapping[str, GradientEvidence], logits: LogitsFn | None = None
-) -> list[Logits]:
-    """Return the logits in a model's output.
+def find_logits(call: Call, logits: LogitsFn | None = None) -> list[Logits]:
+    """Run a call again and return the logits that its loss is a function of.
+
+    The user's word comes first, then what loss functions were given inside the call, then the
+    tensors of its output whose gradient shows that they enter a softmax, and last, in a call that
+    returns a loss, what a softmax or sigmoid was given.
 
     Args:
-        output: What the model returned.
-        gradients: What the loss's gradient showed about each tensor of an earlier, equal output.
+        call: The call to run again.
         logits: The user's own way from the output to the logits, which is then believed.
 
     Returns:
         One entry for each tensor that enters a softmax.
 
     Raises:
-        LogitsNotFoundError: If nothing in the output behaves like logits.
+        LogitsNotFoundError: If nothing behaves like logits.
         TypeError: If `logits` does not return a tensor.
     """
+    with LossWatch() as watch:
+        output = call.run()
     if logits is not None:
         values = logits(output)
         if not isinstance(values, Tensor):
@@ -114,12 +123,9 @@ def find_logits(
                 f"axis, got {type(values).__name__}."
             )
         return [Logits("logits(output)", values)]
-    found = []
-    for name, tensor in named_tensors(output):
-        evidence = gradients.get(name)
-        if evidence is not None and evidence.class_axis is not None:
-            values = tensor.movedim(evidence.class_axis, -1)
-            found.append(Logits(name, values, evidence.counted))
+    found = [_seen(item) for item in watch.seen if item.is_loss] or _of_output(call, output)
+    if not found and not call.gradients:
+        found = [_seen(item) for item in watch.seen if _moves(item.logits)]
     if not found:
         raise LogitsNotFoundError(
             "the gradient of the loss does not sum to zero over any axis of the model's output, "
@@ -127,6 +133,24 @@ def find_logits(
             "logits=lambda output: ... to SafeStep"
         )
     return found
+
+
+def _seen(item: LossInput) -> Logits:
+    return Logits(f"input of {item.function}", item.logits, item.mask)
+
+
+def _of_output(call: Call, output: Any) -> list[Logits]:
+    found = []
+    for name, tensor in named_tensors(output):
+        evidence = call.gradients.get(name)
+        if evidence is not None and evidence.class_axis is not None:
+            values = tensor.movedim(evidence.class_axis, -1)
+            found.append(Logits(name, values, evidence.counted))
+    return found
+
+
+def _moves(logits: Tensor) -> bool:
+    return forward_ad.unpack_dual(logits).tangent is not None
 
 
 def _zero_sum_axis(gradient: Tensor) -> int | None:
