@@ -116,8 +116,7 @@ class SafeStep:
         self._group = process_group
         self._max_consecutive_skips = max_consecutive_skips
         self._snapshot = Snapshot(self.optimizer)
-        self._is_armed = False
-        self._seconds = 0.0
+        self._seconds: float | None = None  # None: no step is under way
         self._extras: dict[str, Any] = {}
         self._interventions = 0
         self._warned: set[str] = set()
@@ -200,15 +199,14 @@ class SafeStep:
             return
         begin = perf_counter()
         self._snapshot.take()
-        self._is_armed = True
         self._seconds = perf_counter() - begin
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        if not self._is_armed:
+        if self._seconds is None:
             return
-        self._is_armed = False
-        begin = perf_counter()
+        begin = perf_counter() - self._seconds
+        self._seconds = None
         params, start = self._snapshot.params, self._snapshot.start
         update = list(torch._foreach_sub(params, start)) if params else []
         mine, estimator = self._measure(update)
@@ -220,7 +218,8 @@ class SafeStep:
         elif report.scale != 1.0:
             torch._foreach_copy_(params, start)
             torch._foreach_add_(params, update, alpha=report.scale)
-        self.last = replace(report, seconds=self._seconds + perf_counter() - begin)
+        self._snapshot.release()
+        self.last = replace(report, seconds=perf_counter() - begin)
         self._publish(self.last)
 
     def _measure(self, update: list[Tensor]) -> tuple[Measurement, str]:
