@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from safestep.capture import LogitsFn, find_logits
+from safestep.capture import Logits, LogitsFn, find_logits
+from safestep.duals import differentiable_kernels, tangents_in_place
 from safestep.replay import Call, eager_module, untraced
+
+# Distance of a finite difference, as a share of the parameters' norm. Measured on a Transformer, an
+# MLP with LayerNorm and a CNN with BatchNorm, with updates of 1e-4 to 1e4 times their usual size:
+# relative error of r at most 1e-3 in float32 and 4e-2 to 1e-1 in bfloat16.
+_DISTANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
+_DISTANCE_HALF = 1e-2
 
 
 class MissingTangentError(RuntimeError):
@@ -97,8 +101,9 @@ def logits_jvp(
     unique = {id(params[name]): name for name in tangent}.values()
     with (
         torch.no_grad(),
-        untraced(own),
         tangents_in_place([params[name] for name in unique], [tangent[name] for name in unique]),
+        untraced(own),
+        differentiable_kernels(own),
     ):
         output = own(*args, **kwargs)
         values = logits(output) if logits is not None else getattr(output, "logits", output)
@@ -119,6 +124,9 @@ def jvp(
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls and their tangents, exactly, one call at a time.
 
+    Scope: any precision, any size of update. Not where an operator has no forward-mode derivative
+    (it raises) nor where code keeps a view of a parameter out of the module's reach.
+
     Args:
         calls: The calls to run again.
         module: The root module of those calls.
@@ -133,11 +141,124 @@ def jvp(
         MissingTangentError: If no tangent reaches the logits.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    with torch.no_grad(), untraced(module), tangents_in_place(params, tangents):
+    with (
+        torch.no_grad(),
+        tangents_in_place(params, tangents),
+        untraced(module),
+        differentiable_kernels(module),
+    ):
         for call in calls:
             for found in find_logits(call, logits):
                 values, tangent = _unpacked(found.values)
                 yield LogitTangent(found.name, values, tangent, found.mask)
+
+
+def difference(
+    calls: Sequence[Call],
+    module: nn.Module,
+    params: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    logits: LogitsFn | None = None,
+) -> Generator[LogitTangent, None, None]:
+    """Yield the logits of recorded calls and a one-sided difference quotient along the update.
+
+    a = (z(theta + eps p) - z(theta)) / eps, eps ||p|| = 1e-4 ||theta||: the distance is a share of
+    the parameters' norm, not of the update's, so that the error does not depend on how large the
+    update is.
+
+    Scope: any operator, any size of update, two forward passes. Relative error of r about 1e-3 in
+    float32; in half precision a few percent, more where the update hardly moves the logits. Not
+    where a call cannot be repeated: noise that is drawn anew is divided by eps.
+
+    Args:
+        calls: The calls to run again.
+        module: The root module of those calls.
+        params: The trained parameters, at the point where the tangent is wanted. They are written
+            to and put back, bit for bit.
+        tangents: The update of each of them.
+        logits: The user's way from an output to its logits.
+
+    Yields:
+        Every set of logits found, with its tangent.
+
+    Raises:
+        MissingTangentError: If the logits do not change though the parameters do.
+        LogitsNotFoundError: If the output holds nothing that enters a softmax.
+    """
+    scale = difference_scale(calls, params, tangents)
+    with torch.no_grad():
+        for call in calls:
+            before = _run(call, module, logits)
+            displaced = [q + scale * p.to(q) for q, p in zip(params, tangents, strict=True)]
+            with moved_back(params, displaced):
+                after = _run(call, module, logits)
+            yield from _quotients(before, after, scale, any(p.any() for p in tangents))
+
+
+def secant(
+    calls: Sequence[Call],
+    module: nn.Module,
+    params: Sequence[Tensor],
+    start: Sequence[Tensor],
+    logits: LogitsFn | None = None,
+) -> Generator[LogitTangent, None, None]:
+    """Yield the logits of recorded calls before the update, and how far the update moved them.
+
+    a ~ z(theta + p) - z(theta).
+
+    Scope: any operator, any precision. Within 5 % of r up to r = 1 or so. Beyond, it saturates
+    where logits are bounded in the step (normalised layers) and explodes where they are not: good
+    for watching, not for deciding how far a step must shrink.
+
+    Args:
+        calls: The calls to run again.
+        module: The root module of those calls.
+        params: The trained parameters, after the update.
+        start: Their values before it.
+        logits: The user's way from an output to its logits.
+
+    Yields:
+        Every set of logits found, with its tangent.
+
+    Raises:
+        MissingTangentError: If the logits do not change though the parameters do.
+        LogitsNotFoundError: If the output holds nothing that enters a softmax.
+    """
+    with torch.no_grad():
+        for call in calls:
+            after = _run(call, module, logits)
+            with moved_back(params, start):
+                before = _run(call, module, logits)
+            yield from _quotients(before, after, 1.0, not all(map(torch.equal, params, start)))
+
+
+def difference_scale(
+    calls: Sequence[Call], params: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> float:
+    """Return eps, the share of the update that ``difference`` goes.
+
+    Args:
+        calls: The calls: their autocast regions set the precision.
+        params: The trained parameters.
+        tangents: The update of each of them.
+
+    Returns:
+        A distance for the precision of the calls, relative to the length of the update; 1 where
+        either length is zero.
+    """
+    distance = _DISTANCE.get(working_dtype(calls, params), _DISTANCE_HALF)
+    total, step = (
+        torch.linalg.vector_norm(torch.stack([t.norm(dtype=torch.float64) for t in tensors]))
+        for tensors in (params, tangents)
+    )
+    return float(distance * total / step) if bool(step * total > 0) else 1.0
+
+
+def working_dtype(calls: Sequence[Call], params: Sequence[Tensor]) -> torch.dtype:
+    """Return the coarsest precision that the calls compute in."""
+    dtypes = {param.dtype for param in params}
+    dtypes |= {dtype for call in calls for _, dtype in call.autocast}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @contextmanager
@@ -159,50 +280,22 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
             _exchange(params, start)
 
 
-@contextmanager
-def tangents_in_place(params: Sequence[Tensor], tangents: Sequence[Tensor]) -> Iterator[None]:
-    """Let every parameter carry its tangent inside, and only there.
-
-    The dual number is written into the parameter itself: code that ties, lists or caches
-    parameters then sees it too, which swapping module attributes does not achieve.
-
-    Args:
-        params: The parameters. Their values do not change.
-        tangents: A tangent for each.
-
-    Yields:
-        Nothing.
-    """
-    _load_forward_ad()
-    with (
-        forward_ad.dual_level(),
-        torch.autograd._unsafe_preserve_version_counter(tuple(params)),
-        _differentiable_kernels(),
-    ):
-        for param, tangent in zip(params, tangents, strict=True):
-            param.copy_(forward_ad.make_dual(param.detach(), tangent.to(param)))
-        yield
+def _run(call: Call, module: nn.Module, logits: LogitsFn | None) -> list[Logits]:
+    # A trace of its own each time: the second run must not see what the first one left.
+    with untraced(module):
+        return find_logits(call, logits)
 
 
-@cache
-def _load_forward_ad() -> None:
-    # The first dual number of a process makes torch script its own code, which it deprecates.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-@contextmanager
-def _differentiable_kernels() -> Iterator[None]:
-    # Flash attention and the encoder's fast path have no forward-mode derivative.
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+def _quotients(
+    before: Sequence[Logits], after: Sequence[Logits], scale: float, is_moved: bool
+) -> Iterator[LogitTangent]:
+    for old, new in zip(before, after, strict=True):
+        logits = old.values.detach()
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        tangent = (new.values.detach().to(wide) - logits.to(wide)) / scale
+        if is_moved and not bool(tangent.any()):
+            raise MissingTangentError("the logits do not change along the update")
+        yield LogitTangent(old.name, logits, tangent, old.mask)
 
 
 def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:

@@ -1,0 +1,93 @@
+"""Layer 1: parameters that carry a tangent, and kernels that let it through."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def tangents_in_place(params: Sequence[Tensor], tangents: Sequence[Tensor]) -> Iterator[None]:
+    """Let every parameter carry its tangent inside, and only there.
+
+    The dual number is written into the parameter itself: code that ties, lists or caches
+    parameters then sees it too, which swapping module attributes does not achieve.
+
+    Args:
+        params: The parameters. Their values do not change.
+        tangents: A tangent for each.
+
+    Yields:
+        Nothing.
+    """
+    _load_forward_ad()
+    with (
+        forward_ad.dual_level(),
+        torch.autograd._unsafe_preserve_version_counter(tuple(params)),
+    ):
+        for param, tangent in zip(params, tangents, strict=True):
+            param.copy_(forward_ad.make_dual(param.detach(), tangent.to(param)))
+        yield
+
+
+@contextmanager
+def differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Exchange code that has no forward-mode derivative for code that computes the same and has.
+
+    Flash attention, the encoder layers' fast path, mkldnn's LSTM, and reentrant checkpoints, which
+    without this are silently wrong where their input carries no tangent.
+
+    Args:
+        module: What is going to run. mkldnn is only left out where it holds an LSTM.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_no_encoder_fast_path())
+        if any(isinstance(child, nn.LSTM) for child in module.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        if checkpoints := sys.modules.get("torch.utils.checkpoint"):
+            stack.enter_context(_plain_calls(checkpoints.CheckpointFunction))
+        yield
+
+
+@cache
+def _load_forward_ad() -> None:
+    # The first dual number of a process makes torch script its own code, which it deprecates.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+@contextmanager
+def _no_encoder_fast_path() -> Iterator[None]:
+    is_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_enabled)
+
+
+@contextmanager
+def _plain_calls(checkpoint: type[torch.autograd.Function]) -> Iterator[None]:
+    def call(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    checkpoint.apply = staticmethod(call)
+    try:
+        yield
+    finally:
+        del checkpoint.apply  # the inherited one shows again
