@@ -1,0 +1,183 @@
+"""Layer 3: what figures and words are made of: one value of each quantity a step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .run import Run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepSeries:
+    """One value a step, in the order of the run, NaN where the log has none. All shape ``[T]``.
+
+    With several optimizers a step has several records: their normalized steps add up (the spread
+    is a seminorm), their radii follow, and the step counts as clipped if one of them was.
+
+    Attributes:
+        step: Step numbers.
+        proposed: Normalized step r that the optimizer proposed.
+        taken: Normalized step that was taken, proposed * scale; 0 where the step was skipped.
+        radius: Parameter distance at which r = 1.
+        step_norm: Parameter distance that the optimizer proposed.
+        scale: Factor applied to the step.
+        learning_rate: Learning rate of the optimizer.
+        effective_learning_rate: Learning rate that the step taken amounts to.
+        loss: Training loss before the step; the workers' mean where the steps have none.
+        seconds: Cost of the guard at this step.
+        clipped, skipped, unmeasured: Masks by status.
+    """
+
+    step: np.ndarray
+    proposed: np.ndarray
+    taken: np.ndarray
+    radius: np.ndarray
+    step_norm: np.ndarray
+    scale: np.ndarray
+    learning_rate: np.ndarray
+    effective_learning_rate: np.ndarray
+    loss: np.ndarray
+    seconds: np.ndarray
+    clipped: np.ndarray
+    skipped: np.ndarray
+    unmeasured: np.ndarray
+
+    @property
+    def intervened(self) -> np.ndarray:
+        """Whether the guard touched the step. Shape ``[T]``."""
+        return self.clipped | self.skipped
+
+
+def step_series(run: Run) -> StepSeries:
+    """Return the step records as one value a step.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The series; empty if the run has no steps.
+    """
+    steps, first, groups = np.unique(run.steps["step"], return_index=True, return_inverse=True)
+    status = run.steps.get("status", np.full(len(groups), None, dtype=object))
+    scale = _column(run, "scale")
+    skipped_record = status == "skipped"
+    proposed_record = _column(run, "normalized_step")
+    taken_record = np.where(skipped_record, 0.0, proposed_record * scale)
+    proposed = np.bincount(groups, proposed_record, len(steps))
+    step_norm = np.sqrt(np.bincount(groups, _column(run, "step_norm") ** 2, len(steps)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        joint_radius = step_norm / proposed
+    is_joint = np.bincount(groups, minlength=len(steps)) > 1
+    loss = _column(run, "loss")[first]
+    return StepSeries(
+        step=steps,
+        proposed=proposed,
+        taken=np.bincount(groups, taken_record, len(steps)),
+        radius=np.where(is_joint, joint_radius, _column(run, "radius")[first]),
+        step_norm=step_norm,
+        scale=_least(scale, groups, len(steps)),
+        learning_rate=_column(run, "learning_rate")[first],
+        effective_learning_rate=_column(run, "effective_learning_rate")[first],
+        loss=np.where(np.isnan(loss), worker_mean_loss(run, steps), loss),
+        seconds=np.bincount(groups, _column(run, "seconds"), len(steps)),
+        clipped=np.bincount(groups, status == "clipped", len(steps)) > 0,
+        skipped=np.bincount(groups, skipped_record, len(steps)) > 0,
+        unmeasured=np.bincount(groups, status == "unmeasured", len(steps)) > 0,
+    )
+
+
+def worker_mean_loss(run: Run, steps: np.ndarray) -> np.ndarray:
+    """Return the workers' mean loss at the given steps, NaN where there is none.
+
+    Args:
+        run: The run.
+        steps: Step numbers. Shape ``[T]``.
+
+    Returns:
+        Mean losses. Shape ``[T]``.
+    """
+    mean_loss = np.full(len(steps), np.nan)
+    losses = run.workers.get("loss")
+    if losses is None or losses.ndim != 2 or not len(steps):
+        return mean_loss
+    position = np.searchsorted(steps, run.workers["step"]).clip(max=len(steps) - 1)
+    is_there = steps[position] == run.workers["step"]
+    mean_loss[position[is_there]] = losses[is_there].mean(axis=1)
+    return mean_loss
+
+
+def thin(*values: np.ndarray, keep: np.ndarray | None = None, max_points: int = 1500) -> np.ndarray:
+    """Return indices that show all extremes of the values, and every point to keep.
+
+    The series is cut into equal stretches; of each, the points with the least and the largest
+    value are kept, of every quantity.
+
+    Args:
+        *values: Quantities over one axis. Shape ``[T]`` each.
+        keep: Points that are shown whatever their value. Shape ``[T]``.
+        max_points: About how many points a quantity leaves.
+
+    Returns:
+        Rising indices, the first and the last among them.
+
+    Example:
+        >>> spike = np.zeros(100_000)
+        >>> spike[77_777] = 1.0
+        >>> indices = thin(spike, max_points=100)
+        >>> len(indices) < 150, 77_777 in indices
+        (True, True)
+    """
+    length = len(values[0])
+    if length <= max_points:
+        return np.arange(length)
+    width = -(-length // (max_points // 2))
+    starts = np.arange(0, length, width)
+    chosen = [starts[:1], np.array([length - 1])]
+    for value in values:
+        padded = np.full(len(starts) * width, np.nan)
+        padded[:length] = value
+        stretches = padded.reshape(-1, width)
+        for worst, argument in ((np.inf, np.argmin), (-np.inf, np.argmax)):
+            chosen.append(
+                starts + argument(np.where(np.isnan(stretches), worst, stretches), axis=1)
+            )
+    if keep is not None:
+        chosen.append(np.flatnonzero(keep))
+    indices = np.unique(np.concatenate(chosen))
+    return indices[indices < length]
+
+
+def spans(mask: np.ndarray, max_gap: int = 1) -> list[tuple[int, int]]:
+    """Return first and last index of each run of true values.
+
+    Args:
+        mask: Truth values. Shape ``[T]``.
+        max_gap: Runs whose neighbouring indices differ by no more than this are joined.
+
+    Returns:
+        Pairs of indices, both inclusive.
+
+    Example:
+        >>> spans(np.array([True, True, False, True]))
+        [(0, 1), (3, 3)]
+    """
+    hits = np.flatnonzero(mask)
+    if not len(hits):
+        return []
+    breaks = np.flatnonzero(np.diff(hits) > max_gap)
+    firsts = hits[np.concatenate([[0], breaks + 1])]
+    lasts = hits[np.concatenate([breaks, [len(hits) - 1]])]
+    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
+
+
+def _column(run: Run, name: str) -> np.ndarray:
+    column = run.steps.get(name)
+    if column is None or column.dtype == object or column.ndim != 1:
+        return np.full(len(run.steps["step"]), np.nan)
+    return column
+
+
+def _least(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
+    least = np.full(num_groups, np.inf)
+    np.minimum.at(least, groups, values)
+    return least
