@@ -26,7 +26,13 @@ class Snapshot:
     def take(self) -> None:
         """Copy everything."""
         groups = self._optimizer.param_groups
-        self.params = [p for group in groups for p in group["params"] if p.requires_grad]
+        # A frozen parameter that still has a gradient is stepped all the same.
+        self.params = [
+            param
+            for group in groups
+            for param in group["params"]
+            if param.requires_grad or param.grad is not None
+        ]
         # New containers around the optimizer's own tensors, whose values are copied aside.
         self._tensors: list[Tensor] = []
         self._state = {

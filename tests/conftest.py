@@ -124,11 +124,9 @@ def _dense_logit_tangent(model, tangent, *inputs):
         )
         for value in logits.flatten()
     ]
-    products = [
-        sum((gradient * step).sum() for gradient, step in zip(row, tangent.values(), strict=True))
-        for row in rows
-    ]
-    return torch.stack(products).reshape(logits.shape)
+    step = torch.cat([value.flatten() for value in tangent.values()])
+    dense = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    return (dense @ step).reshape(logits.shape)
 
 
 @pytest.fixture

@@ -1,0 +1,136 @@
+"""A snapshot puts back what a step changed, bit for bit and in place."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, SGD, Adam
+
+from safestep.snapshot import Snapshot
+
+
+def fill_gradients(params, value=1.0):
+    for param in params:
+        param.grad = torch.full_like(param, value)
+
+
+def test_restore_undoes_a_step_in_the_very_tensors_it_changed():
+    model = nn.Linear(3, 2)
+    optimizer = Adam(model.parameters(), lr=0.1)
+    fill_gradients(model.parameters())
+    optimizer.step()
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    snapshot = Snapshot(optimizer)
+
+    snapshot.take()
+    fill_gradients(model.parameters(), float("nan"))
+    optimizer.step()
+    snapshot.restore()
+
+    after = [model.state_dict(), optimizer.state_dict()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    assert all(one is other for one, other in zip(moments, kept, strict=True))
+
+
+def test_restore_removes_the_state_that_a_first_step_made():
+    model = nn.Linear(3, 2)
+    optimizer = Adam(model.parameters())
+    fill_gradients(model.parameters())
+    snapshot = Snapshot(optimizer)
+
+    snapshot.take()
+    optimizer.step()
+    snapshot.restore()
+
+    assert not optimizer.state
+
+
+def test_restore_keeps_what_an_optimizer_lists_in_its_state_as_it_was():
+    param = nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer = LBFGS([param], lr=0.1, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (param**4).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    snapshot, before = Snapshot(optimizer), copy.deepcopy(optimizer.state_dict()["state"])
+    snapshot.take()
+    optimizer.step(closure)
+    assert len(optimizer.state[param]["old_dirs"]) > len(before[0]["old_dirs"])
+
+    snapshot.restore()
+
+    after = optimizer.state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_restore_takes_back_options_that_a_step_changed():
+    class Decaying(SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] /= 2
+            return super().step(closure)
+
+    model = nn.Linear(3, 2)
+    optimizer = Decaying(model.parameters(), lr=1.0)
+    fill_gradients(model.parameters())
+    snapshot = Snapshot(optimizer)
+
+    snapshot.take()
+    optimizer.step()
+    snapshot.restore()
+
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_restore_is_exact_after_the_model_changed_its_dtype(dtype):
+    model = nn.Linear(3, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    snapshot = Snapshot(optimizer)
+    snapshot.take()
+    snapshot.restore()
+    model.to(dtype)
+    with torch.no_grad():
+        model.weight.fill_(1 / 3)
+    before = copy.deepcopy(model.state_dict())
+
+    snapshot.take()
+    fill_gradients(model.parameters())
+    optimizer.step()
+    snapshot.restore()
+
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_frozen_parameter_counts_while_it_has_a_gradient():
+    frozen, bare = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = SGD([frozen, bare], lr=0.1)
+    fill_gradients([frozen])
+    frozen.requires_grad_(False)
+    bare.requires_grad_(False)
+    snapshot = Snapshot(optimizer)
+
+    snapshot.take()
+    optimizer.step()
+
+    assert [param is frozen for param in snapshot.params] == [True]
+    assert torch.equal(snapshot.start[0], torch.ones(2))
+    snapshot.restore()
+    assert torch.equal(frozen, torch.ones(2))
+
+
+def test_release_frees_the_copies():
+    model = nn.Linear(3, 2)
+    snapshot = Snapshot(SGD(model.parameters(), lr=0.1))
+    snapshot.take()
+
+    snapshot.release()
+
+    assert snapshot.params == snapshot.start == []
