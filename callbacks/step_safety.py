@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from safestep.optim import SafeStep, StepReport
 
 from .run_dir import default_run_dir
-from .training_step import announce_training_step
+from .training_step import announce_training_step, takes_iterator
 
 
 class StepSafety(Callback):
@@ -21,9 +21,9 @@ class StepSafety(Callback):
 
     Every optimizer of the trainer gets a SafeStep. Under automatic optimization it measures by
     running ``training_step`` again, so that the logits are those the loss was computed from.
-    Under manual optimization ``training_step`` makes the optimizer steps itself and cannot be run
-    again: there, the forward calls of the smallest submodule that holds all parameters of the
-    optimizer are.
+    A ``training_step`` that makes the optimizer steps itself (manual optimization) or fetches its
+    batch itself (``dataloader_iter``) cannot be run again: there, the forward calls of the smallest
+    submodule that holds all parameters of the optimizer are.
 
     Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
     bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and
@@ -64,7 +64,7 @@ class StepSafety(Callback):
         *,
         max_normalized_step: float = 1.0,
         radius: Literal["bound", "certified"] = "bound",
-        estimator: Literal["jvp"] = "jvp",
+        estimator: Literal["jvp", "auto"] = "jvp",
         action: Literal["clip", "set", "monitor"] = "clip",
         logits: Callable[[Any], Tensor] | None = None,
         quantile: float | None = None,
@@ -86,15 +86,15 @@ class StepSafety(Callback):
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0
         self._put_back: Callable[[], None] = _nothing
+        self._is_told = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach a SafeStep to every optimizer; searches for a learning rate are over by now."""
         run_dir = default_run_dir(trainer) if self._run_dir is None else self._run_dir
         self._detach()
+        self._is_told = pl_module.automatic_optimization and not takes_iterator(pl_module)
         for optimizer in trainer.optimizers:
-            model = pl_module
-            if not pl_module.automatic_optimization:
-                model = smallest_submodule(pl_module, optimizer)
+            model = pl_module if self._is_told else smallest_submodule(pl_module, optimizer)
             guard = SafeStep(optimizer, model, run_dir=run_dir, **self._options)
             guard.enabled = False
             self.guards.append(guard)
@@ -110,7 +110,7 @@ class StepSafety(Callback):
         is_without_steps = getattr(loop, "_skip_backward", False)
         for guard in self.guards:
             guard.enabled = not is_without_steps
-        if is_without_steps or not pl_module.automatic_optimization:
+        if is_without_steps or not self._is_told:
             return
         if batch_idx % trainer.accumulate_grad_batches == 0:
             # Lightning zeroes the gradients: what was recorded without a step (inf) is void.

@@ -52,6 +52,11 @@ def announce_training_step(
     return put_back
 
 
+def takes_iterator(module: LightningModule) -> bool:
+    """Return whether ``training_step`` fetches its batches itself: a second run would eat more."""
+    return "dataloader_iter" in inspect.signature(inspect.unwrap(module.training_step)).parameters
+
+
 @contextmanager
 def _quiet(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Let ``self.log``, ``self.print`` and the loggers do nothing inside."""
