@@ -261,6 +261,25 @@ def working_dtype(calls: Sequence[Call], params: Sequence[Tensor]) -> torch.dtyp
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+def is_repeatable(calls: Sequence[Call], module: nn.Module, logits: LogitsFn | None = None) -> bool:
+    """Return whether the calls give the same logits when they run twice, up to summation order.
+
+    Args:
+        calls: The calls to run again.
+        module: The root module of those calls.
+        logits: The user's way from an output to its logits.
+
+    Returns:
+        False where something random in them is not under the control of the replay.
+    """
+    with torch.no_grad():
+        return all(
+            torch.allclose(one.values, two.values, rtol=1e-3, equal_nan=True)
+            for call in calls
+            for one, two in zip(*(_run(call, module, logits) for _ in range(2)), strict=True)
+        )
+
+
 @contextmanager
 def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[None]:
     """Exchange the contents of `params` and `start` inside, bit for bit both ways.

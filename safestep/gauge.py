@@ -1,0 +1,216 @@
+"""Layer 1: measure an update with an estimator that works for the model, and check it."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from safestep.capture import LogitsFn, LogitsNotFoundError
+from safestep.estimators import (
+    LogitTangent,
+    MissingTangentError,
+    difference,
+    difference_scale,
+    is_repeatable,
+    jvp,
+    moved_back,
+    secant,
+    working_dtype,
+)
+from safestep.replay import Call
+
+EstimatorName = Literal["jvp", "difference", "secant"]
+Reduce = Callable[[Iterable[LogitTangent]], Tensor]
+
+CHECKED_STEPS = 3  # in a row, before one estimator is believed
+TOLERANCE = 0.2  # of r; the secant alone is off by 5 % at ordinary steps
+_ROUNDING = 0.5  # units in the last place of the largest logit, by which a difference may be off
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an estimator is given.
+
+    Attributes:
+        calls: The calls that the update was computed from.
+        params: The trained parameters, after the update.
+        start: Their values before it.
+        change: The update of each of them.
+    """
+
+    calls: Sequence[Call]
+    params: Sequence[Tensor]
+    start: Sequence[Tensor]
+    change: Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was measured, and how.
+
+    Attributes:
+        row: The result of `reduce`: ``[radius, largest spread, index]``.
+        estimator: How, for the report: the estimator's name, with the r that it and a second one
+            found where they differ.
+        warning: What the user should know, said once; else None.
+    """
+
+    row: Tensor
+    estimator: str
+    warning: str | None = None
+
+
+class Gauge:
+    """Measure updates of one model.
+
+    Where forward-mode automatic differentiation fails, the finite difference takes over for good.
+    The first steps are measured twice, by independent estimators; while the two differ, every step
+    is, and the larger r counts.
+
+    Args:
+        module: The root module of the calls.
+        estimator: The estimator to begin with.
+        logits: The user's way from an output to its logits.
+    """
+
+    def __init__(
+        self, module: nn.Module, estimator: EstimatorName = "jvp", logits: LogitsFn | None = None
+    ) -> None:
+        self.estimator: EstimatorName = estimator
+        self._module = module
+        self._logits = logits
+        self._agreements = 0
+        self._has_disagreed = False
+
+    def measure(self, update: Update, reduce: Reduce) -> Reading:
+        """Return the reading of one update.
+
+        Args:
+            update: The update, just made.
+            reduce: What turns rows of logits and tangents into ``[radius, largest spread, index]``.
+
+        Returns:
+            The reading.
+
+        Raises:
+            RuntimeError: If no estimator works, or no tangent reaches the logits.
+        """
+        warning = None
+        try:
+            row = self._row(self.estimator, update, reduce)
+        except RuntimeError as error:
+            if self.estimator != "jvp" or isinstance(
+                error, (MissingTangentError, LogitsNotFoundError)
+            ):
+                raise
+            row = self._fall_back(error, update, reduce)
+            warning = (
+                f"{culprit(error, self._module)} has no forward-mode derivative "
+                f"({_first_sentence(error)}); r is measured by finite difference from now on"
+            )
+        if self._agreements >= CHECKED_STEPS:
+            return Reading(row, self.estimator, warning)
+        reading = self._check(row, update, reduce)
+        return Reading(reading.row, reading.estimator, warning or reading.warning)
+
+    def _row(self, estimator: EstimatorName, update: Update, reduce: Reduce) -> Tensor:
+        calls, params, start = update.calls, update.params, update.start
+        rows: Generator[LogitTangent, None, None]
+        if estimator == "secant":
+            with closing(secant(calls, self._module, params, start, self._logits)) as rows:
+                return reduce(rows)
+        estimate = jvp if estimator == "jvp" else difference
+        with (
+            moved_back(params, start),
+            closing(estimate(calls, self._module, params, update.change, self._logits)) as rows,
+        ):
+            return reduce(rows)
+
+    def _fall_back(self, error: RuntimeError, update: Update, reduce: Reduce) -> Tensor:
+        try:
+            row = self._row("difference", update, reduce)
+        except Exception:
+            raise error from None
+        self.estimator = "difference"
+        return row
+
+    def _check(self, row: Tensor, update: Update, reduce: Reduce) -> Reading:
+        unchecked = Reading(row, self.estimator)
+        other: EstimatorName = "secant" if self.estimator == "difference" else "difference"
+        sizes: list[Tensor] = []
+        try:
+            second = self._row(other, update, lambda rows: reduce(_noting_sizes(rows, sizes)))
+        except Exception:  # the step is measured; what could not be is the check
+            return unchecked
+        r, r_second = (float(found[1]) / math.pi for found in (row, second))
+        is_beyond_secant = "secant" in (self.estimator, other) and max(r, r_second) > 1
+        if is_beyond_secant or not math.isfinite(r + r_second):
+            return unchecked
+        noise = self._noise(update, sizes, other)
+        if abs(r - r_second) <= TOLERANCE * max(r, r_second) + noise:
+            self._agreements += 1
+            return unchecked
+        return self._disagreement(row, second, update, f"r {r:.3g}; {other} r {r_second:.3g}")
+
+    def _noise(self, update: Update, sizes: Sequence[Tensor], other: EstimatorName) -> float:
+        """Return how far rounding alone may put the r of a difference off."""
+        eps = torch.finfo(working_dtype(update.calls, update.params)).eps
+        size = float(torch.stack(list(sizes)).max()) if sizes else 0.0
+        scale = difference_scale(update.calls, update.start, update.change)
+        if "secant" in (self.estimator, other):
+            scale = min(1.0, scale)
+        return _ROUNDING * eps * size / (scale * math.pi)
+
+    def _disagreement(self, row: Tensor, second: Tensor, update: Update, text: str) -> Reading:
+        self._agreements = 0
+        if not is_repeatable(update.calls, self._module, self._logits):
+            why = (
+                "a call that is repeated gives other logits: it draws from a random generator that "
+                "is out of reach, and r is that of another draw"
+            )
+        else:
+            why = "the larger r counts"
+            row = torch.where(second[1] > row[1], second, row)
+        warning = None
+        if not self._has_disagreed:
+            warning = f"two estimators of one step differ: {self.estimator} {text}; {why}"
+        self._has_disagreed = True
+        return Reading(row, f"{self.estimator} ({text})", warning)
+
+
+def culprit(error: BaseException, module: nn.Module) -> str:
+    """Return the name and type of the innermost submodule that an error passed through.
+
+    Args:
+        error: An error that was raised while `module` ran.
+        module: The root module.
+
+    Returns:
+        For instance ``"encoder.0.attention (Attention)"``; ``"the model"`` if none is known.
+    """
+    names = {id(child): name for name, child in module.named_modules()}
+    found = "the model"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        child = frame.f_locals.get("self")
+        if id(child) in names:
+            found = f"{names[id(child)] or 'the model'} ({type(child).__name__})"
+    return found
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")[:160]
+
+
+def _noting_sizes(rows: Iterable[LogitTangent], sizes: list[Tensor]) -> Iterator[LogitTangent]:
+    for row in rows:
+        finite = row.logits.nan_to_num(neginf=0.0, posinf=0.0)  # -inf is a masked class
+        sizes.append(finite.abs().amax().double())
+        yield row
