@@ -46,13 +46,14 @@ class WorkerDispersion:
 class WorkerSums:
     """The sums from which every metric follows; g_i is worker i's gradient, g their mean.
 
-    Each sum is additive over parts of the gradient. Tensors are float64.
+    The first three are additive over parts of the gradient. Tensors are float64.
 
     Attributes:
         squared_norms: ||g_i||^2. Shape ``[N]``.
         mean_products: <g_i, g>. Shape ``[N]``.
         mean_squared_norm: ||g||^2. Shape ``[]``.
-        unit_squared_norm: ||sum_i g_i / ||g_i|| ||^2, NaN if not measured. Shape ``[]``.
+        unit_squared_norm: ||sum_i g_i / ||g_i|| ||^2, or NaN: not measured; with two workers the
+            other sums tell it. Shape ``[]``.
     """
 
     squared_norms: Tensor
@@ -104,22 +105,25 @@ def worker_dispersion(
             f"worker_dispersion: expected `losses` of shape ({len(gram)},), one per row of "
             f"`gradients`, got shape {tuple(losses.shape)}. Pass each worker's own mean loss."
         )
-    norms = gram.diagonal().sqrt()
-    sums = WorkerSums(
-        squared_norms=gram.diagonal(),
-        mean_products=gram.mean(1),
-        mean_squared_norm=gram.mean(),
-        unit_squared_norm=(gram / norms / norms[:, None]).sum(),
-    )
-    return dispersion_from_sums(losses, sums, num_examples=num_examples)
+    return dispersion_from_sums(losses, _sums(gram), num_examples=num_examples)
+
+
+def worker_sums(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> WorkerSums:
+    """Return the sums of gradients that are all at hand.
+
+    Args:
+        gradients: As for `worker_dispersion`.
+
+    Returns:
+        The sums over all parameters, on the gradients' device.
+    """
+    return _sums(_gram(gradients))
 
 
 def dispersion_from_sums(
     losses: Tensor, sums: WorkerSums, *, num_examples: int = 1
 ) -> WorkerDispersion:
     """Return the metrics of `worker_dispersion` from sums that a few floats per worker hold.
-
-    mean pairwise cosine = (||sum_i g_i/||g_i|| ||^2 - N) / (N (N - 1)).
 
     Args:
         losses: Each worker's own mean loss, float64. Shape ``[N]``.
@@ -129,18 +133,15 @@ def dispersion_from_sums(
     Returns:
         The metrics, on the device of ``losses``.
     """
-    num_workers = len(losses)
     norms = sums.squared_norms.sqrt()
     norm_std = norms.std(correction=0)
     cosine_to_mean = (sums.mean_products / norms / sums.mean_squared_norm.sqrt()).clamp(-1, 1)
-    # One worker has no pair: 0 / 0 is NaN, as it should be.
-    pairwise_cosine = (sums.unit_squared_norm - num_workers) / (num_workers * (num_workers - 1.0))
     return WorkerDispersion(
         loss_std=losses.std(correction=0),
         loss_range=losses.max() - losses.min(),
         grad_norm_std=norm_std,
         grad_norm_cv=norm_std / norms.mean(),
-        pairwise_cosine=pairwise_cosine.clamp(-1, 1),
+        pairwise_cosine=_pairwise_cosine(sums),
         cosine_to_mean=cosine_to_mean,
         noise_scale=_noise_scale(sums, num_examples),
         outlier=_outlier(losses, norms, cosine_to_mean),
@@ -188,6 +189,28 @@ def _chunks(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Iterator[Tens
                 "gradient zeros."
             )
         yield torch.stack([gradient[name].flatten() for gradient in gradients])
+
+
+def _sums(gram: Tensor) -> WorkerSums:
+    norms = gram.diagonal().sqrt()
+    return WorkerSums(
+        squared_norms=gram.diagonal(),
+        mean_products=gram.mean(1),
+        mean_squared_norm=gram.mean(),
+        unit_squared_norm=(gram / norms / norms[:, None]).sum(),
+    )
+
+
+def _pairwise_cosine(sums: WorkerSums) -> Tensor:
+    """Return (||sum_i g_i/||g_i|| ||^2 - N) / (N (N - 1))."""
+    num_workers = len(sums.squared_norms)
+    if num_workers == 1:  # no pair; 0 / 0 would hang on the rounding of the numerator
+        return torch.full_like(sums.unit_squared_norm, torch.nan)
+    if num_workers == 2:  # <g_1, g_2> = 2 <g_1, g> - ||g_1||^2
+        products = 2 * sums.mean_products - sums.squared_norms
+        return (products.mean() / sums.squared_norms.prod().sqrt()).clamp(-1, 1)
+    pairs = num_workers * (num_workers - 1.0)
+    return ((sums.unit_squared_norm - num_workers) / pairs).clamp(-1, 1)
 
 
 def _noise_scale(sums: WorkerSums, num_examples: int) -> Tensor:

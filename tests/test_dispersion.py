@@ -107,13 +107,14 @@ def test_losses_may_be_plain_numbers_or_carry_a_graph():
     assert not with_graph.loss_std.requires_grad
 
 
-def test_one_worker_has_no_dispersion_and_no_pairwise_cosine():
-    result = worker_dispersion([2.0], torch.tensor([[3.0, 4.0]]))
+@pytest.mark.parametrize("gradient", [[3.0, 4.0], [0.1, 0.7], [1e-20, 3e-20]], ids=str)
+def test_one_worker_has_no_dispersion_and_no_pairwise_cosine(gradient):
+    result = worker_dispersion([2.0], torch.tensor([gradient]))
 
     assert (result.loss_std, result.loss_range, result.grad_norm_std, result.grad_norm_cv) == (
         (0.0,) * 4
     )
-    assert result.cosine_to_mean.tolist() == [1.0]
+    torch.testing.assert_close(result.cosine_to_mean.item(), 1.0)
     assert result.pairwise_cosine.isnan()
     assert result.noise_scale.isnan()
     assert result.outlier is None

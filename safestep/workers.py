@@ -1,0 +1,233 @@
+"""L3: measure how far the workers of data-parallel training disagree, step by step."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+
+from safestep.dispersion import WorkerDispersion, WorkerSums, dispersion_from_sums
+from safestep.distributed import rank
+from safestep.micro_batches import MicroBatches
+from safestep.replicas import Replicas
+from safestep.runlog import RunLog
+from safestep.watch import WorkerEvent, WorkerWatch
+
+_logger = logging.getLogger("safestep")
+
+# A loss scale of 2^16 can halve 16 times before it is 1: overflow up to there is its search.
+_SCALER_PATIENCE = 20
+
+
+class Scaler(Protocol):
+    """What is used of ``torch.amp.GradScaler``."""
+
+    def get_scale(self) -> float:
+        """Return the factor on the loss, 1 when disabled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One step's numbers, the same on every rank. Per-worker values are in rank order.
+
+    ``loss``, ``grad_norm`` and ``cosine_to_mean`` are per worker; the other numbers, and
+    ``outlier``, are those of `WorkerDispersion`. ``events`` is what the watch newly found.
+    """
+
+    step: int
+    loss: tuple[float, ...]
+    grad_norm: tuple[float, ...]
+    cosine_to_mean: tuple[float, ...]
+    loss_std: float
+    loss_range: float
+    grad_norm_std: float
+    grad_norm_cv: float
+    pairwise_cosine: float
+    noise_scale: float
+    outlier: int | None
+    events: tuple[WorkerEvent, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers as the "workers" record of a run log."""
+        record = asdict(self)
+        del record["events"]
+        return record
+
+
+class WorkerMetrics:
+    """Each worker's loss and gradient before they are averaged, and who is off.
+
+    Workers are the ranks of a `DistributedDataParallel` model, or the micro-batches of gradient
+    accumulation in a single process. Call `record` right after each backward, before gradients
+    are clipped or unscaled. Training is left bitwise as it is.
+
+    Under DDP every rank has to record, as every rank has to run backward; so not inside
+    ``ddp.join()``. Gradients must be zeroed after each reduction: a second reduction on top of the
+    first mixes the mean into the workers' own gradients.
+
+    Args:
+        model: A DDP model, compiled or not, or any other module for micro-batches.
+        every: Measure every so many optimizer steps.
+        pairwise_every: Of the measured steps, measure the pairwise cosine at every so many; it
+            takes an all-reduce of the size of the gradients. Two workers and micro-batches need
+            none and always have it. Else it is NaN.
+        micro_batches: Without DDP, the number of backwards in a step.
+        num_examples: Examples in a worker's batch, the unit of the noise scale.
+        scaler: The loss scaler, if the loss is scaled.
+        run_dir: Directory of ``run.jsonl``, written by rank 0.
+
+    Raises:
+        ValueError: If an interval is not positive, or the model is sharded.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> metrics = WorkerMetrics(model, micro_batches=4)
+        >>> for batch in torch.randn(4, 8, 3):
+        ...     loss = model(batch).square().mean()
+        ...     (loss / 4).backward()
+        ...     report = metrics.record(loss)
+        >>> len(report.grad_norm)
+        4
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        *,
+        every: int = 1,
+        pairwise_every: int = 10,
+        micro_batches: int = 1,
+        num_examples: int = 1,
+        scaler: Scaler | None = None,
+        run_dir: str | Path | None = None,
+    ) -> None:
+        settings = {"every": every, "pairwise_every": pairwise_every, "num_examples": num_examples}
+        for name, value in {**settings, "micro_batches": micro_batches}.items():
+            if value < 1:
+                raise ValueError(
+                    f"WorkerMetrics: expected `{name}` of at least 1, got {value}. Give a count."
+                )
+        self.step = 0
+        self.last: WorkerReport | None = None
+        self._every, self._pairwise_every, self._num_examples = every, pairwise_every, num_examples
+        self._scaler = scaler
+        self._workers = _workers_of(model, micro_batches)
+        # A micro-batch's place in the step says nothing over time: only ranks are watched.
+        self._watch = (
+            WorkerWatch(
+                self._workers.num_workers,
+                non_finite_patience=0 if scaler is None else _SCALER_PATIENCE,
+            )
+            if isinstance(self._workers, Replicas)
+            else None
+        )
+        self._log: RunLog | None = None
+        self._is_first_rank = rank() == 0
+        if run_dir is not None and self._is_first_rank:
+            self._log = RunLog(run_dir, settings, self._workers.num_workers)
+
+    def record(self, loss: Tensor, *, is_last: bool | None = None) -> WorkerReport | None:
+        """Take one backward's loss and gradient; at the end of a measured step, report.
+
+        Args:
+            loss: The mean loss of this worker's (micro-)batch: un-scaled and not divided by the
+                number of micro-batches. Shape ``[]``.
+            is_last: Whether this backward ended the step. By default it is one that DDP reduced,
+                or the last of ``micro_batches``.
+
+        Returns:
+            The step's report, on every rank; None within a step and on steps that are not
+            measured.
+        """
+        is_measured = self.step % self._every == 0
+        self._workers.add(loss, is_measured=is_measured)
+        if not self._workers.is_complete(is_last):
+            return None
+        report = self._report() if is_measured else None
+        self._workers.clear()
+        self.step += 1
+        self._workers.set_measuring(self.step % self._every == 0)
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step count and the watch's evidence."""
+        return {"step": self.step, "watch": self._watch.state_dict() if self._watch else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`.
+
+        Args:
+            state: From metrics over as many workers.
+        """
+        self.step = state["step"]
+        self._workers.set_measuring(self.step % self._every == 0)
+        if self._watch and state["watch"]:
+            self._watch.load_state_dict(state["watch"])
+
+    def detach(self) -> None:
+        """Remove every hook from the model and close the log."""
+        self._workers.detach()
+        if self._log:
+            self._log.close()
+
+    def _report(self) -> WorkerReport:
+        with_pairs = self.step // self._every % self._pairwise_every == 0
+        scale = self._scaler.get_scale() if self._scaler else 1.0
+        losses, sums = self._workers.finish(scale, with_pairs=with_pairs)
+        dispersion = dispersion_from_sums(losses, sums, num_examples=self._num_examples)
+        self.last = report = self._to_report(losses, sums, dispersion)
+        if self._is_first_rank:
+            self._tell(report)
+        return report
+
+    def _tell(self, report: WorkerReport) -> None:
+        if self._log:
+            self._log.write("workers", report.record())
+        for event in report.events:
+            _logger.warning("step %d: %s", event.step, event.message)
+            if self._log:
+                self._log.write("event", {"name": "worker", **asdict(event)})
+
+    def _to_report(
+        self, losses: Tensor, sums: WorkerSums, dispersion: WorkerDispersion
+    ) -> WorkerReport:
+        loss, norm = losses.tolist(), sums.squared_norms.sqrt().tolist()
+        cosine = dispersion.cosine_to_mean.tolist()
+        events = self._watch.update(self.step, loss, norm, cosine) if self._watch else ()
+        return WorkerReport(
+            step=self.step,
+            loss=tuple(loss),
+            grad_norm=tuple(norm),
+            cosine_to_mean=tuple(cosine),
+            loss_std=dispersion.loss_std.item(),
+            loss_range=dispersion.loss_range.item(),
+            grad_norm_std=dispersion.grad_norm_std.item(),
+            grad_norm_cv=dispersion.grad_norm_cv.item(),
+            pairwise_cosine=dispersion.pairwise_cosine.item(),
+            noise_scale=dispersion.noise_scale.item(),
+            outlier=dispersion.outlier,
+            events=tuple(events),
+        )
+
+
+def _workers_of(model: Module, micro_batches: int) -> Replicas | MicroBatches:
+    """Return the workers that this model's training has.
+
+    Raises:
+        ValueError: If the model is sharded.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps
+    if isinstance(model, DistributedDataParallel):
+        return Replicas(model)
+    # Importing DTensor to ask for it takes over a second.
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise ValueError(
+            "WorkerMetrics: expected `model` to be replicated on every worker, got sharded "
+            "parameters. A worker's own gradient never exists there; use DistributedDataParallel."
+        )
+    return MicroBatches(model, micro_batches)
