@@ -142,6 +142,7 @@ class Recorder:
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
         self._opened: Call | None = None
         self._is_told = False
+        self._step_start: tuple[int, ...] | None = None
         self._generators: tuple[torch.Generator, ...] | None = None
         self._class_axes: dict[str, int] = {}
         target = without_data_parallel(model)
@@ -169,10 +170,19 @@ class Recorder:
         self._queue(call)
         return call
 
+    def begin_step(self) -> None:
+        """Until `take`, record calls only while the parameters are where they are now.
+
+        An optimizer like LBFGS evaluates its closure again at other parameters; what the gradient
+        shows there (rows that are fitted, rows that count) is not so at the start of the step.
+        """
+        self._step_start = _versions(self._params())
+
     def take(self) -> list[Call]:
         """Return the queued calls and forget them."""
         calls = list(self._calls)
         self._calls.clear()
+        self._step_start = None
         return calls
 
     def detach(self) -> None:
@@ -184,6 +194,8 @@ class Recorder:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._opened = None
         if self._is_told or not torch.is_grad_enabled():
+            return
+        if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         if self._calls and all(param.grad is None for param in self._params()):
             # Gradients were cleared without a step (GradScaler found inf): those calls are void.
