@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from safestep.capture import LogitsFn
 from safestep.controller import (
@@ -194,11 +194,13 @@ class SafeStep:
             "optimizer. Save guard.state_dict() and attach a new SafeStep."
         )
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.enabled:
             return
         begin = perf_counter()
         self._snapshot.take()
+        if any(map(callable, (*args, *kwargs.values()))):  # a closure: forward calls in the step
+            self._recorder.begin_step()
         self._seconds = perf_counter() - begin
 
     @torch.no_grad()
@@ -216,11 +218,18 @@ class SafeStep:
         if report.status == "skipped":
             self._snapshot.restore()
         elif report.scale != 1.0:
-            torch._foreach_copy_(params, start)
-            torch._foreach_add_(params, update, alpha=report.scale)
+            self._rescale(update, report.scale)
         self._snapshot.release()
         self.last = replace(report, seconds=perf_counter() - begin)
         self._publish(self.last)
+
+    def _rescale(self, update: list[Tensor], scale: float) -> None:
+        torch._foreach_copy_(self._snapshot.params, self._snapshot.start)
+        torch._foreach_add_(self._snapshot.params, update, alpha=scale)
+        if isinstance(self.optimizer, LBFGS):
+            # It would pair the move it believes in with the next gradient: its steps then grow
+            # without end (measured: r to 1e19 within 60 steps).
+            self.optimizer.state.clear()
 
     def _measure(self, update: list[Tensor]) -> tuple[Measurement, str]:
         """Return this worker's measurement and how it was made."""
