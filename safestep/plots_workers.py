@@ -163,14 +163,16 @@ def _draw_lines(ax: Axes, run: Run, lines: dict[str, tuple[np.ndarray, str]], em
     lines = {name: line for name, line in lines.items() if np.isfinite(line[0]).any()}
     if not lines:
         return say(ax, empty)
-    for values, color in lines.values():
-        at = thin(values)
-        ax.plot(run.workers["step"][at], values[at], color=color, linewidth=0.7, alpha=0.45)
-        ax.plot(*_running_median(run.workers["step"], values), color=color, linewidth=1.8)
-    label_ends(ax, [
-        (last_finite(_running_median(run.workers["step"], values)[1]), name, color)
-        for name, (values, color) in lines.items()
-    ])  # fmt: skip
+    ends = []
+    for name, (values, color) in lines.items():
+        is_known = np.isfinite(values)  # some are measured at every tenth step only
+        step, known = run.workers["step"][is_known], values[is_known]
+        at = thin(known)
+        ax.plot(step[at], known[at], color=color, linewidth=0.7, alpha=0.45)
+        middle, median = _running_median(step, known)
+        ax.plot(middle, median, color=color, linewidth=1.8)
+        ends.append((median[-1], name, color))
+    label_ends(ax, ends)
     return ax
 
 

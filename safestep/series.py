@@ -179,5 +179,6 @@ def _column(run: Run, name: str) -> np.ndarray:
 
 def _least(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
     least = np.full(num_groups, np.inf)
-    np.minimum.at(least, groups, values)
+    with np.errstate(invalid="ignore"):
+        np.minimum.at(least, groups, values)
     return least

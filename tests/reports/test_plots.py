@@ -1,0 +1,268 @@
+"""Figures draw what the log holds, and say so where it holds nothing."""
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from safestep import plots, plots_ladder, plots_workers
+from safestep.plots_style import COLORS
+from safestep.run import read_run
+from safestep.runlog import RunLog
+from safestep.series import spans, step_series, thin
+
+STEP_PLOTS = [
+    plots.plot_loss,
+    plots.plot_safe_zone,
+    plots.plot_normalized_step,
+    plots.plot_learning_rate,
+    plots.plot_distribution,
+    plots.plot_prediction,
+    plots.plot_cost,
+]
+WORKER_PLOTS = [
+    plots_workers.plot_worker_heatmap,
+    plots_workers.plot_dispersion,
+    plots_workers.plot_consistency,
+    plots_workers.plot_noise_scale,
+]
+
+
+def new_axes():
+    return Figure(layout="constrained").add_subplot()
+
+
+def render(ax):
+    ax.figure.draw_without_rendering()
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts] + [ax.get_title(loc="left")]
+
+
+def lines(ax, color):
+    return [line.get_xydata() for line in ax.lines if line.get_color() == color]
+
+
+def run_of(tmp_path, *records, kind="step"):
+    with RunLog(tmp_path, {}) as log:
+        for step, record in enumerate(records):
+            log.write(kind, {"step": step, **record})
+    return read_run(tmp_path)
+
+
+@pytest.mark.parametrize("plot", STEP_PLOTS, ids=lambda plot: plot.__name__)
+def test_step_plot_of_a_spiked_run_has_named_axes(plot, spiked_run):
+    ax = plot(read_run(spiked_run), new_axes())
+
+    render(ax)
+    assert ax.get_title(loc="left")
+    assert ax.get_xlabel()
+    assert ax.get_ylabel() or plot is plots.plot_distribution  # its y axis names phases
+    assert ax.lines
+
+
+@pytest.mark.parametrize("plot", WORKER_PLOTS, ids=lambda plot: plot.__name__)
+def test_worker_plot_has_named_axes(plot, worker_run):
+    ax = plot(read_run(worker_run), new_axes())
+
+    render(ax)
+    assert ax.get_title(loc="left")
+    assert ax.get_xlabel() == "step"
+    assert ax.get_ylabel()
+
+
+@pytest.mark.parametrize("plot", STEP_PLOTS + WORKER_PLOTS, ids=lambda plot: plot.__name__)
+@pytest.mark.parametrize("records", [
+    [],
+    [{"normalized_step": 0.5, "radius": 2.0, "step_norm": 1.0, "scale": 1.0, "loss": 1.0}],
+    [{}, {}, {}],
+    [{"normalized_step": "nan", "radius": "nan", "step_norm": "nan", "scale": 0.0, "loss": "nan",
+      "status": "skipped", "learning_rate": 0.1, "effective_learning_rate": 0.0}] * 3,
+    [{"normalized_step": 0.0, "radius": "inf", "step_norm": 0.0, "scale": 1.0, "loss": 0.0,
+      "status": "ok", "learning_rate": 0.0, "effective_learning_rate": 0.0}] * 3,
+], ids=["empty", "one step", "no fields", "all skipped", "all zero"])  # fmt: skip
+def test_plot_of_a_strange_run_is_drawn(plot, records, tmp_path):
+    ax = plot(run_of(tmp_path, *records), new_axes())
+
+    render(ax)
+
+
+def test_plot_without_data_says_what_is_missing(tmp_path):
+    run = run_of(tmp_path, {"normalized_step": 0.5})
+
+    assert "the log holds no loss" in texts(plots.plot_loss(run, new_axes()))
+    assert "the log holds no noise scale" in texts(plots_workers.plot_noise_scale(run, new_axes()))
+
+
+def test_plot_without_axes_makes_a_pyplot_figure(spiked_run):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+
+    ax = plots.plot_loss(read_run(spiked_run))
+
+    assert plt.gca() is ax
+    plt.close(ax.figure)
+
+
+def test_loss_plot_draws_the_loss_and_every_intervention(spiked_run):
+    run = read_run(spiked_run)
+    series = step_series(run)
+
+    ax = plots.plot_loss(run, new_axes())
+
+    (drawn,) = lines(ax, COLORS["loss"])
+    np.testing.assert_array_equal(drawn, np.stack([run.steps["step"], run.steps["loss"]], axis=1))
+    (ticks,) = lines(ax, COLORS["intervention"])
+    assert 60 in ticks[:, 0]
+    assert len(ticks) == series.intervened.sum()
+
+
+@pytest.mark.parametrize(
+    "plot", [plots.plot_normalized_step, plots.plot_distribution, plots.plot_prediction]
+)
+def test_plot_of_r_marks_the_radius(plot, spiked_run):
+    ax = plot(read_run(spiked_run), new_axes())
+
+    marks = [line for line in ax.lines if line.get_color() == COLORS["radius"]]
+    values = [line.get_xdata() if plot != plots.plot_normalized_step else line.get_ydata()
+              for line in marks]  # fmt: skip
+    assert [list(value) for value in values] == [[1.0, 1.0]]
+    assert "r = 1" in texts(ax)
+
+
+def test_taken_steps_lie_at_the_radius_where_they_were_clipped(spiked_run):
+    series = step_series(read_run(spiked_run))
+
+    np.testing.assert_allclose(series.taken[series.clipped], 1.0, rtol=1e-4)
+    np.testing.assert_array_equal(
+        series.taken[~series.intervened], series.proposed[~series.intervened]
+    )
+
+
+def test_removed_area_is_the_share_of_the_learning_rates_sum(tmp_path):
+    run = run_of(
+        tmp_path,
+        {"learning_rate": 1.0, "effective_learning_rate": 1.0, "status": "ok"},
+        {"learning_rate": 3.0, "effective_learning_rate": 1.0, "status": "clipped"},
+    )
+
+    ax = plots.plot_learning_rate(run, new_axes())
+
+    assert plots.removed_area(step_series(run)) == 0.5
+    assert "the guard removed 50.0% of the area" in texts(ax)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rank_correlation_of_monotone_values_is_one(sign):
+    x = np.random.default_rng(0).normal(size=50)
+
+    assert plots.rank_correlation(x, sign * np.exp(x)) == sign
+
+
+def test_rank_correlation_is_that_of_the_ranks():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 200))
+    ranks = [np.argsort(np.argsort(values)) for values in (x, x + y)]
+
+    assert plots.rank_correlation(x, x + y) == pytest.approx(np.corrcoef(ranks)[0, 1])
+    assert math.isnan(plots.rank_correlation(x[:1], y[:1]))
+
+
+def test_joint_step_of_two_optimizers_adds_their_normalized_steps(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        for step in range(2):
+            for r, norm in ((0.25, 3.0), (0.5, 4.0)):
+                log.write("step", {
+                    "step": step, "normalized_step": r, "step_norm": norm, "scale": 1.0,
+                    "radius": norm / r, "status": "clipped" if r == 0.5 and step else "ok",
+                })  # fmt: skip
+
+    series = step_series(read_run(tmp_path))
+
+    assert series.step.tolist() == [0, 1]
+    assert series.proposed.tolist() == [0.75, 0.75]
+    assert series.step_norm.tolist() == [5.0, 5.0]
+    np.testing.assert_allclose(series.radius, 5.0 / 0.75)
+    assert series.clipped.tolist() == [False, True]
+
+
+def test_loss_of_steps_without_one_is_the_workers_mean(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        for step in range(3):
+            log.write("step", {"step": step, "normalized_step": 0.5})
+        log.write("workers", {"step": 1, "loss": [1.0, 3.0]})
+
+    np.testing.assert_array_equal(step_series(read_run(tmp_path)).loss, [math.nan, 2.0, math.nan])
+
+
+def test_heatmap_marks_the_worker_that_stands_out(worker_run):
+    run = read_run(worker_run)
+
+    ax = plots_workers.plot_worker_heatmap(run, new_axes(), quantity="loss")
+
+    (marks,) = lines(ax, COLORS["intervention"])
+    late = marks[marks[:, 0] >= 80]
+    assert len(late) > 10
+    assert set(late[:, 1]) == {3.0}
+
+
+def test_heatmap_of_many_steps_keeps_the_value_farthest_from_the_others(tmp_path):
+    losses = np.ones((5000, 4))
+    losses[3333, 2] = 7.0
+    run = run_of(tmp_path, *({"loss": row} for row in losses), kind="workers")
+
+    ax = plots_workers.plot_worker_heatmap(run, new_axes())
+
+    shown = ax.collections[0].get_array()
+    assert shown.shape == (4, 400)
+    assert shown.max() == 7.0
+
+
+def test_heatmap_of_an_unknown_quantity_is_an_error(worker_run):
+    with pytest.raises(ValueError, match="expected `quantity` in"):
+        plots_workers.plot_worker_heatmap(read_run(worker_run), new_axes(), quantity="speed")
+
+
+def test_ladder_draws_every_rung_relative_to_the_lowest():
+    radii = {"bound": [1.0, 2.0], "certified": [2.0, 6.0], "exact": [4.0, 8.0]}
+
+    ax = plots_ladder.plot_ladder(radii, new_axes())
+
+    drawn = {line.get_label(): line.get_xdata().tolist() for line in ax.lines}
+    assert drawn == {"bound": [1, 1], "certified": [2, 3], "exact": [4, 4]}
+    render(ax)
+
+
+@pytest.mark.parametrize("radii", [{}, {"bound": [1.0], "exact": [1.0, 2.0]}], ids=str)
+def test_ladder_of_unequal_rungs_is_an_error(radii):
+    with pytest.raises(ValueError, match="one radius a row for each rung"):
+        plots_ladder.plot_ladder(radii, new_axes())
+
+
+def test_thinning_keeps_extremes_ends_and_what_is_asked():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=100_000)
+    values[[17, 50_000]] = 50, -50
+    values[70_000:80_000] = np.nan
+    keep = np.zeros(len(values), dtype=bool)
+    keep[[71_234, 5]] = True
+
+    indices = thin(values, keep=keep, max_points=500)
+
+    assert len(indices) < 600
+    assert {0, 5, 17, 50_000, 71_234, 99_999} <= set(indices.tolist())
+    assert (np.diff(indices) > 0).all()
+
+
+def test_thinning_leaves_a_short_series_whole():
+    assert thin(np.arange(10.0)).tolist() == list(range(10))
+
+
+def test_spans_join_neighbours_within_the_gap():
+    mask = np.array([1, 0, 1, 1, 0, 0, 0, 1], dtype=bool)
+
+    assert spans(mask) == [(0, 0), (2, 3), (7, 7)]
+    assert spans(mask, max_gap=2) == [(0, 3), (7, 7)]
+    assert spans(np.zeros(3, dtype=bool)) == []
