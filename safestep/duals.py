@@ -54,9 +54,9 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_no_encoder_fast_path())
+        stack.enter_context(_without(_ENCODER_FAST_PATH))
         if any(isinstance(child, nn.LSTM) for child in module.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_without(_MKLDNN))
         if checkpoints := sys.modules.get("torch.utils.checkpoint"):
             stack.enter_context(_plain_calls(checkpoints.CheckpointFunction))
         yield
@@ -71,14 +71,24 @@ def _load_forward_ad() -> None:
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
+# How to ask for a switch, and how to set it. ``torch.backends.mkldnn.flags`` would set others too.
+_Switch = tuple[Callable[[], bool], Callable[[bool], None]]
+_ENCODER_FAST_PATH: _Switch = (
+    torch.backends.mha.get_fastpath_enabled,
+    torch.backends.mha.set_fastpath_enabled,
+)
+_MKLDNN: _Switch = (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+
+
 @contextmanager
-def _no_encoder_fast_path() -> Iterator[None]:
-    is_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _without(switch: _Switch) -> Iterator[None]:
+    get, put = switch
+    is_on = get()
+    put(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(is_enabled)
+        put(is_on)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from math import pi
 from pathlib import Path
@@ -27,7 +26,7 @@ from safestep.controller import (
     StepReport,
 )
 from safestep.distributed import agree, rank, world_size
-from safestep.estimators import jvp, moved_back
+from safestep.gauge import Gauge, Reading, Update
 from safestep.predict import Predictor
 from safestep.replay import Call, DetachableHook, Recorder
 from safestep.runlog import RunLog
@@ -54,7 +53,9 @@ class SafeStep:
         radius: "bound" is pi / spread; "certified" is larger and still proven.
         estimator: "jvp" runs the recorded forward calls again in forward-mode automatic
             differentiation: exact, at every step. "auto" does so only where the last measurements
-            cannot vouch for this step; the others are reported as "predicted".
+            cannot vouch for this step; the others are reported as "predicted". "difference" and
+            "secant" run them twice instead; "difference" also takes over from "jvp" where a model
+            has no forward-mode derivative. Their scope: ``safestep.estimators``.
         action: "clip" scales down a step with r over the limit; "set" scales every step to
             r = the limit, up or down; "monitor" only measures.
         logits: How to get from the model's output to the numbers that enter the softmax, where they
@@ -98,7 +99,7 @@ class SafeStep:
         *,
         max_normalized_step: float = 1.0,
         radius: Rung = "bound",
-        estimator: Literal["jvp", "auto"] = "jvp",
+        estimator: Literal["jvp", "auto", "secant", "difference"] = "jvp",
         action: Action = "clip",
         logits: LogitsFn | None = None,
         quantile: float | None = None,
@@ -126,6 +127,9 @@ class SafeStep:
         is_sparing = estimator == "auto" and action != "set"
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
         self._recorder = Recorder(model, self._trained, watches=is_sparing)
+        self._gauge = Gauge(
+            self._recorder.module, "jvp" if estimator == "auto" else estimator, logits
+        )
         self._handles = (
             self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
             self.optimizer.register_step_post_hook(_StepHook(self._after_step)),
@@ -240,13 +244,16 @@ class SafeStep:
             predicted = self._predict(self._predictor, norms, calls)
             if predicted is not None:
                 return predicted, "predicted"
-        row, obstacle = torch.full((3,), torch.nan, dtype=torch.float64), None
+        nothing = torch.full((3,), torch.nan, dtype=torch.float64)
+        reading, obstacle = Reading(nothing, self._gauge.estimator), None
         try:
-            row = self._row(calls, update)
+            reading = self._read(calls, update)
         except Exception as error:  # training goes on; the report and a warning say what happened
             obstacle = _one_line(error)
+        if reading.warning is not None:
+            self._warn_once(reading.warning)
         # The one host synchronization of a measured step.
-        numbers = torch.cat([row, torch.stack(norms).to(row)]).tolist()
+        numbers = torch.cat([reading.row, torch.stack(norms).to(reading.row)]).tolist()
         radius, spread, index, step_norm, gradient_norm = numbers
         finding = _finding(radius, step_norm, gradient_norm, obstacle)
         reason = self._reason(finding, obstacle, update)
@@ -254,7 +261,9 @@ class SafeStep:
             index = -1
         elif self._predictor is not None:
             self._predictor.learn(step_norm, 1.0 / radius)
-        return Measurement(finding, radius, spread, int(index), step_norm, reason), "jvp"
+        return Measurement(
+            finding, radius, spread, int(index), step_norm, reason
+        ), reading.estimator
 
     def _predict(
         self, predictor: Predictor, norms: list[Tensor], calls: Sequence[Call]
@@ -272,18 +281,14 @@ class SafeStep:
             return None
         return Measurement(Finding.MEASURED, 1.0 / r if r else torch.inf, r * pi, -1, step_norm)
 
-    def _row(self, calls: Sequence[Call], update: list[Tensor]) -> Tensor:
+    def _read(self, calls: Sequence[Call], update: list[Tensor]) -> Reading:
         if not calls:
             raise RuntimeError(
                 "no gradient came back through a forward call of `model` since the last step; pass "
                 "the module whose forward computes the logits"
             )
-        params, module = self._snapshot.params, self._recorder.module
-        with (
-            moved_back(params, self._snapshot.start),
-            closing(jvp(calls, module, params, update, self._logits)) as rows,
-        ):
-            return self._controller.measure(rows)
+        move = Update(calls, self._snapshot.params, self._snapshot.start, update)
+        return self._gauge.measure(move, self._controller.measure)
 
     def _reason(self, finding: Finding, obstacle: str | None, update: list[Tensor]) -> str | None:
         params = self._snapshot.params
@@ -306,7 +311,7 @@ class SafeStep:
             self._log.write("step", asdict(report) | self._extras)
         self._extras = {}
         if report.status == "unmeasured":
-            self._warn_once(report.reason or "")
+            self._warn_once(f"a step was not measured and left alone: {report.reason}")
         if report.status in ("clipped", "skipped"):
             self._tell(report)
         if self._controller.skips_in_a_row >= self._max_consecutive_skips:
@@ -332,11 +337,11 @@ class SafeStep:
             count,
         )  # fmt: skip
 
-    def _warn_once(self, reason: str) -> None:
-        if reason in self._warned or rank(self._group):
+    def _warn_once(self, text: str) -> None:
+        if text in self._warned or rank(self._group):
             return
-        self._warned.add(reason)
-        warnings.warn(f"SafeStep: a step was not measured and left alone: {reason}.", stacklevel=2)
+        self._warned.add(text)
+        warnings.warn(f"SafeStep: {text}.", stacklevel=2)
 
     def _trained(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
@@ -420,10 +425,10 @@ def _check_arguments(
             f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "
             "Pass the module whose forward computes the logits."
         )
-    if estimator not in ("jvp", "auto"):
+    if estimator not in ("jvp", "auto", "secant", "difference"):
         raise ValueError(
-            f"SafeStep: expected `estimator` to be 'jvp' or 'auto', got {estimator!r}. "
-            "'jvp' measures every step exactly."
+            "SafeStep: expected `estimator` to be 'jvp', 'auto', 'secant' or 'difference', got "
+            f"{estimator!r}. 'jvp' measures every step exactly."
         )
     if logits is not None and not callable(logits):
         raise TypeError(
