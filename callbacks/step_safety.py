@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from safestep.optim import SafeStep, StepReport
 
 from .run_dir import default_run_dir
+from .submodule import modules_to_watch
 from .training_step import announce_training_step, takes_iterator
 
 
@@ -22,8 +22,8 @@ class StepSafety(Callback):
     Every optimizer of the trainer gets a SafeStep. Under automatic optimization it measures by
     running ``training_step`` again, so that the logits are those the loss was computed from.
     A ``training_step`` that makes the optimizer steps itself (manual optimization) or fetches its
-    batch itself (``dataloader_iter``) cannot be run again: there, the forward calls of the smallest
-    submodule that holds all parameters of the optimizer are.
+    batch itself (``dataloader_iter``) cannot be run again: there, the forward calls of a submodule
+    are: the smallest that holds all trained parameters, or those of one optimizer.
 
     Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
     bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and
@@ -64,7 +64,7 @@ class StepSafety(Callback):
         *,
         max_normalized_step: float = 1.0,
         radius: Literal["bound", "certified"] = "bound",
-        estimator: Literal["jvp", "auto"] = "jvp",
+        estimator: Literal["jvp", "auto", "secant", "difference"] = "jvp",
         action: Literal["clip", "set", "monitor"] = "clip",
         logits: Callable[[Any], Tensor] | None = None,
         quantile: float | None = None,
@@ -93,8 +93,10 @@ class StepSafety(Callback):
         run_dir = default_run_dir(trainer) if self._run_dir is None else self._run_dir
         self._detach()
         self._is_told = pl_module.automatic_optimization and not takes_iterator(pl_module)
-        for optimizer in trainer.optimizers:
-            model = pl_module if self._is_told else smallest_submodule(pl_module, optimizer)
+        models: list[nn.Module] = [pl_module for _ in trainer.optimizers]
+        if not self._is_told:
+            models = modules_to_watch(pl_module, trainer.optimizers)
+        for optimizer, model in zip(trainer.optimizers, models, strict=True):
             guard = SafeStep(optimizer, model, run_dir=run_dir, **self._options)
             guard.enabled = False
             self.guards.append(guard)
@@ -140,9 +142,9 @@ class StepSafety(Callback):
                 reports[index] = self.last[index] = guard.last
         if reports and not trainer.barebones:
             joint = sum(report.normalized_step for report in reports.values())
-            pl_module.log_dict(self._metrics(reports))
-            pl_module.log("safestep/normalized_step", joint)
-            pl_module.log("r", joint, prog_bar=True, logger=False)
+            pl_module.log_dict(self._metrics(reports), batch_size=1)
+            pl_module.log("safestep/normalized_step", joint, batch_size=1)
+            pl_module.log("r", joint, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove every hook; the final state stays for a checkpoint."""
@@ -198,33 +200,6 @@ class StepSafety(Callback):
             if ending:
                 metrics[f"safestep/normalized_step{ending}"] = report.normalized_step
         return metrics
-
-
-def smallest_submodule(module: nn.Module, optimizer: Optimizer) -> nn.Module:
-    """Return the smallest submodule that holds all parameters of the optimizer.
-
-    Args:
-        module: Where to look.
-        optimizer: The optimizer.
-
-    Returns:
-        The submodule with the fewest parameters; the outermost of those with equally many.
-        `module` itself if none holds them all.
-
-    Example:
-        >>> import torch
-        >>> pair = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2), "two": torch.nn.Linear(2, 2)})
-        >>> optimizer = torch.optim.SGD(pair["two"].parameters(), lr=0.1)
-        >>> smallest_submodule(pair, optimizer) is pair["two"]
-        True
-    """
-    wanted = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    smallest, size = module, float("inf")
-    for child in module.modules():
-        held = {id(param) for param in child.parameters()}
-        if wanted <= held and len(held) < size:
-            smallest, size = child, len(held)
-    return smallest
 
 
 def _nothing() -> None:
