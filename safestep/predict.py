@@ -11,7 +11,7 @@ FIRST_STEPS = 16  # early in training the spread per unit of distance moves fast
 AUDIT_INTERVAL = 40  # a JVP costs about one step: 1/40 of it keeps an audit at 2.5 %
 WINDOW = 32  # steps that say what is usual
 JUMP = 1.5  # times the window's maximum: minibatch noise stays below
-MARGIN = 1.5  # growth of r per unit of distance that is always allowed for between measurements
+MARGIN = 1.75  # growth of r per unit of distance that is always allowed for between measurements
 _RECENT = 4  # exact measurements whose largest is carried forward
 
 
