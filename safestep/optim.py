@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import pi
 from pathlib import Path
 from time import perf_counter
@@ -25,14 +23,13 @@ from safestep.controller import (
     StepController,
     StepReport,
 )
-from safestep.distributed import agree, rank, world_size
+from safestep.distributed import agree
 from safestep.gauge import Gauge, Reading, Update
+from safestep.journal import Journal
+from safestep.norms import joint_norm
 from safestep.predict import Predictor
 from safestep.replay import Call, DetachableHook, Recorder
-from safestep.runlog import RunLog
 from safestep.snapshot import Snapshot
-
-_logger = logging.getLogger("safestep")
 
 
 class SafeStep:
@@ -118,11 +115,8 @@ class SafeStep:
         self._max_consecutive_skips = max_consecutive_skips
         self._snapshot = Snapshot(self.optimizer)
         self._seconds: float | None = None  # None: no step is under way
-        self._extras: dict[str, Any] = {}
-        self._interventions = 0
-        self._warned: set[str] = set()
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self._log = self._open_log(run_dir)
+        self._journal = Journal(run_dir, self._settings(), process_group)
         # "set" needs the exact r at every step, so there is nothing to predict.
         is_sparing = estimator == "auto" and action != "set"
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
@@ -141,7 +135,7 @@ class SafeStep:
         Args:
             **values: Numbers or tensors of one element, by the name they get in the log.
         """
-        self._extras.update(values)
+        self._journal.note(values)
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Tell which call the next update is computed from, just before it happens.
@@ -170,9 +164,7 @@ class SafeStep:
         for handle in self._handles:
             handle.remove()
         self._recorder.detach()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._journal.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers."""
@@ -225,7 +217,8 @@ class SafeStep:
             self._rescale(update, report.scale)
         self._snapshot.release()
         self.last = replace(report, seconds=perf_counter() - begin)
-        self._publish(self.last)
+        self._journal.publish(self.last)
+        self._give_up_if_stuck(self.last)
 
     def _rescale(self, update: list[Tensor], scale: float) -> None:
         torch._foreach_copy_(self._snapshot.params, self._snapshot.start)
@@ -239,7 +232,7 @@ class SafeStep:
         """Return this worker's measurement and how it was made."""
         calls = self._recorder.take()
         gradients = [p.grad for p in self._snapshot.params if p.grad is not None]
-        norms = [_norm(update), _norm(gradients)]
+        norms = [joint_norm(update), joint_norm(gradients)]
         if self._predictor is not None:
             predicted = self._predict(self._predictor, norms, calls)
             if predicted is not None:
@@ -251,7 +244,7 @@ class SafeStep:
         except Exception as error:  # training goes on; the report and a warning say what happened
             obstacle = _one_line(error)
         if reading.warning is not None:
-            self._warn_once(reading.warning)
+            self._journal.warn_once(reading.warning)
         # The one host synchronization of a measured step.
         numbers = torch.cat([reading.row, torch.stack(norms).to(reading.row)]).tolist()
         radius, spread, index, step_norm, gradient_norm = numbers
@@ -270,16 +263,16 @@ class SafeStep:
     ) -> Measurement | None:
         signals = [signal for call in calls for signal in call.signals]
         step_norm, gradient_norm, *sizes = torch.stack([*norms, *signals]).tolist()
-        groups = self.optimizer.param_groups
-        first = groups[0]["lr"] or 1.0
-        options = (
-            len(self._snapshot.params),
-            *(round(float(group["lr"] / first), 1) for group in groups),
-        )
-        r = predictor.predict(step_norm, [gradient_norm, *sizes], options)
+        r = predictor.predict(step_norm, [gradient_norm, *sizes], self._direction_options())
         if r is None or not calls:
             return None
         return Measurement(Finding.MEASURED, 1.0 / r if r else torch.inf, r * pi, -1, step_norm)
+
+    def _direction_options(self) -> tuple[float, ...]:
+        """Return what turns the direction of an update: which parameters move, and how far."""
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        shares = [round(rate / rates[0], 1) if rates[0] else rate for rate in rates]
+        return (len(self._snapshot.params), *shares)
 
     def _read(self, calls: Sequence[Call], update: list[Tensor]) -> Reading:
         if not calls:
@@ -302,55 +295,26 @@ class SafeStep:
 
     def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> str:
         for param, tensor in zip(self._snapshot.params, tensors, strict=True):
-            if tensor is not None and not _norm([tensor]).isfinite():
+            if tensor is not None and not joint_norm([tensor]).isfinite():
                 return self._names.get(param, "a parameter outside the model")
         return "its norm overflows"
 
-    def _publish(self, report: StepReport) -> None:
-        if self._log is not None:
-            self._log.write("step", asdict(report) | self._extras)
-        self._extras = {}
-        if report.status == "unmeasured":
-            self._warn_once(f"a step was not measured and left alone: {report.reason}")
-        if report.status in ("clipped", "skipped"):
-            self._tell(report)
-        if self._controller.skips_in_a_row >= self._max_consecutive_skips:
+    def _give_up_if_stuck(self, report: StepReport) -> None:
+        skips = self._controller.skips_in_a_row
+        if skips >= self._max_consecutive_skips:
             raise RuntimeError(
-                f"SafeStep: {self._controller.skips_in_a_row} steps in a row were not taken; the "
-                f"last because {report.reason}. Parameters and optimizer state are those of the "
-                "last step that was. Look for the cause there, lower the learning rate, or raise "
+                f"SafeStep: {skips} steps in a row were not taken; the last because "
+                f"{report.reason}. Parameters and optimizer state are those of the last step that "
+                "was. Look for the cause there, lower the learning rate, or raise "
                 "`max_consecutive_skips`."
             )
-
-    def _tell(self, report: StepReport) -> None:
-        self._interventions += 1
-        # Ten lines, then one at every power of two: a held spike must not fill the disk.
-        count = self._interventions
-        if rank(self._group) or (count > 10 and count & (count - 1)):
-            return
-        if report.status == "skipped":
-            _logger.info("step %d was not taken: %s", report.step, report.reason)
-            return
-        _logger.info(
-            "step %d: r = %.3g, radius %.3g, scaled by %.3g (row %s; intervention %d)",
-            report.step, report.normalized_step, report.radius, report.scale, report.bottleneck,
-            count,
-        )  # fmt: skip
-
-    def _warn_once(self, text: str) -> None:
-        if text in self._warned or rank(self._group):
-            return
-        self._warned.add(text)
-        warnings.warn(f"SafeStep: {text}.", stacklevel=2)
 
     def _trained(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
-    def _open_log(self, run_dir: str | Path | None) -> RunLog | None:
-        if run_dir is None or rank(self._group):
-            return None
-        settings = {
+    def _settings(self) -> dict[str, Any]:
+        return {
             "optimizer": type(self.optimizer).__name__,
             "parameters": sum(param.numel() for param in self._trained()),
             "max_normalized_step": self._controller.max_normalized_step,
@@ -359,7 +323,6 @@ class SafeStep:
             "action": self._controller.action,
             "quantile": self._controller.quantile,
         }
-        return RunLog(run_dir, settings, world_size(self._group))
 
 
 class _StepHook(DetachableHook):
@@ -391,20 +354,6 @@ def _finding(
     if obstacle is not None:
         return Finding.UNMEASURED
     return Finding.MEASURED if radius == radius else Finding.MEASUREMENT_NOT_FINITE
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the joint 2-norm in float64, reduced in float32 or wider."""
-    halves = (torch.float16, torch.bfloat16)
-    dense = [t.detach()._values() if t.is_sparse else t.detach() for t in tensors]
-    narrow = [tensor for tensor in dense if tensor.dtype in halves]
-    wide = [tensor for tensor in dense if tensor.dtype not in halves]
-    norms = [*(torch._foreach_norm(wide) if wide else ())]
-    norms += torch._foreach_norm(narrow, 2, torch.float32) if narrow else ()
-    if not norms:
-        return torch.zeros((), dtype=torch.float64)
-    device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).double())
 
 
 def _one_line(error: Exception) -> str:

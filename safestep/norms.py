@@ -1,0 +1,33 @@
+"""Layer 0: norms over many tensors at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of all tensors together, reduced in float32 or wider.
+
+    Args:
+        tensors: Tensors of any shapes and floating dtypes; of sparse ones the stored values count.
+
+    Returns:
+        A float64 scalar on the device of the first tensor, 0 if there are none. Not finite if any
+        entry is not, or if the squares overflow.
+
+    Example:
+        >>> joint_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
+        tensor(5., dtype=torch.float64)
+    """
+    dense = [t.detach()._values() if t.is_sparse else t.detach() for t in tensors]
+    narrow = [tensor for tensor in dense if tensor.dtype in _HALVES]
+    wide = [tensor for tensor in dense if tensor.dtype not in _HALVES]
+    norms = [*(torch._foreach_norm(wide) if wide else ())]
+    norms += torch._foreach_norm(narrow, 2, torch.float32) if narrow else ()
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).double())
