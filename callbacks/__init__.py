@@ -1,5 +1,6 @@
 """Lightning callbacks, installed as ``safestep.callbacks``."""
 
 from .step_safety import StepSafety
+from .worker_consistency import WorkerConsistency
 
-__all__ = ["StepSafety"]
+__all__ = ["StepSafety", "WorkerConsistency"]

@@ -156,17 +156,21 @@ class WorkerMetrics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step count and the watch's evidence."""
-        return {"step": self.step, "watch": self._watch.state_dict() if self._watch else None}
+        return {
+            "step": self.step,
+            "num_workers": self._workers.num_workers,
+            "watch": self._watch.state_dict() if self._watch else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Go on from a `state_dict`; evidence over another number of workers starts afresh.
 
         Args:
-            state: From metrics over as many workers.
+            state: What `state_dict` returned; it is not changed.
         """
         self.step = state["step"]
         self._workers.set_measuring(self.step % self._every == 0)
-        if self._watch and state["watch"]:
+        if self._watch and state["num_workers"] == self._workers.num_workers and state["watch"]:
             self._watch.load_state_dict(state["watch"])
 
     def detach(self) -> None:

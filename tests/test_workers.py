@@ -121,6 +121,7 @@ def test_a_rank_with_a_nan_loss_is_named_at_once_and_once(found):
     assert found[0]["non-finite"] == [[], ["rank 2: loss not finite since step 1"], []]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_leaves_the_other_no_longer_than_the_group_timeout(tmp_path):
     run_script("dying_rank.py", tmp_path)
 
