@@ -211,7 +211,7 @@ class StepController:
             spread=measurement.spread / step_norm if step_norm > 0 else measurement.spread,
             scale=scale,
             learning_rate=learning_rate,
-            effective_learning_rate=scale * learning_rate,
+            effective_learning_rate=scale * learning_rate if scale else 0.0,  # 0 * inf is NaN
             estimator=estimator,
             status=status,
             seconds=0.0,

@@ -93,6 +93,7 @@ def test_an_update_that_is_not_finite_is_undone(value, make_model, make_batch):
 
     assert guard.last.status == "skipped"
     assert guard.last.reason == "the update is not finite: 0.weight"
+    assert guard.last.effective_learning_rate == 0.0
     # assert_close takes one NaN for another only where told to.
     torch.testing.assert_close(numbers_of(model, optimizer), before, rtol=0, atol=0, equal_nan=True)
 
