@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 
 from safestep.capture import Logits, LogitsFn, find_logits
 from safestep.duals import differentiable_kernels, tangents_in_place
-from safestep.replay import Call, eager_module, untraced
+from safestep.replay import Call, eager_module
+from safestep.untraced import untraced
 
 # Distance of a finite difference, as a share of the parameters' norm. Measured on a Transformer, an
 # MLP with LayerNorm and a CNN with BatchNorm, with updates of 1e-4 to 1e4 times their usual size:

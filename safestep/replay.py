@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-import random
-import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from copy import copy
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from safestep.capture import GradientEvidence, named_tensors
+from safestep.untraced import RandomState
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
 MAX_RECORDED_CALLS = 1024
-_CONTAINERS = (list, dict, set, deque)
-# nn.Module's own tables (parameters, submodules, hooks), which a forward pass leaves alone.
-_MODULE_TABLES = frozenset(vars(nn.Module()))
-
-
-@dataclass(frozen=True, slots=True)
-class RandomState:
-    """State of every random generator that a forward pass may draw from."""
-
-    cpu: Tensor
-    cuda: tuple[Tensor, ...]
-    numpy: Any
-    python: Any
-    own: tuple[tuple[torch.Generator, Tensor], ...]
-
-    @classmethod
-    def capture(cls, generators: tuple[torch.Generator, ...] = ()) -> RandomState:
-        """Return the state of the global generators and of the given ones."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
-        return cls(
-            cpu=torch.get_rng_state(),
-            cuda=tuple(cuda),
-            numpy=np.random.get_state(),
-            python=random.getstate(),
-            own=tuple((generator, generator.get_state()) for generator in generators),
-        )
-
-    def restore(self) -> None:
-        """Write the state back into the generators that it came from."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-        for generator, state in self.own:
-            generator.set_state(state)
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +31,7 @@ class Call:
         random: Random state just before the call, so that dropout draws the same mask.
         autocast: ``(device type, dtype)`` of every autocast region around the call.
         versions: Version counter of each tensor argument, to notice a change in place.
+        modes: Every submodule, and whether it was in train mode.
         gradients: What the loss's gradient showed about each output tensor, by its name.
         signals: Largest output and 1-norm of the loss's gradient there, where a Recorder watches
             them: scalars on the device, which tell unusual data from usual.
@@ -81,6 +43,7 @@ class Call:
     random: RandomState
     autocast: tuple[tuple[str, torch.dtype], ...]
     versions: tuple[int, ...]
+    modes: tuple[tuple[nn.Module, bool], ...] = ()
     gradients: dict[str, GradientEvidence] = field(default_factory=dict)
     signals: list[Tensor] = field(default_factory=list)
 
@@ -90,17 +53,17 @@ class Call:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        generators: tuple[torch.Generator, ...] = (),
+        module: nn.Module | None = None,
     ) -> Call:
-        """Return the description of a call that is about to happen."""
+        """Return the description of a call that is about to happen, in which `module` runs."""
         args, kwargs = tree_map(_detached, (args, kwargs))
         return cls(
-            function, args, kwargs, RandomState.capture(generators), _autocast_regions(),
-            _versions((args, kwargs)),
+            function, args, kwargs, RandomState.capture(module), _autocast_regions(),
+            _versions((args, kwargs)), _modes(module),
         )  # fmt: skip
 
     def run(self) -> Any:
-        """Call again, with the recorded random state and inside the recorded autocast regions.
+        """Call again in the recorded surroundings: random state, autocast regions, train mode.
 
         Returns:
             What the function returns.
@@ -113,10 +76,21 @@ class Call:
                 "an input of the model was changed in place between its forward pass and the step"
             )
         self.random.restore()
-        with ExitStack() as regions:
-            for device_type, dtype in self.autocast:
+        for child, mode in self.modes:
+            if child.training is not mode:
+                child.training = mode
+        regions, recorded = ExitStack(), dict(self.autocast)
+        with regions:
+            for device_type in recorded.keys() | dict(_autocast_regions()).keys():
                 # A weight cast before the parameters moved must not be reused: no cache.
-                regions.enter_context(torch.autocast(device_type, dtype, cache_enabled=False))
+                regions.enter_context(
+                    torch.autocast(
+                        device_type,
+                        recorded.get(device_type),
+                        enabled=device_type in recorded,
+                        cache_enabled=False,
+                    )
+                )
             return self.function(*self.args, **self.kwargs)
 
 
@@ -141,11 +115,14 @@ class Recorder:
         self._watches = watches
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
         self._opened: Call | None = None
-        self._is_told = False
         self._step_start: tuple[int, ...] | None = None
-        self._generators: tuple[torch.Generator, ...] | None = None
         self._class_axes: dict[str, int] = {}
         target = without_data_parallel(model)
+        if isinstance(target, torch.jit.ScriptModule):
+            raise TypeError(
+                "SafeStep: expected a `model` that takes forward hooks, got a ScriptModule. Put it "
+                "into a module that does: torch.nn.Sequential(model)."
+            )
         self._handles = (
             target.register_forward_pre_hook(DetachableHook(self._before), with_kwargs=True),
             target.register_forward_hook(DetachableHook(self._after), with_kwargs=True),
@@ -164,9 +141,10 @@ class Recorder:
         Returns:
             The recorded call.
         """
-        self._is_told = True
-        self._opened = None  # DistributedDataParallel calls Lightning's training_step as a forward
-        call = Call.of(function, args, kwargs, self._own_generators())
+        for handle in self._handles:  # in a compiled training step they would break the graph
+            handle.remove()
+        self._opened = None
+        call = Call.of(function, args, kwargs, self.module)
         self._queue(call)
         return call
 
@@ -193,14 +171,14 @@ class Recorder:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._opened = None
-        if self._is_told or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         if self._calls and all(param.grad is None for param in self._params()):
             # Gradients were cleared without a step (GradScaler found inf): those calls are void.
             self._calls.clear()
-        self._opened = Call.of(self.module, args, kwargs, self._own_generators())
+        self._opened = Call.of(self.module, args, kwargs, self.module)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call, self._opened = self._opened, None
@@ -236,16 +214,6 @@ class Recorder:
             self._calls.clear()
         self._calls.append(call)
 
-    def _own_generators(self) -> tuple[torch.Generator, ...]:
-        if self._generators is None:
-            self._generators = tuple(
-                value
-                for module in self.module.modules()
-                for value in tree_leaves(list(vars(module).values()))
-                if isinstance(value, torch.Generator)
-            )
-        return self._generators
-
 
 class DetachableHook:
     """A hook that does nothing in a copy of the module it is on.
@@ -269,50 +237,6 @@ class DetachableHook:
         return DetachableHook, (None,)
 
 
-@contextmanager
-def untraced(module: nn.Module) -> Iterator[None]:
-    """Let `module` run inside without a trace: everything it may change is put back afterwards.
-
-    Put back are buffers (contents, bindings, version counters), attributes of every submodule
-    (tensors, lists, dicts, counters, train/eval flags) and the state of every random generator.
-    The original objects are kept out of reach and copies put in their place. Compiled code runs
-    eagerly inside.
-
-    Args:
-        module: The root of the modules that are protected.
-
-    Yields:
-        Nothing.
-    """
-    copies: dict[int, Any] = {}
-    saved = [(child, dict(vars(child)), dict(child._buffers)) for child in module.modules()]
-    generators = tuple(
-        value
-        for _, attributes, _ in saved
-        for value in tree_leaves(list(attributes.values()))
-        if isinstance(value, torch.Generator)
-    )
-    random_state = RandomState.capture(generators)
-    try:
-        for child, attributes, buffers in saved:
-            for name, value in attributes.items():
-                if name not in _MODULE_TABLES and _is_mutable(value):
-                    vars(child)[name] = _copied(value, copies)
-            for name, buffer in buffers.items():
-                child._buffers[name] = _copied(buffer, copies)
-        torch.clear_autocast_cache()
-        with _eager():
-            yield
-    finally:
-        torch.clear_autocast_cache()
-        for child, attributes, buffers in saved:
-            vars(child).clear()
-            vars(child).update(attributes)
-            child._buffers.clear()
-            child._buffers.update(buffers)
-        random_state.restore()
-
-
 def without_data_parallel(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel or DataParallel wrappers."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -329,16 +253,6 @@ def eager_module(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def _eager() -> Iterator[None]:
-    # Importing dynamo takes seconds: where nothing was compiled it is not loaded.
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
@@ -351,33 +265,13 @@ def _versions(tree: Any) -> tuple[int, ...]:
     )
 
 
+def _modes(module: nn.Module | None) -> tuple[tuple[nn.Module, bool], ...]:
+    return tuple((child, child.training) for child in module.modules()) if module else ()
+
+
 def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
     return tuple(
         (device_type, torch.get_autocast_dtype(device_type))
         for device_type in ("cpu", "cuda")
         if torch.is_autocast_enabled(device_type)
     )
-
-
-def _is_mutable(value: Any) -> bool:
-    return isinstance(value, _CONTAINERS) or (
-        isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    )
-
-
-def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    # Once each, so that what was shared stays shared.
-    if not _is_mutable(value):
-        return value
-    if id(value) not in copies:
-        if isinstance(value, Tensor):
-            copies[id(value)] = value.detach().clone()
-        elif isinstance(value, dict):
-            duplicate = copies[id(value)] = copy(value)
-            duplicate.update({key: _copied(item, copies) for key, item in value.items()})
-        else:
-            duplicate = copies[id(value)] = copy(value)
-            if not isinstance(value, set):
-                for index, item in enumerate(value):
-                    duplicate[index] = _copied(item, copies)
-    return copies[id(value)]
