@@ -20,7 +20,7 @@ from .plots_style import (
     use_log_scale,
 )
 from .run import Run
-from .series import StepSeries, step_series, thin
+from .series import StepSeries, removed_area, step_series, thin
 
 PHASES = ("early", "middle", "late")
 
@@ -249,22 +249,6 @@ def plot_cost(run: Run, ax: Axes | None = None) -> Axes:
     ax.axhline(median, color=INK, linewidth=1, linestyle=":")
     label_ends(ax, [(median, f"median\n{median:.3g} ms", INK)])
     return ax
-
-
-def removed_area(series: StepSeries) -> float:
-    """Return the share of the learning-rate area that the guard removed, NaN if unknown.
-
-    Args:
-        series: The steps.
-
-    Returns:
-        1 - sum of effective learning rates / sum of learning rates.
-    """
-    known = np.isfinite(series.learning_rate) & np.isfinite(series.effective_learning_rate)
-    total = series.learning_rate[known].sum()
-    if not total > 0:
-        return float("nan")
-    return float(1 - series.effective_learning_rate[known].sum() / total)
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from .plots_style import (
     use_log_scale,
 )
 from .run import Run
-from .series import thin
+from .series import scalar, thin
 
 HEATMAP_QUANTITIES = {
     "loss": "loss (nats)",
@@ -149,14 +149,6 @@ def plot_noise_scale(run: Run, ax: Axes | None = None) -> Axes:
     ax.set_xlim(run.workers["step"][0], run.workers["step"][-1] + 1)
     label_ends(ax, [(last_finite(median), "median", color)])
     return ax
-
-
-def scalar(run: Run, name: str) -> np.ndarray:
-    """Return a scalar column of the worker records, NaN where the log has none. Shape ``[T]``."""
-    column = run.workers.get(name)
-    if column is None or column.dtype == object or column.ndim != 1:
-        return np.full(len(run.workers["step"]), np.nan)
-    return column
 
 
 def _draw_lines(ax: Axes, run: Run, lines: dict[str, tuple[np.ndarray, str]], empty: str) -> Axes:

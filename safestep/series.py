@@ -78,7 +78,7 @@ def step_series(run: Run) -> StepSeries:
         scale=_least(scale, groups, len(steps)),
         learning_rate=_column(run, "learning_rate")[first],
         effective_learning_rate=_column(run, "effective_learning_rate")[first],
-        loss=np.where(np.isnan(loss), worker_mean_loss(run, steps), loss),
+        loss=np.where(np.isnan(loss), worker_mean(run, "loss", steps), loss),
         seconds=np.bincount(groups, _column(run, "seconds"), len(steps)),
         clipped=np.bincount(groups, status == "clipped", len(steps)) > 0,
         skipped=np.bincount(groups, skipped_record, len(steps)) > 0,
@@ -86,24 +86,57 @@ def step_series(run: Run) -> StepSeries:
     )
 
 
-def worker_mean_loss(run: Run, steps: np.ndarray) -> np.ndarray:
-    """Return the workers' mean loss at the given steps, NaN where there is none.
+def scalar(run: Run, name: str) -> np.ndarray:
+    """Return a scalar column of the worker records, NaN where the log has none.
 
     Args:
         run: The run.
-        steps: Step numbers. Shape ``[T]``.
+        name: The column.
 
     Returns:
-        Mean losses. Shape ``[T]``.
+        The values. Shape ``[T]``.
     """
-    mean_loss = np.full(len(steps), np.nan)
-    losses = run.workers.get("loss")
-    if losses is None or losses.ndim != 2 or not len(steps):
-        return mean_loss
+    column = run.workers.get(name)
+    if column is None or column.dtype == object or column.ndim != 1:
+        return np.full(len(run.workers["step"]), np.nan)
+    return column
+
+
+def worker_mean(run: Run, name: str, steps: np.ndarray) -> np.ndarray:
+    """Return the mean over the workers of a quantity at the given steps, NaN where there is none.
+
+    Args:
+        run: The run.
+        name: A per-worker column, "loss" or "grad_norm".
+        steps: Rising step numbers. Shape ``[T]``.
+
+    Returns:
+        The means. Shape ``[T]``.
+    """
+    mean = np.full(len(steps), np.nan)
+    values = run.workers.get(name)
+    if values is None or values.ndim != 2 or not len(steps):
+        return mean
     position = np.searchsorted(steps, run.workers["step"]).clip(max=len(steps) - 1)
     is_there = steps[position] == run.workers["step"]
-    mean_loss[position[is_there]] = losses[is_there].mean(axis=1)
-    return mean_loss
+    mean[position[is_there]] = values[is_there].mean(axis=1)
+    return mean
+
+
+def removed_area(series: StepSeries) -> float:
+    """Return the share of the learning-rate area that the guard removed, NaN if unknown.
+
+    Args:
+        series: The steps.
+
+    Returns:
+        1 - sum of effective learning rates / sum of learning rates.
+    """
+    known = np.isfinite(series.learning_rate) & np.isfinite(series.effective_learning_rate)
+    total = series.learning_rate[known].sum()
+    if not total > 0:
+        return float("nan")
+    return float(1 - series.effective_learning_rate[known].sum() / total)
 
 
 def thin(*values: np.ndarray, keep: np.ndarray | None = None, max_points: int = 1500) -> np.ndarray:

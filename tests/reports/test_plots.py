@@ -10,7 +10,7 @@ from safestep import plots, plots_ladder, plots_workers
 from safestep.plots_style import COLORS
 from safestep.run import read_run
 from safestep.runlog import RunLog
-from safestep.series import spans, step_series, thin
+from safestep.series import removed_area, spans, step_series, thin
 
 STEP_PLOTS = [
     plots.plot_loss,
@@ -150,7 +150,7 @@ def test_removed_area_is_the_share_of_the_learning_rates_sum(tmp_path):
 
     ax = plots.plot_learning_rate(run, new_axes())
 
-    assert plots.removed_area(step_series(run)) == 0.5
+    assert removed_area(step_series(run)) == 0.5
     assert "the guard removed 50.0% of the area" in texts(ax)
 
 

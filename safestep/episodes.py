@@ -1,0 +1,195 @@
+"""Layer 3: the stretches of a run where the guard stepped in or r was over the limit, in words."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .regimes import AFTERMATH, MIN_WIDTH, TOLERANCE, aftermath, lost_is_infinite, upper_band
+from .run import Run
+from .series import StepSeries, spans, step_series
+from .wording import count, number, sentence, steps_between
+
+_JOINED_GAP = 10  # touched steps so near each other are one story
+_LOOKBACK = 20  # steps before an episode that say what was usual
+_SETTLED = 10  # steps in a row under the band's edge, after which the loss is back
+_MIN_RATE_JUMP = 1.5  # a learning rate so many times the usual one is named as the cause
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What episodes are judged by.
+
+    Attributes:
+        series: The steps.
+        limit: Largest r that the guard let through.
+        loss: The loss, infinite where it was lost. Shape ``[T]``.
+        after: Median loss of the steps right after each step. Shape ``[T]``.
+        edges: Upper edge of the loss band. Shape ``[T]``.
+        reasons: Why a step was not taken, None where it was. Shape ``[T]``.
+    """
+
+    series: StepSeries
+    limit: float
+    loss: np.ndarray
+    after: np.ndarray
+    edges: np.ndarray
+    reasons: dict[int, str]
+
+    @property
+    def is_over_band(self) -> np.ndarray:
+        """Whether the loss that followed was over its band. Shape ``[T]``."""
+        return self.after > self.edges
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """Neighbouring steps that were touched or over the limit, from index first to index last."""
+
+    first: int
+    last: int
+    peak: float
+
+
+def gather(run: Run) -> Evidence:
+    """Return what a run's episodes are judged by.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The evidence.
+    """
+    series = step_series(run)
+    limit = run.settings.get("max_normalized_step")
+    loss = lost_is_infinite(series.loss)
+    status, reasons = run.steps.get("status"), run.steps.get("reason")
+    skipped = np.flatnonzero(status == "skipped") if status is not None else []
+    return Evidence(
+        series=series,
+        limit=float(limit) if isinstance(limit, (int, float)) and limit > 0 else 1.0,
+        loss=loss,
+        after=aftermath(loss, np.arange(len(loss))),
+        edges=upper_band(loss, MIN_WIDTH),
+        reasons={} if reasons is None else {
+            int(run.steps["step"][at]): str(reasons[at] or "unknown") for at in skipped
+        },
+    )  # fmt: skip
+
+
+def find_episodes(evidence: Evidence) -> list[Episode]:
+    """Return the stretches of steps that were touched or over the limit, in order.
+
+    Args:
+        evidence: The run's evidence.
+
+    Returns:
+        The stretches; steps at most ten apart are in one.
+    """
+    series = evidence.series
+    is_over = series.intervened | (series.proposed > evidence.limit * (1 + TOLERANCE))
+    episodes = []
+    for first, last in spans(is_over, _JOINED_GAP):
+        inside = series.proposed[first : last + 1]
+        known = inside[~np.isnan(inside)]
+        episodes.append(Episode(first, last, float(known.max()) if len(known) else np.inf))
+    return episodes
+
+
+def tell_healthy(evidence: Evidence, first: int, last: int) -> str:
+    """Return a stretch inside the limit in a sentence; it is healthy if its loss held as well.
+
+    Args:
+        evidence: The run's evidence.
+        first: First index.
+        last: Last index.
+
+    Returns:
+        The sentence.
+    """
+    r = evidence.series.proposed[first : last + 1]
+    where = _where(evidence, first, last)
+    if not np.isfinite(r).any():
+        return sentence(f"{where} not measured")
+    peak = number(float(np.nanmax(r)))
+    is_followed = last + 1 < len(evidence.loss)  # what follows the last steps is the next episode
+    over = np.flatnonzero(evidence.is_over_band[first : last + 1 - AFTERMATH * is_followed])
+    if not len(over):
+        return sentence(f"{where} healthy (r <= {peak})")
+    from_step = evidence.series.step[first + over[0]]
+    return sentence(
+        f"{where} within the radius (r <= {peak}), but the loss was over its band after "
+        f"{count(len(over), 'step')}, first at step {from_step}"
+    )
+
+
+def tell(evidence: Evidence, episode: Episode) -> str:
+    """Return an episode in a sentence: what, where, why, how far, and what the loss did.
+
+    Args:
+        evidence: The run's evidence.
+        episode: The episode.
+
+    Returns:
+        The sentence.
+    """
+    series, inside = evidence.series, slice(episode.first, episode.last + 1)
+    clipped, skipped = series.clipped[inside], series.skipped[inside]
+    touched = int((clipped | skipped).sum())
+    what = count(touched, "intervention") if touched else "let through"
+    facts = [_rate_jump(evidence, episode), _peak(evidence, episode)]
+    if clipped.any():
+        least = float(series.scale[inside][clipped].min())
+        facts.append(f"scaled by {number(least)}{' or more' if clipped.sum() > 1 else ''}")
+    if skipped.any():
+        facts.append(_not_taken(evidence, series.step[inside][skipped]))
+    story = ", ".join(fact for fact in facts if fact)
+    where = _where(evidence, episode.first, episode.last)
+    return sentence(f"{what} at {where}: {story}; {_loss_effect(evidence, episode)}")
+
+
+def _where(evidence: Evidence, first: int, last: int) -> str:
+    return steps_between(*(int(evidence.series.step[at]) for at in (first, last)))
+
+
+def _peak(evidence: Evidence, episode: Episode) -> str:
+    if not np.isfinite(evidence.series.proposed[episode.first : episode.last + 1]).any():
+        return ""
+    return f"r {'=' if episode.first == episode.last else '<='} {number(episode.peak)}"
+
+
+def _rate_jump(evidence: Evidence, episode: Episode) -> str:
+    """Return by how much the learning rate jumped, if it did: the usual cause."""
+    rates = evidence.series.learning_rate
+    usual = rates[max(0, episode.first - _LOOKBACK) : episode.first]
+    if not np.isfinite(usual).any() or not np.nanmedian(usual) > 0:
+        return ""
+    highest = rates[episode.first : episode.last + 1]
+    if not np.isfinite(highest).any():
+        return ""
+    jump = float(np.nanmax(highest) / np.nanmedian(usual))
+    return f"learning rate x{number(jump)}" if jump >= _MIN_RATE_JUMP else ""
+
+
+def _not_taken(evidence: Evidence, steps: np.ndarray) -> str:
+    reason = evidence.reasons.get(int(steps[0]), "unknown")
+    what = "not taken" if len(steps) == 1 else f"{count(len(steps), 'step')} not taken"
+    return f"{what} ({reason})"
+
+
+def _loss_effect(evidence: Evidence, episode: Episode) -> str:
+    if np.isnan(evidence.loss).all():
+        return "the log holds no loss"
+    during = evidence.after[episode.first : episode.last + 1]
+    if np.isnan(during).all():
+        return "the log ends there"
+    edge = evidence.edges[episode.first]
+    if np.isinf(edge):
+        return "too early to judge the loss"
+    if np.nanmax(during) <= edge:
+        return "loss unaffected"
+    before = evidence.loss[max(0, episode.first - _LOOKBACK) : episode.first + 1]
+    worst = episode.first + int(np.nanargmax(during))
+    levels = number(float(np.nanmedian(before))), number(float(evidence.after[worst]))
+    back = [span for span in spans(evidence.after[worst:] <= edge) if span[1] - span[0] > _SETTLED]
+    end = f"was back by step {evidence.series.step[worst + back[0][0]]}" if back else "stayed up"
+    return f"loss rose from {levels[0]} to {levels[1]} and {end}"
