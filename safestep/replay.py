@@ -91,7 +91,9 @@ class Call:
                         cache_enabled=False,
                     )
                 )
-            return self.function(*self.args, **self.kwargs)
+            # New containers each time: some training steps pop the labels from their batch.
+            args, kwargs = tree_map(_detached, (self.args, self.kwargs))
+            return self.function(*args, **kwargs)
 
 
 class Recorder:
