@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from math import pi
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -15,20 +14,13 @@ from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 
 from safestep.capture import LogitsFn
-from safestep.controller import (
-    Action,
-    Finding,
-    Measurement,
-    Rung,
-    StepController,
-    StepReport,
-)
+from safestep.controller import Action, Rung, StepController, StepReport
 from safestep.distributed import agree
-from safestep.gauge import Gauge, Reading, Update
+from safestep.gauge import Update
 from safestep.journal import Journal
-from safestep.norms import joint_norm
+from safestep.meter import Meter
 from safestep.predict import Predictor
-from safestep.replay import Call, DetachableHook, Recorder
+from safestep.replay import DetachableHook, Recorder
 from safestep.snapshot import Snapshot
 
 
@@ -110,20 +102,20 @@ class SafeStep:
         self.enabled = True
         self._controller = StepController(max_normalized_step, radius, action, quantile)
         self._estimator = estimator
-        self._logits = logits
         self._group = process_group
         self._max_consecutive_skips = max_consecutive_skips
         self._snapshot = Snapshot(self.optimizer)
         self._seconds: float | None = None  # None: no step is under way
-        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._journal = Journal(run_dir, self._settings(), process_group)
         # "set" needs the exact r at every step, so there is nothing to predict.
         is_sparing = estimator == "auto" and action != "set"
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
         self._recorder = Recorder(model, self._trained, watches=is_sparing)
-        self._gauge = Gauge(
-            self._recorder.module, "jvp" if estimator == "auto" else estimator, logits
-        )
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        self._meter = Meter(
+            self._recorder.module, names, self._controller,
+            "jvp" if estimator == "auto" else estimator, self._predictor, logits,
+        )  # fmt: skip
         self._handles = (
             self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
             self.optimizer.register_step_post_hook(_StepHook(self._after_step)),
@@ -168,7 +160,10 @@ class SafeStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers."""
-        return self._controller.state_dict()
+        state = self._controller.state_dict()
+        if self._predictor is not None:
+            state["predictor"] = self._predictor.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned.
@@ -177,6 +172,8 @@ class SafeStep:
             state: The state; it is not changed.
         """
         self._controller.load_state_dict(state)
+        if self._predictor is not None and "predictor" in state:
+            self._predictor.load_state_dict(state["predictor"])
 
     def __enter__(self) -> SafeStep:
         return self
@@ -207,10 +204,13 @@ class SafeStep:
         self._seconds = None
         params, start = self._snapshot.params, self._snapshot.start
         update = list(torch._foreach_sub(params, start)) if params else []
-        mine, estimator = self._measure(update)
-        measurement = agree(mine, self._group)
+        move = Update(self._recorder.take(), params, start, update)
+        measurement, reading = self._meter.measure(move, self._direction_options())
+        if reading.warning is not None:
+            self._journal.warn_once(reading.warning)
+        measurement = agree(measurement, self._group)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        report = self._controller.decide(measurement, lr, estimator)
+        report = self._controller.decide(measurement, lr, reading.estimator)
         if report.status == "skipped":
             self._snapshot.restore()
         elif report.scale != 1.0:
@@ -228,76 +228,11 @@ class SafeStep:
             # without end (measured: r to 1e19 within 60 steps).
             self.optimizer.state.clear()
 
-    def _measure(self, update: list[Tensor]) -> tuple[Measurement, str]:
-        """Return this worker's measurement and how it was made."""
-        calls = self._recorder.take()
-        gradients = [p.grad for p in self._snapshot.params if p.grad is not None]
-        norms = [joint_norm(update), joint_norm(gradients)]
-        if self._predictor is not None:
-            predicted = self._predict(self._predictor, norms, calls)
-            if predicted is not None:
-                return predicted, "predicted"
-        nothing = torch.full((3,), torch.nan, dtype=torch.float64)
-        reading, obstacle = Reading(nothing, self._gauge.estimator), None
-        try:
-            reading = self._read(calls, update)
-        except Exception as error:  # training goes on; the report and a warning say what happened
-            obstacle = _one_line(error)
-        if reading.warning is not None:
-            self._journal.warn_once(reading.warning)
-        # The one host synchronization of a measured step.
-        numbers = torch.cat([reading.row, torch.stack(norms).to(reading.row)]).tolist()
-        radius, spread, index, step_norm, gradient_norm = numbers
-        finding = _finding(radius, step_norm, gradient_norm, obstacle)
-        reason = self._reason(finding, obstacle, update)
-        if finding is not Finding.MEASURED:
-            index = -1
-        elif self._predictor is not None:
-            self._predictor.learn(step_norm, 1.0 / radius)
-        return Measurement(
-            finding, radius, spread, int(index), step_norm, reason
-        ), reading.estimator
-
-    def _predict(
-        self, predictor: Predictor, norms: list[Tensor], calls: Sequence[Call]
-    ) -> Measurement | None:
-        signals = [signal for call in calls for signal in call.signals]
-        step_norm, gradient_norm, *sizes = torch.stack([*norms, *signals]).tolist()
-        r = predictor.predict(step_norm, [gradient_norm, *sizes], self._direction_options())
-        if r is None or not calls:
-            return None
-        return Measurement(Finding.MEASURED, 1.0 / r if r else torch.inf, r * pi, -1, step_norm)
-
     def _direction_options(self) -> tuple[float, ...]:
         """Return what turns the direction of an update: which parameters move, and how far."""
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         shares = [round(rate / rates[0], 1) if rates[0] else rate for rate in rates]
         return (len(self._snapshot.params), *shares)
-
-    def _read(self, calls: Sequence[Call], update: list[Tensor]) -> Reading:
-        if not calls:
-            raise RuntimeError(
-                "no gradient came back through a forward call of `model` since the last step; pass "
-                "the module whose forward computes the logits"
-            )
-        move = Update(calls, self._snapshot.params, self._snapshot.start, update)
-        return self._gauge.measure(move, self._controller.measure)
-
-    def _reason(self, finding: Finding, obstacle: str | None, update: list[Tensor]) -> str | None:
-        params = self._snapshot.params
-        if finding is Finding.GRADIENT_NOT_FINITE:
-            return f"{finding}: {self._first_not_finite([p.grad for p in params])}"
-        if finding is Finding.UPDATE_NOT_FINITE:
-            return f"{finding}: {self._first_not_finite(update)}"
-        if finding is Finding.MEASUREMENT_NOT_FINITE:
-            return str(finding)
-        return obstacle
-
-    def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> str:
-        for param, tensor in zip(self._snapshot.params, tensors, strict=True):
-            if tensor is not None and not joint_norm([tensor]).isfinite():
-                return self._names.get(param, "a parameter outside the model")
-        return "its norm overflows"
 
     def _give_up_if_stuck(self, report: StepReport) -> None:
         skips = self._controller.skips_in_a_row
@@ -341,24 +276,6 @@ def innermost_optimizer(optimizer: Any) -> Any:
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _finding(
-    radius: float, step_norm: float, gradient_norm: float, obstacle: str | None
-) -> Finding:
-    infinity = float("inf")
-    if not gradient_norm < infinity:
-        return Finding.GRADIENT_NOT_FINITE
-    if not step_norm < infinity:
-        return Finding.UPDATE_NOT_FINITE
-    if obstacle is not None:
-        return Finding.UNMEASURED
-    return Finding.MEASURED if radius == radius else Finding.MEASUREMENT_NOT_FINITE
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _check_arguments(

@@ -1,0 +1,129 @@
+"""Layer 2: from an update that was just made to the numbers that decide about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf, nan, pi
+
+import torch
+from torch import Tensor, nn
+
+from safestep.capture import LogitsFn
+from safestep.controller import Finding, Measurement, StepController
+from safestep.gauge import EstimatorName, Gauge, Reading, Update
+from safestep.norms import joint_norm
+from safestep.predict import Predictor
+
+
+class Meter:
+    """Measure updates on one worker: norms always, the radius exactly or by prediction.
+
+    Args:
+        module: The root module of the recorded calls.
+        names: Names of the parameters, for messages.
+        controller: Knows which radius is wanted, and up to which limit.
+        estimator: How the logit tangent is found.
+        predictor: Spares exact measurements; None measures every update.
+        logits: The user's way from an output to its logits.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Mapping[Tensor, str],
+        controller: StepController,
+        estimator: EstimatorName,
+        predictor: Predictor | None,
+        logits: LogitsFn | None,
+    ) -> None:
+        self._names = names
+        self._controller = controller
+        self._predictor = predictor
+        self._gauge = Gauge(module, estimator, logits)
+
+    def measure(self, update: Update, options: tuple[float, ...]) -> tuple[Measurement, Reading]:
+        """Return what was measured and how; an obstacle is in the measurement's reason.
+
+        Args:
+            update: The update.
+            options: What turns the direction of an update when it changes.
+
+        Returns:
+            The measurement, and the reading that it comes from.
+        """
+        gradients = [param.grad for param in update.params if param.grad is not None]
+        norms = [joint_norm(update.change), joint_norm(gradients)]
+        if self._predictor is not None:
+            predicted = self._predict(self._predictor, norms, update, options)
+            if predicted is not None:
+                return predicted, Reading(torch.empty(0), "predicted")
+        reading, obstacle = self._read(update)
+        # The one host synchronization of a measured step.
+        numbers = torch.cat([reading.row, torch.stack(norms).to(reading.row)]).tolist()
+        radius, spread, index, step_norm, gradient_norm = numbers
+        finding = _finding(radius, step_norm, gradient_norm, obstacle)
+        reason = self._reason(finding, obstacle, update)
+        if finding is not Finding.MEASURED:
+            return Measurement(finding, radius, spread, -1, step_norm, reason), reading
+        if self._predictor is not None:
+            self._predictor.learn(step_norm, 1.0 / radius)
+        return Measurement(finding, radius, spread, int(index), step_norm), reading
+
+    def _predict(
+        self,
+        predictor: Predictor,
+        norms: list[Tensor],
+        update: Update,
+        options: tuple[float, ...],
+    ) -> Measurement | None:
+        signals = [signal for call in update.calls for signal in call.signals]
+        step_norm, gradient_norm, *sizes = torch.stack([*norms, *signals]).tolist()
+        r = predictor.predict(step_norm, [gradient_norm, *sizes], options)
+        if r is None or not update.calls:
+            return None
+        return Measurement(Finding.MEASURED, 1.0 / r if r else inf, r * pi, -1, step_norm)
+
+    def _read(self, update: Update) -> tuple[Reading, str | None]:
+        nothing = Reading(torch.full((3,), nan, dtype=torch.float64), self._gauge.estimator)
+        if not update.calls:
+            return nothing, (
+                "no gradient came back through a forward call of `model` since the last step; pass "
+                "the module whose forward computes the logits"
+            )
+        try:
+            return self._gauge.measure(update, self._controller.measure), None
+        except Exception as error:  # training goes on; the report and a warning say what happened
+            return nothing, _one_line(error)
+
+    def _reason(self, finding: Finding, obstacle: str | None, update: Update) -> str | None:
+        params = update.params
+        if finding is Finding.GRADIENT_NOT_FINITE:
+            where = self._first_not_finite(params, [param.grad for param in params])
+        elif finding is Finding.UPDATE_NOT_FINITE:
+            where = self._first_not_finite(params, update.change)
+        else:
+            return str(finding) if finding is Finding.MEASUREMENT_NOT_FINITE else obstacle
+        return f"{finding}: {where}"
+
+    def _first_not_finite(self, params: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> str:
+        for param, tensor in zip(params, tensors, strict=True):
+            if tensor is not None and not joint_norm([tensor]).isfinite():
+                return self._names.get(param, "a parameter outside the model")
+        return "its norm overflows"
+
+
+def _finding(
+    radius: float, step_norm: float, gradient_norm: float, obstacle: str | None
+) -> Finding:
+    if not gradient_norm < inf:
+        return Finding.GRADIENT_NOT_FINITE
+    if not step_norm < inf:
+        return Finding.UPDATE_NOT_FINITE
+    if obstacle is not None:
+        return Finding.UNMEASURED
+    return Finding.MEASURED if radius == radius else Finding.MEASUREMENT_NOT_FINITE
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
