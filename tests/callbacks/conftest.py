@@ -21,7 +21,10 @@ def loader():
 
 @pytest.fixture
 def fit(loader, tmp_path):
-    """Return a function that trains a module from a fixed seed and returns the trainer."""
+    """Return a function that trains a module from a fixed seed and returns the trainer.
+
+    ``data=False`` takes the module's own loaders.
+    """
     from lightning.pytorch import Trainer, seed_everything
 
     quiet = {
@@ -41,7 +44,7 @@ def fit(loader, tmp_path):
             for message in _LIGHTNING_NOISE:
                 warnings.filterwarnings("ignore", message)
             trainer = Trainer(callbacks=list(callbacks), **options)
-            trainer.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
+            trainer.fit(module, loader() if data is None else data or None, ckpt_path=ckpt_path)
         return trainer
 
     return run

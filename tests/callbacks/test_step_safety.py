@@ -226,6 +226,22 @@ def test_step_safety_finds_the_logits_of_a_step_that_fetches_its_own_batches(fit
     assert (safety.last[0].step, safety.last[0].status) == (3, "ok")
 
 
+def test_step_safety_measures_a_step_that_pops_from_its_batch(fit):
+    class Popping(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return {"inputs": batch[0], "labels": [batch[1]]}
+
+        def training_step(self, batch, batch_idx):
+            classes = batch.pop("labels").pop()
+            return functional.cross_entropy(self(batch["inputs"]), classes)
+
+    safety = StepSafety(action="monitor")
+
+    fit(Popping(), safety)
+
+    assert safety.last[0].status == "ok"
+
+
 def test_step_safety_takes_its_logits_from_what_training_step_returns(fit):
     class Returning(Classifier):
         def training_step(self, batch, batch_idx):
