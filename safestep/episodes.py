@@ -11,7 +11,7 @@ from .wording import count, number, sentence, steps_between
 
 _JOINED_GAP = 10  # touched steps so near each other are one story
 _LOOKBACK = 20  # steps before an episode that say what was usual
-_SETTLED = 10  # steps in a row under the band's edge, after which the loss is back
+_LASTING = 10  # so many steps over the loss band, or under it again, are no chance
 _MIN_RATE_JUMP = 1.5  # a learning rate so many times the usual one is named as the cause
 
 
@@ -25,6 +25,8 @@ class Evidence:
         loss: The loss, infinite where it was lost. Shape ``[T]``.
         after: Median loss of the steps right after each step. Shape ``[T]``.
         edges: Upper edge of the loss band. Shape ``[T]``.
+        is_over_band: Whether the loss that followed was over the band, in stretches of more than
+            ten steps: in a long run a shorter one is chance. Shape ``[T]``.
         reasons: Why a step was not taken, None where it was. Shape ``[T]``.
     """
 
@@ -33,12 +35,8 @@ class Evidence:
     loss: np.ndarray
     after: np.ndarray
     edges: np.ndarray
+    is_over_band: np.ndarray
     reasons: dict[int, str]
-
-    @property
-    def is_over_band(self) -> np.ndarray:
-        """Whether the loss that followed was over its band. Shape ``[T]``."""
-        return self.after > self.edges
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +60,19 @@ def gather(run: Run) -> Evidence:
     series = step_series(run)
     limit = run.settings.get("max_normalized_step")
     loss = lost_is_infinite(series.loss)
+    after, edges = aftermath(loss, np.arange(len(loss))), upper_band(loss, MIN_WIDTH)
+    is_over_band = np.zeros(len(loss), dtype=bool)
+    for first, last in spans(after > edges):
+        is_over_band[first : last + 1] = last - first >= _LASTING
     status, reasons = run.steps.get("status"), run.steps.get("reason")
     skipped = np.flatnonzero(status == "skipped") if status is not None else []
     return Evidence(
         series=series,
         limit=float(limit) if isinstance(limit, (int, float)) and limit > 0 else 1.0,
         loss=loss,
-        after=aftermath(loss, np.arange(len(loss))),
-        edges=upper_band(loss, MIN_WIDTH),
+        after=after,
+        edges=edges,
+        is_over_band=is_over_band,
         reasons={} if reasons is None else {
             int(run.steps["step"][at]): str(reasons[at] or "unknown") for at in skipped
         },
@@ -190,6 +193,7 @@ def _loss_effect(evidence: Evidence, episode: Episode) -> str:
     before = evidence.loss[max(0, episode.first - _LOOKBACK) : episode.first + 1]
     worst = episode.first + int(np.nanargmax(during))
     levels = number(float(np.nanmedian(before))), number(float(evidence.after[worst]))
-    back = [span for span in spans(evidence.after[worst:] <= edge) if span[1] - span[0] > _SETTLED]
-    end = f"was back by step {evidence.series.step[worst + back[0][0]]}" if back else "stayed up"
+    is_back = spans(evidence.after[worst:] <= edge)
+    back = [first for first, last in is_back if last - first >= _LASTING]
+    end = f"was back by step {evidence.series.step[worst + back[0]]}" if back else "stayed up"
     return f"loss rose from {levels[0]} to {levels[1]} and {end}"

@@ -66,8 +66,9 @@ def lost_is_infinite(loss: np.ndarray) -> np.ndarray:
 def upper_band(values: np.ndarray, min_width: float = 0.0) -> np.ndarray:
     """Return the upper edge of the running band that values of a healthy run stay under.
 
-    edge = best running median so far + max(4 deviations, min_width), where the deviation is the
-    run's median of 1.4826 x the running median absolute deviation. Only steps before count.
+    edge = m + max(4 x 1.4826 d, min_width), where m is the least running median so far and d the
+    running median absolute deviation where it was reached: what the run does once it is lost
+    makes no band. Only steps before count.
 
     Args:
         values: One value a step, NaN where unknown. Shape ``[T]``.
@@ -81,13 +82,15 @@ def upper_band(values: np.ndarray, min_width: float = 0.0) -> np.ndarray:
     padded = np.concatenate([np.full(WINDOW, np.nan), values])
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[ends] if length else values
     is_known = np.isfinite(windows).any(axis=-1)
-    median, deviation = np.full(len(ends), np.inf), np.full(len(ends), np.nan)
+    median, deviation = np.full(len(ends), np.inf), np.zeros(len(ends))
     if is_known.any():
         known = np.where(np.isfinite(windows[is_known]), windows[is_known], np.nan)
         median[is_known] = np.nanmedian(known, axis=1)
         deviation[is_known] = np.nanmedian(abs(known - median[is_known][:, None]), axis=1)
-    width = _NUM_DEVIATIONS * _MAD_TO_STD * np.nanmedian(deviation) if is_known.any() else 0.0
-    edges = np.minimum.accumulate(median) + max(width, min_width)
+    is_best = median == np.minimum.accumulate(median)
+    best = np.maximum.accumulate(np.where(is_best, np.arange(len(ends)), 0))
+    width = _NUM_DEVIATIONS * _MAD_TO_STD * deviation[best]
+    edges = median[best] + np.maximum(width, min_width)
     return edges[np.searchsorted(ends, np.arange(length), side="right") - 1]
 
 
