@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -209,7 +210,7 @@ class SafeStep:
         if reading.warning is not None:
             self._journal.warn_once(reading.warning)
         measurement = agree(measurement, self._group)
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr, reading.estimator)
         if report.status == "skipped":
             self._snapshot.restore()
@@ -230,7 +231,7 @@ class SafeStep:
 
     def _direction_options(self) -> tuple[float, ...]:
         """Return what turns the direction of an update: which parameters move, and how far."""
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        rates = [float(group.get("lr", nan)) for group in self.optimizer.param_groups]
         shares = [round(rate / rates[0], 1) if rates[0] else rate for rate in rates]
         return (len(self._snapshot.params), *shares)
 

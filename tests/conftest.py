@@ -112,6 +112,26 @@ def make_batch():
     return make
 
 
+@pytest.fixture
+def train_step():
+    """Return a function that makes one training step, as each optimizer wants it."""
+
+    def step(optimizer, model, batch):
+        def closure():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        if isinstance(optimizer, torch.optim.LBFGS):
+            return optimizer.step(closure)
+        loss = closure()
+        optimizer.step()
+        return loss
+
+    return step
+
+
 def _dense_logit_tangent(model, tangent, *inputs):
     """Return J @ tangent in float64: J by one reverse pass for every logit."""
     model = copy.deepcopy(model).double().requires_grad_()

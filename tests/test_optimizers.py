@@ -38,16 +38,6 @@ OPTIMIZERS = {
 }
 
 
-def train_step(optimizer, model, batch):
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(model(batch[0]), batch[1])
-        loss.backward()
-        return loss
-
-    return optimizer.step(closure)
-
-
 def assert_sane(optimizer):
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     tensors += [
@@ -60,7 +50,9 @@ def assert_sane(optimizer):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_over_the_limit_lands_on_it(name, make_model, make_batch, dense_normalized_step):
+def test_a_step_over_the_limit_lands_on_it(
+    name, make_model, make_batch, dense_normalized_step, train_step
+):
     model, batch = make_model("multilayer"), make_batch("multilayer")
     optimizer = OPTIMIZERS[name](model.parameters())
     guard = SafeStep(optimizer, model)
@@ -80,7 +72,7 @@ def test_a_step_over_the_limit_lands_on_it(name, make_model, make_batch, dense_n
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_reported_r_is_that_of_the_step_the_optimizer_would_have_made(
-    name, make_model, make_batch, dense_normalized_step
+    name, make_model, make_batch, dense_normalized_step, train_step
 ):
     guarded, plain, batch = (
         make_model("multilayer"), make_model("multilayer"), make_batch("multilayer"),
@@ -99,7 +91,7 @@ def test_the_reported_r_is_that_of_the_step_the_optimizer_would_have_made(
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.startswith("lbfgs")])
 def test_a_clip_leaves_the_optimizer_state_that_the_whole_step_would_have_left(
-    name, make_model, make_batch
+    name, make_model, make_batch, train_step
 ):
     guarded, plain, batch = (
         make_model("multilayer"), make_model("multilayer"), make_batch("multilayer"),
@@ -116,7 +108,7 @@ def test_a_clip_leaves_the_optimizer_state_that_the_whole_step_would_have_left(
     )
 
 
-def test_lbfgs_goes_on_learning_after_clips(make_model, make_batch):
+def test_lbfgs_goes_on_learning_after_clips(make_model, make_batch, train_step):
     model, batch = make_model("multilayer"), make_batch("multilayer", size=64)
     optimizer = optim.LBFGS(model.parameters(), lr=1, max_iter=1)
     guard = SafeStep(optimizer, model, max_normalized_step=0.5)
@@ -129,7 +121,7 @@ def test_lbfgs_goes_on_learning_after_clips(make_model, make_batch):
     assert loss.item() < 0.4
 
 
-def test_sparse_adam_is_clipped_to_the_limit(dense_normalized_step):
+def test_sparse_adam_is_clipped_to_the_limit(dense_normalized_step, train_step):
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(0, 1), nn.Linear(4, 3))
     model[2].requires_grad_(False)
     optimizer = optim.SparseAdam(model[0].parameters(), lr=100)
@@ -200,7 +192,9 @@ def test_groups_and_frozen_parameters_are_moved_as_the_optimizer_would_but_less(
     )
 
 
-def test_a_parameter_group_added_later_is_guarded(make_model, make_batch, dense_normalized_step):
+def test_a_parameter_group_added_later_is_guarded(
+    make_model, make_batch, dense_normalized_step, train_step
+):
     model, batch = make_model("multilayer"), make_batch("multilayer")
     optimizer = optim.Adam(model[4].parameters(), lr=1e-3)
     guard = SafeStep(optimizer, model)
@@ -216,7 +210,7 @@ def test_a_parameter_group_added_later_is_guarded(make_model, make_batch, dense_
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_parameters_of_another_dtype_are_clipped_as_well_as_their_rounding_allows(
-    dtype, make_model, make_batch, dense_normalized_step
+    dtype, make_model, make_batch, dense_normalized_step, train_step
 ):
     model, (inputs, targets) = make_model("multilayer").to(dtype), make_batch("multilayer")
     optimizer = optim.SGD(model.parameters(), lr=100)

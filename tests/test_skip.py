@@ -20,16 +20,6 @@ OPTIMIZERS = {
 }
 
 
-def train_step(optimizer, model, batch):
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(model(batch[0]), batch[1])
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-
-
 def numbers_of(model, optimizer):
     # The running statistics of BatchNorm belong to the forward pass, not to the step.
     params = {name: param.detach() for name, param in model.named_parameters()}
@@ -43,7 +33,7 @@ def assert_bitwise_equal(actual, expected):
 @pytest.mark.parametrize("is_first", [True, False], ids=["first-step", "later-step"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_gradient_that_is_not_finite_is_as_if_it_never_was(
-    name, is_first, make_model, make_batch
+    name, is_first, make_model, make_batch, train_step
 ):
     model, batch = make_model("multilayer"), make_batch("multilayer")
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -64,7 +54,9 @@ def test_a_gradient_that_is_not_finite_is_as_if_it_never_was(
     assert guard.last.reason is None
 
 
-def test_training_goes_on_as_if_the_broken_batch_had_not_been_there(make_model, make_batch):
+def test_training_goes_on_as_if_the_broken_batch_had_not_been_there(
+    make_model, make_batch, train_step
+):
     guarded, plain = make_model("multilayer"), make_model("multilayer")
     optimizers = optim.AdamW(guarded.parameters()), optim.AdamW(plain.parameters())
     SafeStep(optimizers[0], guarded)
@@ -81,7 +73,7 @@ def test_training_goes_on_as_if_the_broken_batch_had_not_been_there(make_model, 
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
-def test_an_update_that_is_not_finite_is_undone(value, make_model, make_batch):
+def test_an_update_that_is_not_finite_is_undone(value, make_model, make_batch, train_step):
     model, batch = make_model("multilayer"), make_batch("multilayer")
     optimizer = optim.Adam(model.parameters(), lr=0.01)
     guard = SafeStep(optimizer, model)
@@ -98,7 +90,7 @@ def test_an_update_that_is_not_finite_is_undone(value, make_model, make_batch):
     torch.testing.assert_close(numbers_of(model, optimizer), before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_division_by_zero_in_the_optimizer_is_undone(make_model, make_batch):
+def test_a_division_by_zero_in_the_optimizer_is_undone(make_model, make_batch, train_step):
     model, (inputs, targets) = make_model("linear"), make_batch("linear")
     optimizer = optim.Adam(model.parameters(), lr=0.01, eps=0.0)
     guard = SafeStep(optimizer, model)
@@ -112,7 +104,7 @@ def test_a_division_by_zero_in_the_optimizer_is_undone(make_model, make_batch):
     assert_bitwise_equal(numbers_of(model, optimizer), before)
 
 
-def test_an_update_whose_norm_overflows_is_undone(make_model, make_batch):
+def test_an_update_whose_norm_overflows_is_undone(make_model, make_batch, train_step):
     model, batch = make_model("linear"), make_batch("linear")
     optimizer = optim.SGD(model.parameters(), lr=1e30)
     guard = SafeStep(optimizer, model)
@@ -125,7 +117,7 @@ def test_an_update_whose_norm_overflows_is_undone(make_model, make_batch):
     assert_bitwise_equal(numbers_of(model, optimizer), before)
 
 
-def test_a_tangent_that_overflows_forbids_a_step_of_finite_gradient_and_update():
+def test_a_tangent_that_overflows_forbids_a_step_of_finite_gradient_and_update(train_step):
     model = nn.Linear(2, 2, bias=False)
     nn.init.eye_(model.weight)
     optimizer = optim.SGD(model.parameters(), lr=1e10, weight_decay=1.0)
@@ -141,7 +133,7 @@ def test_a_tangent_that_overflows_forbids_a_step_of_finite_gradient_and_update()
     assert_bitwise_equal(numbers_of(model, optimizer), before)
 
 
-def test_skips_in_a_row_end_in_an_error_that_names_the_cause(make_model, make_batch):
+def test_skips_in_a_row_end_in_an_error_that_names_the_cause(make_model, make_batch, train_step):
     model, batch = make_model("multilayer"), make_batch("multilayer")
     optimizer = optim.Adam(model.parameters())
     SafeStep(optimizer, model, max_consecutive_skips=3)

@@ -1,0 +1,134 @@
+"""SafeStep attaches and detaches, is copied with nothing and resumes from its state."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import optim
+
+from safestep import SafeStep
+
+
+@pytest.fixture
+def batch(make_batch):
+    return make_batch("multilayer")
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("multilayer")
+
+
+def test_detach_takes_every_hook_back(model, batch, train_step):
+    optimizer = optim.SGD(model.parameters(), lr=100.0)
+    guard = SafeStep(optimizer, model)
+    train_step(optimizer, model, batch)
+
+    guard.detach()
+
+    for hooks in (
+        model._forward_hooks, model._forward_pre_hooks, model._forward_hooks_with_kwargs,
+        model._forward_pre_hooks_with_kwargs, optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+    ):  # fmt: skip
+        assert not hooks
+    last = guard.last
+    train_step(optimizer, model, batch)
+    assert guard.last is last
+    SafeStep(optimizer, model).detach()
+
+
+def test_the_context_manager_guards_inside_and_detaches_behind(model, batch, train_step):
+    optimizer = optim.SGD(model.parameters(), lr=100.0)
+
+    with SafeStep(optimizer, model) as guard:
+        train_step(optimizer, model, batch)
+
+    assert guard.last.status == "clipped"
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_disabled_guard_lets_every_step_pass_unseen(model, batch, train_step):
+    optimizer = optim.SGD(model.parameters(), lr=100.0)
+    guard = SafeStep(optimizer, model)
+    guard.enabled = False
+    train_step(optimizer, model, batch)
+    assert guard.last is None
+
+    guard.enabled = True
+    train_step(optimizer, model, batch)
+
+    assert guard.last.step == 0
+
+
+def test_state_makes_a_round_trip_through_a_file_and_is_not_changed(
+    model, batch, tmp_path, train_step
+):
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    with SafeStep(optimizer, model) as guard:
+        for _ in range(3):
+            train_step(optimizer, model, batch)
+        torch.save(guard.state_dict(), tmp_path / "guard.pt")
+    state = torch.load(tmp_path / "guard.pt")
+    before = copy.deepcopy(state)
+
+    resumed = SafeStep(optimizer, model)
+    resumed.load_state_dict(state)
+    train_step(optimizer, model, batch)
+
+    assert resumed.last.step == 3
+    assert state == before
+
+
+def test_a_copied_or_pickled_model_has_no_guard(model, batch, train_step):
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, model)
+
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other = optim.SGD(twin.parameters(), lr=0.1)
+        train_step(other, twin, batch)
+        assert guard.last is None
+        SafeStep(other, twin).detach()
+
+    train_step(optimizer, model, batch)
+    assert guard.last.step == 0
+
+
+def test_a_guard_refuses_to_be_copied(model):
+    guard = SafeStep(optim.SGD(model.parameters(), lr=0.1), model)
+
+    with pytest.raises(TypeError, match="expected not to be copied or pickled"):
+        copy.deepcopy(guard)
+    with pytest.raises(TypeError, match="expected not to be copied or pickled"):
+        pickle.dumps(guard)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"estimator": "jacobian"}, ValueError, "`estimator` to be .*'jvp'.*got 'jacobian'"),
+        ({"logits": 3}, TypeError, "`logits` to be callable, got int"),
+        ({"action": "stop"}, ValueError, "`action` to be one of"),
+        ({"max_consecutive_skips": 0}, ValueError, "to be a positive integer, got 0"),
+        ({"model": len}, TypeError, "`model` to be a torch.nn.Module, got builtin"),
+        ({"optimizer": 1}, TypeError, "`optimizer` to be a torch.optim.Optimizer .*, got int"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_option_is_an_error_and_leaves_no_hook(options, error, message, model):
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+
+    with pytest.raises(error, match=message):
+        SafeStep(**({"optimizer": optimizer, "model": model} | options))
+
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not model._forward_hooks
+
+
+def test_a_second_guard_on_one_optimizer_is_an_error(model):
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    SafeStep(optimizer, model)
+
+    with pytest.raises(ValueError, match="got one that has it already"):
+        SafeStep(optimizer, model)
