@@ -21,8 +21,10 @@ from safestep.radius import certified_radius
 from safestep.rows import CHUNK_ELEMENTS, climb_rows
 
 _TOLERANCE = 1e-6  # what the two counts, just inside and just outside, leave open
-_MAX_ROUNDS = 80
-_MAX_HALVINGS = 40
+_MAX_ROUNDS = 60
+_MAX_FAILURES = 4  # counts that could not be made in one row
+_MAX_HALVINGS = 50
+_MAX_ARCS = 1 << 12  # open at one time in one row; more means a multiple zero nearby
 _NEWTON_STEPS = 30
 
 
@@ -40,7 +42,7 @@ def exact_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None =
 
     Returns:
         The radius. Shape ``[*B]``, float64, in multiples of the tangent, at least
-        ``certified_radius``. NaN where no value could be verified.
+        ``certified_radius``. NaN where no value could be verified: a double zero is such a case.
 
     Reference:
         Ghosts of Softmax, arXiv:2603.13552, Prop. 4.2.
@@ -72,32 +74,43 @@ def _nearest_zero(log_weight: Tensor, slope: Tensor) -> Tensor:
     inside or just outside the zero that Newton's iteration offers, else in between. Where the
     iteration goes is a guess; the counts are not.
     """
-    low = certified_radius(log_weight, slope) * (1 - 1e-12)
-    high, result = torch.full_like(low, math.inf), torch.full_like(low, math.nan)
-    guess = torch.full_like(low, math.nan)
+    certified = certified_radius(log_weight, slope)
+    low, high = certified * (1 - 1e-12), torch.full_like(certified, math.inf)
+    result, guess = torch.full_like(low, math.nan), torch.full_like(low, math.nan)
+    failures = torch.zeros_like(low)
+    # Zeros on one vertical line differ little in modulus where they are far out.
+    tolerance = _TOLERANCE * math.pi / low
     rows = torch.arange(len(low), device=low.device)
-    for round_ in range(_MAX_ROUNDS):
-        trial = _next_radius(low, high, guess, portion=0.5 if round_ % 2 else 0.38)
+    for number in range(_MAX_ROUNDS):
+        trial = _next_radius(low, high, guess, tolerance, number)
         count, start = _zeros_inside(log_weight, slope, trial)
         low, high = torch.where(count == 0, trial, low), torch.where(count > 0, trial, high)
-        # A count that failed must not be asked for again: the next one is taken in between.
-        found = _newton(log_weight, slope, start).abs().masked_fill(count.isnan(), math.nan)
-        guess = torch.where((guess >= low) & (guess <= high) & ~count.isnan(), guess, found)
-        done = high <= low * (1 + 3 * _TOLERANCE)
-        inside = (guess >= low) & (guess <= high)
-        result[rows[done]] = torch.where(inside, guess, (low + high) / 2)[done]
-        if done.all():
+        found = _newton(log_weight, slope, start).abs()
+        guess = torch.where((guess >= low) & (guess <= high), guess, found)
+        # Where a count failed another one is taken in between, not the same again.
+        guess = guess.masked_fill(count.isnan(), math.nan)
+        failures = failures + count.isnan()
+        done = high <= low * (1 + 3 * tolerance)
+        value = torch.where((guess >= low) & (guess <= high), guess, (low + high) / 2)
+        result[rows[done]] = torch.maximum(value[done], certified[rows[done]])
+        left = ~done & (failures < _MAX_FAILURES)
+        if not left.any():
             break
-        log_weight, slope, rows = log_weight[~done], slope[~done], rows[~done]
-        low, high, guess = low[~done], high[~done], guess[~done]
+        log_weight, slope, rows, tolerance = (
+            each[left] for each in (log_weight, slope, rows, tolerance)
+        )
+        low, high, guess, failures = low[left], high[left], guess[left], failures[left]
     return result
 
 
-def _next_radius(low: Tensor, high: Tensor, guess: Tensor, *, portion: float) -> Tensor:
-    """Return the radius of the next disc to count in, strictly between low and high."""
-    middle = torch.where(high.isinf(), low * 1.1, low + (high - low) * portion)
-    trial = middle
-    for offer in (guess * (1 + _TOLERANCE), guess * (1 - _TOLERANCE)):
+def _next_radius(
+    low: Tensor, high: Tensor, guess: Tensor, tolerance: Tensor, number: int
+) -> Tensor:
+    """Return the radius of the next disc to count in, between low and high."""
+    portion = 0.5 if number % 2 else 0.38
+    room = torch.where(high.isinf(), 2.0 ** (number + 1), portion * (high.square() - low.square()))
+    trial = (low.square() + room).sqrt()
+    for offer in (guess * (1 + tolerance), guess * (1 - tolerance)):
         trial = torch.where((offer > low) & (offer < high), offer, trial)
     return trial
 
@@ -158,7 +171,9 @@ def _zeros_inside(log_weight: Tensor, slope: Tensor, radius: Tensor) -> tuple[Te
         record = (at_half.phi.abs() == smaller[rows]) & (smaller < least)[rows]
         least_at[rows[record]] = at_half.t[record]
         least = torch.minimum(least, smaller)
-        open_ = ~certain
+        crowded = rows[~certain].bincount(minlength=len(radius)) > _MAX_ARCS
+        turn[crowded] = math.nan
+        open_ = ~certain & ~crowded[rows]
         if not open_.any():
             break
         rows = rows[open_].repeat(2)

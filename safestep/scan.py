@@ -159,9 +159,10 @@ def _gap_bounds(nodes: Nodes, searched: Tensor) -> tuple[Tensor, Tensor]:
     The first and last gap are the rays; gaps that are not searched are bounded by inf.
     """
     near, far = Nodes(*(f[:, :-1] for f in nodes)), Nodes(*(f[:, 1:] for f in nodes))
-    inner = torch.maximum(_parabola_bound(near, far), _tent_bound(near, far))
+    # fmax: across a gap so wide that its square overflows only the tent stands.
+    inner = torch.fmax(_parabola_bound(near, far), _tent_bound(near, far))
     ends = nodes.x[:, [0, -1]]
-    rays = (ends.square() + math.pi**2).log()
+    rays = torch.logaddexp(2 * ends.abs().log(), torch.full_like(ends, 2 * math.log(math.pi)))
     bound = torch.cat([rays[:, :1], inner, rays[:, 1:]], dim=1)
     middle = (near.x + far.x) / 2
     beyond = 2 * ends + ends.new_tensor([-math.pi, math.pi])
