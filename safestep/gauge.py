@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from safestep.capture import LogitsFn, LogitsNotFoundError
+from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
 from safestep.estimators import (
     LogitTangent,
     MissingTangentError,
@@ -78,6 +78,10 @@ class Gauge:
         module: The root module of the calls.
         estimator: The estimator to begin with.
         logits: The user's way from an output to its logits.
+
+    Attributes:
+        estimator: The estimator in use.
+        finder: Says which logits were found, and what is doubtful about them.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class Gauge:
     ) -> None:
         self.estimator: EstimatorName = estimator
         self._module = module
-        self._logits = logits
+        self.finder = LogitFinder(logits)
         self._agreements = 0
         self._has_disagreed = False
 
@@ -124,12 +128,12 @@ class Gauge:
         calls, params, start = update.calls, update.params, update.start
         rows: Generator[LogitTangent, None, None]
         if estimator == "secant":
-            with closing(secant(calls, self._module, params, start, self._logits)) as rows:
+            with closing(secant(calls, self._module, params, start, self.finder)) as rows:
                 return reduce(rows)
         estimate = jvp if estimator == "jvp" else difference
         with (
             moved_back(params, start),
-            closing(estimate(calls, self._module, params, update.change, self._logits)) as rows,
+            closing(estimate(calls, self._module, params, update.change, self.finder)) as rows,
         ):
             return reduce(rows)
 
@@ -150,7 +154,7 @@ class Gauge:
         except Exception:  # the step is measured; what could not be is the check
             return unchecked
         r, r_second = (float(found[1]) / math.pi for found in (row, second))
-        is_beyond_secant = "secant" in (self.estimator, other) and max(r, r_second) > 1
+        is_beyond_secant = "secant" in (self.estimator, other) and min(r, r_second) > 1
         if is_beyond_secant or not math.isfinite(r + r_second):
             return unchecked
         noise = self._noise(update, sizes, other)
@@ -170,7 +174,7 @@ class Gauge:
 
     def _disagreement(self, row: Tensor, second: Tensor, update: Update, text: str) -> Reading:
         self._agreements = 0
-        if not is_repeatable(update.calls, self._module, self._logits):
+        if not is_repeatable(update.calls, self._module, self.finder):
             why = (
                 "a call that is repeated gives other logits: it draws from a random generator that "
                 "is out of reach, and r is that of another draw"
