@@ -66,7 +66,7 @@ class StepSafety(Callback):
         radius: Literal["bound", "certified"] = "bound",
         estimator: Literal["jvp", "auto", "secant", "difference"] = "jvp",
         action: Literal["clip", "set", "monitor"] = "clip",
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[[Any], Any] | None = None,
         quantile: float | None = None,
         run_dir: str | Path | None = None,
         max_consecutive_skips: int = 25,

@@ -1,30 +1,41 @@
-"""Layer 1: find the logits among what a model returns, and the rows of them that count."""
+"""Layer 1: run a call again and find the logits that its loss is a function of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from safestep.losses import LossInput, LossWatch
+from safestep.evidence import GradientEvidence
+from safestep.losses import LinearTile, LossWatch
+from safestep.plan import (
+    LogitsNotFoundError,
+    Plan,
+    examine_outputs,
+    named_tensors,
+    plan_of_losses,
+    plan_of_outputs,
+)
 
 if TYPE_CHECKING:
     from safestep.replay import Call
 
-# |sum| / sum|.| of dL/dlogits over the classes: measured 1e-8 (float32), 7e-4 (bfloat16) for losses
-# of softmax probabilities, .2 to .5 for MSE and binary cross-entropy.
-_ZERO_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-_ZERO_SUM_TOLERANCE_HALF = 1e-2
+__all__ = [
+    "GradientEvidence",
+    "LogitFinder",
+    "Logits",
+    "LogitsFn",
+    "LogitsNotFoundError",
+    "describe",
+    "find_logits",
+    "named_tensors",
+]
 
-LogitsFn = Callable[[Any], Tensor]
-
-
-class LogitsNotFoundError(RuntimeError):
-    """No tensor of the output is known to enter a softmax; the message says what to do."""
+# From the output of a call to logits, (logits, mask), or a list of such.
+LogitsFn = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,135 +44,183 @@ class Logits:
 
     Attributes:
         name: Where they were found, as a user would say it.
-        values: The logits, classes last. Shape ``[*B, C]``.
+        source: The logits, classes last, ``[*B, C]``, or what computes them.
         mask: True where a row counts, None if all do. Shape ``[*B]``.
     """
 
     name: str
-    values: Tensor
+    source: Tensor | LinearTile
     mask: Tensor | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class GradientEvidence:
-    """What dL/doutput says about an output: a softmax loss is blind to a shift of its logits.
-
-    Attributes:
-        class_axis: The axis over which the gradient sums to zero, None if there is none.
-        counted: True where a row has any gradient. Shape of the output without its class axis.
-    """
-
-    class_axis: int | None
-    counted: Tensor | None
-
-    @classmethod
-    def of(cls, gradient: Tensor, class_axis: int | None = None) -> GradientEvidence:
-        """Inspect a gradient; a class axis that is already known is not looked for again.
-
-        Args:
-            gradient: Gradient of the loss with respect to an output. Any shape.
-            class_axis: The axis, if it is known.
-
-        Returns:
-            The class axis and the rows that count.
-        """
-        if class_axis is None:
-            class_axis = _zero_sum_axis(gradient)
-        if class_axis is None:
-            return cls(None, None)
-        return cls(class_axis, gradient.ne(0).any(class_axis))
+    @property
+    def values(self) -> Tensor:
+        """The logits, ``[*B, C]``; computed anew each time where they are too many to hold."""
+        return self.source if isinstance(self.source, Tensor) else self.source()
 
 
-def named_tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Walk through tensors, mappings, sequences and dataclasses, yielding names and tensors.
+class LogitFinder:
+    """Find the logits of calls, and remember where they were.
+
+    The user's word comes first. Where a call returns the loss, logits are what the loss hands to
+    softmaxes, sigmoids and loss functions. Where it returns a model's output, they are the tensors
+    of it whose gradient shows that they enter a softmax.
 
     Args:
-        output: What a model returned.
-        name: What to call it.
+        logits: The user's own way from the output of a call to its logits, classes last: a tensor,
+            a pair of a tensor and a bool mask of the rows that count, or a list of such for
+            several heads.
 
-    Yields:
-        A name such as ``output.logits`` or ``output[0]``, and the tensor.
+    Attributes:
+        description: One line about the logits that were found first, and again whenever a call of
+            another kind comes. None before.
+        warning: What could not be checked about them, None if nothing.
     """
-    if isinstance(output, Tensor):
-        yield name, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from named_tensors(value, f"{name}.{key}")
-    elif isinstance(output, (list, tuple)):
-        for index, value in enumerate(output):
-            yield from named_tensors(value, f"{name}[{index}]")
-    elif is_dataclass(output) and not isinstance(output, type):
-        for field in fields(output):
-            yield from named_tensors(getattr(output, field.name), f"{name}.{field.name}")
+
+    def __init__(self, logits: LogitsFn | None = None) -> None:
+        self.description: str | None = None
+        self.warning: str | None = None
+        self._logits = logits
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._latest: Plan | None = None
+
+    def find(self, call: Call) -> list[Logits]:
+        """Run a call again and return its logits.
+
+        Args:
+            call: The call.
+
+        Returns:
+            One entry for each softmax, or several where its logits are computed in parts.
+
+        Raises:
+            LogitsNotFoundError: If nothing is known to enter a softmax.
+            TypeError: If the user's function does not return what it should.
+        """
+        if self._logits is not None:
+            found = _as_told(self._logits(call.run()), call.gradients)
+            if self.description is None:
+                self.description = describe(found)
+            return found
+        output, watch = _watched(call, None if self._latest is None else self._latest.events)
+        key = (*sorted(call.gradients), "", *watch.names)
+        plan = self._plans.get(key)
+        is_new = plan is None
+        if plan is None:
+            plan = self._plans[key] = _plan(call, output, watch)
+        self._latest = plan
+        if watch.keep is not None and not plan.events <= watch.keep:
+            output, watch = _watched(call, plan.events)
+        found = _planned(plan, call, output, watch)
+        if is_new:
+            self.description, self.warning = describe(found), plan.doubts()
+        return found
 
 
-def find_logits(call: Call, logits: LogitsFn | None = None) -> list[Logits]:
+def find_logits(call: Call, logits: LogitsFn | LogitFinder | None = None) -> list[Logits]:
     """Run a call again and return the logits that its loss is a function of.
-
-    The user's word comes first, then what loss functions were given inside the call, then the
-    tensors of its output whose gradient shows that they enter a softmax, and last, in a call that
-    returns a loss, what a softmax or sigmoid was given.
 
     Args:
         call: The call to run again.
-        logits: The user's own way from the output to the logits, which is then believed.
+        logits: The user's own way from the output to the logits, or a finder that remembers.
 
     Returns:
-        One entry for each tensor that enters a softmax.
+        What ``LogitFinder.find`` returns.
+    """
+    finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
+    return finder.find(call)
+
+
+def describe(found: Sequence[Logits]) -> str:
+    """Return one line that says which logits were found.
+
+    Args:
+        found: The logits.
+
+    Returns:
+        For instance ``"logits: input of cross_entropy, [512, 5000], 3 % of rows ignored"``.
+
+    Example:
+        >>> describe([Logits("output", torch.zeros(4, 3), torch.tensor([1, 1, 1, 0]).bool())])
+        'logits: output, [4, 3], 25 % of rows ignored'
+    """
+    heads: dict[str, list[Logits]] = {}
+    for item in found:
+        heads.setdefault(item.name, []).append(item)
+    return "logits: " + "; ".join(_describe_head(name, items) for name, items in heads.items())
+
+
+def _describe_head(name: str, items: Sequence[Logits]) -> str:
+    first, *rest = (item.source.shape for item in items)
+    shape = [first[0] + sum(other[0] for other in rest), *first[1:]] if rest else list(first)
+    masks = [item.mask for item in items if item.mask is not None]
+    counted = sum(int(mask.sum()) for mask in masks)
+    total = sum(mask.numel() for mask in masks)
+    if counted == total:
+        return f"{name}, {shape}"
+    return f"{name}, {shape}, {100 * (1 - counted / total):.2g} % of rows ignored"
+
+
+def _watched(call: Call, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
+    with LossWatch(keep) as watch:
+        output = call.run()
+    return output, watch
+
+
+def _plan(call: Call, output: Any, watch: LossWatch) -> Plan:
+    if not call.gradients:
+        with torch.enable_grad():
+            output, watch = _watched(call, None)
+        return plan_of_losses(output, watch.seen)
+    forms = examine_outputs(output, call.gradients)
+    known = {name: form for name, form in forms.items() if form is not None}
+    if len(known) == len(forms) == 1:
+        return Plan(frozenset(), known)
+    with torch.enable_grad():
+        output, watch = _watched(call, None)
+    return plan_of_outputs(output, forms, watch.seen)
+
+
+def _planned(plan: Plan, call: Call, output: Any, watch: LossWatch) -> list[Logits]:
+    found = []
+    for index in sorted(plan.events):
+        seen = watch.seen[index]
+        count = watch.names[:index].count(seen.function)
+        name = f"input of {seen.function}" + (f" (call {count + 1})" if count else "")
+        found += [Logits(name, source, mask) for source, mask in seen.parts]
+    tensors = dict(named_tensors(output))
+    for name, form in plan.outputs.items():
+        found.append(Logits(form.describe(name), *form.read(tensors[name], call.gradients[name])))
+    return found
+
+
+def _as_told(told: Any, gradients: Mapping[str, GradientEvidence]) -> list[Logits]:
+    """Return what the user's function gave as logits.
 
     Raises:
-        LogitsNotFoundError: If nothing behaves like logits.
-        TypeError: If `logits` does not return a tensor.
+        TypeError: If it gave something else.
     """
-    with LossWatch() as watch:
-        output = call.run()
-    if logits is not None:
-        values = logits(output)
-        if not isinstance(values, Tensor):
-            raise TypeError(
-                "SafeStep: expected `logits` to return a tensor with the classes on its last "
-                f"axis, got {type(values).__name__}."
-            )
-        return [Logits("logits(output)", values)]
-    found = [_seen(item) for item in watch.seen if item.is_loss] or _of_output(call, output)
-    if not found and not call.gradients:
-        found = [_seen(item) for item in watch.seen if _moves(item.logits)]
-    if not found:
-        raise LogitsNotFoundError(
-            "the gradient of the loss does not sum to zero over any axis of the model's output, "
-            "so no tensor of it is known to enter a softmax; if one does, pass "
-            "logits=lambda output: ... to SafeStep"
-        )
-    return found
-
-
-def _seen(item: LossInput) -> Logits:
-    return Logits(f"input of {item.function}", item.logits, item.mask)
-
-
-def _of_output(call: Call, output: Any) -> list[Logits]:
+    heads = told if isinstance(told, list) else [told]
     found = []
-    for name, tensor in named_tensors(output):
-        evidence = call.gradients.get(name)
-        if evidence is not None and evidence.class_axis is not None:
-            values = tensor.movedim(evidence.class_axis, -1)
-            found.append(Logits(name, values, evidence.counted))
+    for index, head in enumerate(heads):
+        name = "logits(output)" if len(heads) == 1 else f"logits(output)[{index}]"
+        values, mask = head if isinstance(head, tuple) and len(head) == 2 else (head, None)
+        if not isinstance(values, Tensor) or not (mask is None or isinstance(mask, Tensor)):
+            raise TypeError(
+                "SafeStep: expected `logits` to return a tensor with the classes on its last axis, "
+                f"a pair of one and a mask, or a list of such, got {type(told).__name__}. Return "
+                "what enters the softmax."
+            )
+        if values.ndim == 0:
+            raise TypeError(
+                "SafeStep: expected `logits` to return a tensor with the classes on its last axis, "
+                "got a single number. It is given what the recorded function returns."
+            )
+        found.append(Logits(name, values, _mask_of(values, gradients) if mask is None else mask))
     return found
 
 
-def _moves(logits: Tensor) -> bool:
-    return forward_ad.unpack_dual(logits).tangent is not None
-
-
-def _zero_sum_axis(gradient: Tensor) -> int | None:
-    if gradient.ndim == 0:
-        return None
-    tolerance = _ZERO_SUM_TOLERANCE.get(gradient.dtype, _ZERO_SUM_TOLERANCE_HALF)
-    total = gradient.abs().sum(dtype=torch.float64)
-    # Classes are last, or second as in [B, C, H, W]; the remaining axes are asked in order.
-    axes = [axis for axis in (gradient.ndim - 1, 1, *range(gradient.ndim)) if axis < gradient.ndim]
-    for axis in dict.fromkeys(axes):
-        residual = gradient.sum(axis, dtype=torch.float64).abs().sum()
-        if gradient.shape[axis] > 1 and bool(residual <= tolerance * total) and bool(total > 0):
-            return axis
-    return None
+def _mask_of(logits: Tensor, gradients: Mapping[str, GradientEvidence]) -> Tensor | None:
+    """Return the rows of the output that have a gradient, if they can only be those of `logits`."""
+    masks = [evidence.counted for evidence in gradients.values() if evidence.class_axis is not None]
+    fitting = [mask for mask in masks if mask.shape == logits.shape[:-1]]
+    return fitting[0] if len(fitting) == 1 else None

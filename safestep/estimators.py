@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from safestep.capture import Logits, LogitsFn, find_logits
+from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
 from safestep.duals import differentiable_kernels, tangents_in_place
 from safestep.replay import Call, eager_module
 from safestep.untraced import untraced
@@ -121,7 +121,7 @@ def jvp(
     module: nn.Module,
     params: Sequence[Tensor],
     tangents: Sequence[Tensor],
-    logits: LogitsFn | None = None,
+    logits: LogitsFn | LogitFinder | None = None,
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls and their tangents, exactly, one call at a time.
 
@@ -159,7 +159,7 @@ def difference(
     module: nn.Module,
     params: Sequence[Tensor],
     tangents: Sequence[Tensor],
-    logits: LogitsFn | None = None,
+    logits: LogitsFn | LogitFinder | None = None,
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls and a one-sided difference quotient along the update.
 
@@ -201,7 +201,7 @@ def secant(
     module: nn.Module,
     params: Sequence[Tensor],
     start: Sequence[Tensor],
-    logits: LogitsFn | None = None,
+    logits: LogitsFn | LogitFinder | None = None,
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls before the update, and how far the update moved them.
 
@@ -262,7 +262,9 @@ def working_dtype(calls: Sequence[Call], params: Sequence[Tensor]) -> torch.dtyp
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def is_repeatable(calls: Sequence[Call], module: nn.Module, logits: LogitsFn | None = None) -> bool:
+def is_repeatable(
+    calls: Sequence[Call], module: nn.Module, logits: LogitsFn | LogitFinder | None = None
+) -> bool:
     """Return whether the calls give the same logits when they run twice, up to summation order.
 
     Args:
@@ -300,7 +302,7 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
             _exchange(params, start)
 
 
-def _run(call: Call, module: nn.Module, logits: LogitsFn | None) -> list[Logits]:
+def _run(call: Call, module: nn.Module, logits: LogitsFn | LogitFinder | None) -> list[Logits]:
     # A trace of its own each time: the second run must not see what the first one left.
     with untraced(module):
         return find_logits(call, logits)

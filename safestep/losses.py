@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from safestep.loss_graph import Node
+
+# Logits of one tile of a linear_cross_entropy: 4 MiB in float32.
+_TILE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTile:
+    """Some rows of the logits of a linear_cross_entropy, which nobody holds all of.
+
+    Attributes:
+        rows: What enters the last layer. Shape ``[B, F]``.
+        weight: Its weight. Shape ``[C * positions, F]``.
+        bias: Its bias, ``[C * positions]``, if it has one.
+        layout: Classes, and the lengths of further axes.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    layout: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits, ``[*B, C]``."""
+        classes, *positions = self.layout
+        return (len(self.rows), *positions, classes)
+
+    def __call__(self) -> Tensor:
+        """Return the logits, with their tangent if the operands have one."""
+        product = torch.nn.functional.linear(self.rows, self.weight, self.bias)
+        return product.unflatten(-1, self.layout).movedim(1, -1)
+
+
+Part = tuple[Tensor | LinearTile, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +55,18 @@ class LossInput:
 
     Attributes:
         function: Name of the function.
-        logits: The logits, classes last. Shape ``[*B, C]``.
-        mask: True where a row counts, None if all do. Shape ``[*B]``.
+        parts: The logits, classes last, ``[*B, C]``, or tiles of them; and with each
+            a mask, True where a row counts, None if all do.
         is_loss: Whether the function is a loss; a softmax may also be a part of the model.
+        prediction: Node of the autograd graph that the argument came from, if there is a graph.
+        result: Node of the result.
     """
 
     function: str
-    logits: Tensor
-    mask: Tensor | None
+    parts: tuple[Part, ...]
     is_loss: bool
+    prediction: Node | None
+    result: Node | None
 
 
 class LossWatch(TorchFunctionMode):
@@ -33,20 +74,26 @@ class LossWatch(TorchFunctionMode):
 
     Only around a re-run, never around the user's own loop.
 
+    Args:
+        keep: Collect only the calls with these indices: an attention's scores are not held.
+
     Attributes:
-        seen: What was collected, in the order of the calls.
+        names: Names of the functions, in the order of the calls.
+        seen: What was collected, by the index of the call.
 
     Example:
         >>> logits, target = torch.zeros(2, 3), torch.tensor([0, 2])
         >>> with LossWatch() as watch:
         ...     loss = torch.nn.functional.cross_entropy(logits / 0.5, target)
-        >>> watch.seen[0].function, watch.seen[0].logits.shape
-        ('cross_entropy', torch.Size([2, 3]))
+        >>> watch.names, watch.seen[0].parts[0][0].shape
+        (['cross_entropy'], torch.Size([2, 3]))
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: frozenset[int] | None = None) -> None:
         super().__init__()
-        self.seen: list[LossInput] = []
+        self.keep = keep
+        self.names: list[str] = []
+        self.seen: dict[int, LossInput] = {}
 
     def __enter__(self) -> LossWatch:
         super().__enter__()
@@ -61,12 +108,22 @@ class LossWatch(TorchFunctionMode):
     ) -> Any:
         """Return what the function returns, after a look at what it was given."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in _LOSSES:
-            self.seen.append(LossInput(name, *_LOSSES[name](*args, **kwargs), is_loss=True))
-        elif name in _SOFTMAXES:
-            self.seen.append(LossInput(name, _SOFTMAXES[name](*args, **kwargs), None, False))
+        reader = _READERS.get(name)
+        if reader is None:
+            return func(*args, **kwargs)
+        if name == "linear_cross_entropy":
+            # Its forward-mode derivative would hold every logit, or does not exist.
+            result = func(*tree_map(_primal, args), **tree_map(_primal, kwargs))
+        else:
+            result = func(*args, **kwargs)
+        if self.keep is None or len(self.names) in self.keep:
+            argument = args[0] if args else kwargs["input"]
+            self.seen[len(self.names)] = LossInput(
+                name, tuple(reader(*args, **kwargs)), name in _LOSSES,
+                argument.grad_fn, result.grad_fn,
+            )  # fmt: skip
+        self.names.append(name)
         return result
 
 
@@ -87,7 +144,7 @@ def binary_rows(logit: Tensor) -> Tensor:
 
 
 # The readers below are called like the torch functions they are named after, so their arguments
-# have torch's names. Each returns the logits and the rows that count.
+# have torch's names. Each yields logits and the rows of them that count.
 
 
 def _cross_entropy(
@@ -99,18 +156,55 @@ def _cross_entropy(
     reduce: object = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> Iterator[Part]:
     axis = 1 if input.ndim > 1 else 0
     logits = input.movedim(axis, -1)
     if target.is_floating_point():
-        if label_smoothing > 0:
-            return logits, None
         target = target.movedim(axis, -1)
-        return logits, (target if weight is None else target * weight).ne(0).any(-1)
-    mask = target != ignore_index
+    yield logits, _labelled(target, weight, ignore_index, label_smoothing)
+
+
+def _labelled(
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    label_smoothing: float,
+) -> Tensor | None:
+    """Return True for rows with a label that counts, None for all."""
+    if target.is_floating_point():
+        if label_smoothing > 0:
+            return None
+        return (target if weight is None else target * weight).ne(0).any(-1)
+    mask = target != (-100 if ignore_index is None else ignore_index)
     if weight is not None and label_smoothing == 0:
         mask = mask & weight[target.clamp(0, len(weight) - 1)].ne(0)
-    return logits, mask
+    return mask
+
+
+def _linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: object = None,
+) -> Iterator[Part]:
+    classes, *positions, features = linear_weight.shape
+    rows = input.reshape(-1, features)
+    matrix = _held(linear_weight).reshape(-1, features)
+    bias = None if linear_bias is None else _held(linear_bias).flatten()
+    if target.is_floating_point() and target.ndim > 1:
+        target = target.movedim(1, -1)
+    mask = _labelled(target, weight, ignore_index, label_smoothing)
+    mask = None if mask is None else mask.reshape(len(rows), *positions)
+    size = max(1, _TILE_ELEMENTS // len(matrix))
+    for begin in range(0, len(rows), size):
+        tile = LinearTile(rows[begin : begin + size], matrix, bias, (classes, *positions))
+        yield tile, None if mask is None else mask[begin : begin + size]
 
 
 def _binary_cross_entropy_with_logits(
@@ -121,18 +215,22 @@ def _binary_cross_entropy_with_logits(
     reduce: object = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Iterator[Part]:
     mask = None if weight is None else weight.ne(0).expand_as(input)
     if pos_weight is not None:
         mask = (pos_weight.ne(0) | target.ne(1)) & (True if mask is None else mask)
-    return binary_rows(input), mask
+    yield binary_rows(input), mask
 
 
 def _binary_cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, *_: object, **__: object
-) -> tuple[Tensor, Tensor | None]:
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *_: object,
+    **__: object,
+) -> Iterator[Part]:
     mask = None if weight is None else weight.ne(0).expand_as(input)
-    return binary_rows(input.logit()), mask
+    yield binary_rows(input.logit()), mask
 
 
 def _kl_div(
@@ -142,37 +240,48 @@ def _kl_div(
     reduce: object = None,
     reduction: str = "mean",
     log_target: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    return input, None if log_target else target.ne(0).any(-1).expand(input.shape[:-1])
+) -> Iterator[Part]:
+    yield input, None if log_target else target.ne(0).any(-1).expand(input.shape[:-1])
 
 
 def _softmax(
     input: Tensor, dim: int | tuple[int, ...] | None = None, *_: object, **__: object
-) -> Tensor:
+) -> Iterator[Part]:
     if dim is None:  # what torch takes where no dim is given, with a warning of its own
         dim = 0 if input.ndim in (0, 1, 3) else 1
-    if isinstance(dim, int):
-        return input.movedim(dim, -1)
-    return input.movedim(dim, tuple(range(-len(dim), 0))).flatten(-len(dim))
+    axes = (dim,) if isinstance(dim, int) else dim
+    yield input.movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes)), None
 
 
-def _sigmoid(input: Tensor, *_: object, **__: object) -> Tensor:
-    return binary_rows(input)
+def _sigmoid(input: Tensor, *_: object, **__: object) -> Iterator[Part]:
+    yield binary_rows(input), None
 
 
-def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return binary_rows(beta * input)
+def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Iterator[Part]:
+    yield binary_rows(beta * input), None
 
 
-_LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+def _held(parameter: Tensor) -> Tensor:
+    """Return a parameter as it is now, for a product that is computed later."""
+    # A dual one cannot outlive its run; another may be moved before the product is.
+    is_dual = forward_ad.unpack_dual(parameter).tangent is not None
+    return parameter if is_dual else parameter.detach().clone()
+
+
+def _primal(value: Any) -> Any:
+    return forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
+
+
+_LOSSES: dict[str, Callable[..., Iterator[Part]]] = {
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     # Log-probabilities are the logits up to a shift of each row, which changes no spread.
     "nll_loss": _cross_entropy,
     "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits,
     "binary_cross_entropy": _binary_cross_entropy,
     "kl_div": _kl_div,
 }
-_SOFTMAXES: dict[str, Callable[..., Tensor]] = {
+_READERS = _LOSSES | {
     "log_softmax": _softmax,
     "special_log_softmax": _softmax,
     "softmax": _softmax,

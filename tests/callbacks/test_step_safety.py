@@ -165,9 +165,8 @@ def test_step_safety_draws_the_dropout_mask_of_the_real_step(fit):
 
     fit(module, safety, Mixup(), max_steps=2)
 
-    real_then_replayed = torch.stack(Remembering.masks).view(2, -1, 9)
-    assert real_then_replayed.shape[1] >= 2
-    assert (real_then_replayed == real_then_replayed[:, :1]).all()
+    assert len(Remembering.masks) >= 4  # each step ran at least twice
+    assert len(torch.stack(Remembering.masks).unique(dim=0)) == 2
     assert safety.last[0].status == "ok"
 
 
@@ -329,11 +328,8 @@ def test_step_safety_writes_the_mean_loss_of_accumulated_batches(fit, tmp_path, 
     class Remembering(Classifier):
         losses = ()
 
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            if loss.requires_grad:  # not in the re-run
-                Remembering.losses += (loss.item(),)
-            return loss
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            Remembering.losses += (outputs["loss"].item(),)  # divided by accumulate_grad_batches
 
     safety = StepSafety(run_dir=tmp_path / "run")
     plugins = plugins() if plugins else None
@@ -343,7 +339,7 @@ def test_step_safety_writes_the_mean_loss_of_accumulated_batches(fit, tmp_path, 
     lines = (tmp_path / "run" / "run.jsonl").read_text().splitlines()
     written = [json.loads(line)["loss"] for line in lines[1:]]
     first, second, third, fourth = Remembering.losses
-    expected = [(first + second) / 2, (third + fourth) / 2]
+    expected = [first + second, third + fourth]
     assert written == pytest.approx(expected, rel=1e-3)  # float16 autocast: the loss is rounded
 
 

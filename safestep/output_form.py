@@ -1,0 +1,136 @@
+"""Layer 1: how a tensor of a model's output enters the softmax of a loss that nobody showed us."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safestep.evidence import (
+    GradientEvidence,
+    binary_temperature,
+    is_blind_to_scale,
+    label_temperature,
+)
+from safestep.losses import binary_rows
+
+Kind = Literal[
+    "logits",
+    "log-probabilities",
+    "probabilities",
+    "sigmoid logits",
+    "sigmoid probabilities",
+]
+# Of |logsumexp| or |sum - 1| over the classes, in units of the dtype's rounding.
+_ROUNDINGS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class OutputForm:
+    """How an output enters a softmax.
+
+    Attributes:
+        kind: What its numbers are.
+        class_axis: The axis of the classes, None for sigmoids.
+        temperature: What the numbers are divided by before they enter the softmax.
+        is_checked: Whether the gradient confirms the temperature.
+    """
+
+    kind: Kind
+    class_axis: int | None = None
+    temperature: float = 1.0
+    is_checked: bool = True
+
+    @property
+    def is_evident(self) -> bool:
+        """Whether only a loss can have given this output its gradient and values."""
+        return self.is_checked and "probabilities" not in self.kind.split()
+
+    def describe(self, name: str) -> str:
+        """Return what an output of this form is to a user.
+
+        Args:
+            name: Name of the output.
+
+        Returns:
+            For instance ``"output / 2"`` where a temperature was found.
+        """
+        name = name if self.kind == "logits" else f"{name} ({self.kind})"
+        return name if self.temperature == 1.0 else f"{name} / {self.temperature:g}"
+
+    def read(self, output: Tensor, evidence: GradientEvidence) -> tuple[Tensor, Tensor]:
+        """Return the logits, ``[*B, C]``, and the rows that count, ``[*B]``.
+
+        Args:
+            output: The tensor of the output.
+            evidence: What the gradient showed about it.
+
+        Returns:
+            Logits whose softmax is the one in the loss, and the mask.
+        """
+        if self.class_axis is None:
+            is_logit = self.kind == "sigmoid logits"
+            logit = output / self.temperature if is_logit else output.logit()
+            return binary_rows(logit), evidence.counted
+        counted = evidence.counted
+        if evidence.class_axis is None:
+            counted = counted.any(self.class_axis)
+        logits = output.movedim(self.class_axis, -1)
+        if self.kind == "probabilities":
+            logits = logits.log()
+        return logits if self.temperature == 1.0 else logits / self.temperature, counted
+
+
+def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
+    """Decide how an output enters a softmax, from its values and its gradient.
+
+    Args:
+        output: A tensor of a model's output.
+        evidence: What the gradient of the loss showed about it.
+
+    Returns:
+        The form, with temperature NaN if there is one that cannot be told; None if the output is
+        not known to enter a softmax.
+    """
+    axis = evidence.class_axis
+    if not bool(evidence.sample.isfinite().all()):
+        return None
+    if axis is None:
+        return _normalised(output) or _sigmoid(output, evidence.sample)
+    rows = output.movedim(axis, -1).flatten(0, -2)[evidence.rows]
+    temperature = label_temperature(rows, evidence.sample)
+    if temperature is not None:
+        return OutputForm("logits", axis, temperature)
+    if is_blind_to_scale(rows, evidence.sample):
+        return None
+    return OutputForm("logits", axis, is_checked=False)
+
+
+def _normalised(output: Tensor) -> OutputForm | None:
+    for axis in dict.fromkeys((output.ndim - 1, 1)):
+        if not 0 <= axis < output.ndim or output.shape[axis] < 2:
+            continue
+        if _is_small(output.double().logsumexp(axis), output):
+            return OutputForm("log-probabilities", axis)
+        if bool((output >= 0).all()) and _is_small(output.double().sum(axis) - 1, output):
+            return OutputForm("probabilities", axis)
+    return None
+
+
+def _sigmoid(output: Tensor, gradient: Tensor) -> OutputForm | None:
+    temperature = binary_temperature(output, gradient)
+    if temperature is not None:
+        return OutputForm("sigmoid logits", temperature=temperature)
+    if bool((output > 0).all() & (output < 1).all()):
+        # dp/dlogit = p (1 - p) turns the gradient into that of the logit.
+        gradient = gradient.double() * (output * (1 - output))
+        if binary_temperature(output.logit(), gradient, 1e-3) == 1.0:
+            return OutputForm("sigmoid probabilities")
+    return None
+
+
+def _is_small(residual: Tensor, output: Tensor) -> bool:
+    rounding = _ROUNDINGS * torch.finfo(output.dtype).eps
+    return bool((residual.abs() < rounding).all())

@@ -1,0 +1,211 @@
+"""Layer 1: decide which of the tensors that a call computes are the logits of its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from math import isnan
+from typing import Any
+
+from torch import Tensor
+
+from safestep.evidence import GradientEvidence
+from safestep.loss_graph import Node, is_behind, loss_side, view_chain
+from safestep.losses import LossInput
+from safestep.output_form import OutputForm, examine
+
+# What these are given are logits: behind it lies the model. Others may be functions of functions.
+_LAST_WORD = frozenset({"cross_entropy", "binary_cross_entropy_with_logits"})
+_HOW_TO_TELL = (
+    "Pass logits=lambda output: ... to SafeStep, or tell it the whole training step, "
+    "guard.record(step, *args), where step returns the loss"
+)
+
+
+class LogitsNotFoundError(RuntimeError):
+    """No tensor is known to enter a softmax; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to look at when a call runs again.
+
+    Attributes:
+        events: Which calls of loss functions, softmaxes and sigmoids, by their index.
+        outputs: Which tensors of the output, and how each enters its softmax.
+        left_out: Tensors of the output that have a gradient but no known way into a softmax.
+    """
+
+    events: frozenset[int]
+    outputs: Mapping[str, OutputForm]
+    left_out: tuple[str, ...] = ()
+
+    def doubts(self) -> str | None:
+        """Return what could not be checked about the logits, None if nothing."""
+        doubts = [
+            f"{name} is taken for the logits themselves: its gradient shows that it enters a "
+            "softmax, and does not show whether a temperature comes between (it would for one "
+            f"label in each row). {_HOW_TO_TELL}"
+            for name, form in self.outputs.items()
+            if not form.is_checked
+        ]
+        if self.left_out:
+            doubts.append(
+                f"{', '.join(self.left_out)}: not measured, its gradient is not one of a softmax"
+            )
+        return "; ".join(doubts) or None
+
+
+def named_tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Walk through tensors, mappings, sequences and dataclasses, yielding names and tensors.
+
+    Args:
+        output: What a model returned.
+        name: What to call it.
+
+    Yields:
+        A name such as ``output.logits`` or ``output[0]``, and the tensor.
+    """
+    if isinstance(output, Tensor):
+        yield name, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from named_tensors(value, f"{name}.{key}")
+    elif isinstance(output, (list, tuple)):
+        for index, value in enumerate(output):
+            yield from named_tensors(value, f"{name}[{index}]")
+    elif is_dataclass(output) and not isinstance(output, type):
+        for field in fields(output):
+            yield from named_tensors(getattr(output, field.name), f"{name}.{field.name}")
+
+
+def examine_outputs(
+    output: Any, gradients: Mapping[str, GradientEvidence]
+) -> dict[str, OutputForm | None]:
+    """Return how each tensor of an output that has a gradient enters a softmax.
+
+    Args:
+        output: What a model returned.
+        gradients: What the loss's gradient showed about its tensors.
+
+    Returns:
+        The form by name; None for one that is not known to enter a softmax, such as a loss.
+
+    Raises:
+        LogitsNotFoundError: If a tensor enters a softmax at a temperature that cannot be told.
+    """
+    forms = {
+        name: examine(tensor.detach(), gradients[name]) if tensor.numel() > 1 else None
+        for name, tensor in named_tensors(output)
+        if name in gradients
+    }
+    for name, form in forms.items():
+        if form is not None and isnan(form.temperature):
+            raise LogitsNotFoundError(
+                f"{name} enters a softmax at a temperature of its own in each row, or at one that "
+                "this precision does not show. Pass logits=lambda output: output / temperature to "
+                "SafeStep, or tell it the whole training step with guard.record"
+            )
+    return forms
+
+
+def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
+    """Return the plan for a call that returns a loss.
+
+    Args:
+        output: What it returned, with its autograd graph: a loss, or a mapping with one in "loss".
+        seen: The loss functions, softmaxes and sigmoids that it called.
+
+    Returns:
+        The plan.
+
+    Raises:
+        LogitsNotFoundError: If nothing of that kind lies between the loss and the model.
+    """
+    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+    roots = [tensor.grad_fn for _, tensor in named_tensors(loss) if tensor.grad_fn is not None]
+    if not roots:
+        raise LogitsNotFoundError(
+            "the recorded function returned no loss with a gradient; return the loss, or a dict "
+            'with it in "loss"'
+        )
+    events = _live(roots, seen)
+    if not events:
+        raise LogitsNotFoundError(
+            "the recorded loss holds no softmax, sigmoid or log-sum-exp between itself and the "
+            "last parameters of the model; a squared error alone has no convergence radius"
+        )
+    return Plan(events, {})
+
+
+def plan_of_outputs(
+    output: Any, forms: Mapping[str, OutputForm | None], seen: Mapping[int, LossInput]
+) -> Plan:
+    """Return the plan for a call of a model: losses inside it, and outputs that enter a softmax.
+
+    Args:
+        output: What the model returned, with its autograd graph if `seen` holds anything.
+        forms: What ``examine_outputs`` says of it, for every output that has a gradient.
+        seen: The loss functions, softmaxes and sigmoids that the model called.
+
+    Returns:
+        The plan. An output that a loss inside the model was computed from is part of that loss.
+
+    Raises:
+        LogitsNotFoundError: If there are none.
+    """
+    nodes = {name: tensor.grad_fn for name, tensor in named_tensors(output) if name in forms}
+    losses = {index: item for index, item in seen.items() if item.is_loss}
+    unknown = [name for name, form in forms.items() if form is None]
+    is_single = {name for name, tensor in named_tensors(output) if tensor.numel() == 1}
+    events = _live([nodes[name] for name in unknown if name in is_single], seen)
+    events |= _live([nodes[name] for name in unknown if name not in is_single], losses)
+    inner = [seen[index].prediction for index in events]
+    free = [name for name in forms if not any(is_behind(node, nodes[name]) for node in inner)]
+    outputs: dict[str, OutputForm] = {}
+    for name in free:
+        form = forms[name]
+        if form is not None and nodes[name] not in [nodes[other] for other in outputs]:
+            outputs[name] = form
+    for name in [name for name, form in outputs.items() if not form.is_evident]:
+        # An attention's probabilities, a feature: part of what another output was computed from.
+        if any(is_behind(nodes[other], nodes[name]) for other in free if other != name):
+            del outputs[name]
+    if not events and not outputs:
+        raise LogitsNotFoundError(
+            "the gradient of the loss does not sum to zero over the classes of any tensor that the "
+            "model returns, nor is it that of a binary cross-entropy, so none is known to enter a "
+            f"softmax (a squared error does not). {_HOW_TO_TELL}"
+        )
+    kept = [*inner, *(nodes[name] for name in outputs)]
+    left_out = [
+        name for name in free
+        if name not in outputs and not (name in is_single and events)
+        and not any(is_behind(node, nodes[name]) for node in kept)
+    ]  # fmt: skip
+    return Plan(events, outputs, tuple(left_out))
+
+
+def _live(roots: list[Node], seen: Mapping[int, LossInput]) -> frozenset[int]:
+    """Return which of the calls seen a loss is made of, each logits once."""
+    stops = {item.prediction for item in seen.values() if item.function in _LAST_WORD}
+    side = loss_side(roots, stops)
+    live = {i for i, item in seen.items() if item.result in side and item.prediction is not None}
+    softmaxes = {seen[index].result: index for index in live if not seen[index].is_loss}
+    for index in [index for index in live if seen[index].is_loss]:
+        origin = next((n for n in view_chain(seen[index].prediction) if n in softmaxes), None)
+        if origin is not None:
+            live.discard(_lesser(index, softmaxes[origin], seen))
+    return frozenset(live)
+
+
+def _lesser(loss: int, softmax: int, seen: Mapping[int, LossInput]) -> int:
+    """Return which to drop of a loss and the softmax or sigmoid that it was given the result of."""
+    # nll_loss knows which rows count, and that its classes are second. kl_div does not know where
+    # its classes are, and binary_cross_entropy is given what a sigmoid has rounded.
+    (ours, _), *_ = seen[loss].parts
+    (theirs, _), *_ = seen[softmax].parts
+    has_same_rows = seen[loss].function == "nll_loss" or (
+        seen[loss].function == "kl_div" and ours.shape == theirs.shape
+    )
+    return softmax if has_same_rows else loss
