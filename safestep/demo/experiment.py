@@ -39,7 +39,7 @@ class Spike:
     def title(self) -> str:
         """Return how the table calls it, such as ``x10,000 held``."""
         if self.severity == 1:
-            return "none"
+            return "no spike"
         return f"x{self.severity:,g} {'held' if self.is_held else 'single'}"
 
 

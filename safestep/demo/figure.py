@@ -77,8 +77,8 @@ def draw_spike(
             runs_by_task[job.task][job.protection].append(outcome)
         elif job.spike.severity == 1 and job.protection == "plain":
             runs_by_task[job.task]["no spike"].append(outcome)
-    rows = (_draw_progress, _draw_normalized_step, _draw_learning_rate)
-    heights = (3.0, 2.2, 1.6)
+    rows = (_draw_progress, _draw_interventions, _draw_normalized_step, _draw_learning_rate)
+    heights = (3.0, 0.4, 2.2, 1.6)
     if size == "compact":
         rows, heights = rows[:1], heights[:1]
     columns = len(runs_by_task)
@@ -100,24 +100,37 @@ def draw_spike(
 def _draw_progress(ax: Axes, task: Task, runs: Runs) -> None:
     """Draw test accuracy where it was followed, otherwise the training loss."""
     make_axes(ax, "", "test accuracy (%)" if task.evaluates_every_step else "training loss", "")
-    curve, unit = (_accuracy, " %") if task.evaluates_every_step else (_smooth_loss, "")
+    curve, spec = (_accuracy, "{:.1f} %") if task.evaluates_every_step else (_smooth_loss, "{:.2f}")
     ends = _draw_runs(ax, runs, curve)
-    labels = [(y, f"{PROTECTIONS[way].title}: {y:.3g}{unit}", COLORS[way]) for way, y in ends]
+    labels = [(y, f"{PROTECTIONS[way].title}: {spec.format(y)}", COLORS[way]) for way, y in ends]
     if runs["no spike"]:
         middle = np.median([curve(run) for run in runs["no spike"]], axis=0)
         ax.plot(middle, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        labels.append((middle[-1], f"no spike: {middle[-1]:.3g}{unit}", _MUTED))
+        labels.append((middle[-1], f"no spike: {spec.format(middle[-1])}", _MUTED))
     if task.evaluates_every_step:
         ax.set_ylim(0, 103)
         ax.axhline(_CHANCE, color=_MUTED, linewidth=0.8, linestyle=":")
-        ax.text(0, _CHANCE + 1, "chance", color=_MUTED, fontsize="small")
+        ax.text(task.spike_step - 2, _CHANCE + 1, "chance", color=_MUTED, ha="right")
     label_ends(ax, labels)
-    _mark_interventions(ax, runs)
+
+
+def _draw_interventions(ax: Axes, task: Task, runs: Runs) -> None:
+    """Draw a tick for each step that the guard of the first seed scaled down."""
+    guarded = [way for way in PROTECTIONS if PROTECTIONS[way].is_guarded and runs[way]]
+    ax.set_axis_off()
+    ax.set_ylim(len(guarded) - 0.3, -0.7)
+    for row, way in enumerate(guarded):
+        steps = [report.step for report in runs[way][0].reports if report.scale != 1.0]
+        ax.plot(steps, np.full(len(steps), row), "|", color=COLORS[way], markersize=6)
+        ax.annotate(
+            f"{len(steps)} steps scaled down", (1.0, row), xycoords=("axes fraction", "data"),
+            xytext=(4, 0), textcoords="offset points", color=COLORS[way], va="center",
+        )  # fmt: skip
 
 
 def _draw_normalized_step(ax: Axes, task: Task, runs: Runs) -> None:
     """Draw r of the steps that were taken; what the optimizer proposed is a thin line."""
-    make_axes(ax, "", "r of the step taken", "")
+    make_axes(ax, "", "r of the step taken\n(dotted: proposed)", "")
     ax.set_yscale("log")
     for way in PROTECTIONS:
         if runs[way] and PROTECTIONS[way].is_guarded:
@@ -168,23 +181,6 @@ def _name_spike(ax: Axes, task: Task, spike: Spike) -> None:
         f"learning rate x {spike.severity:,g}\n{when}", color=_SPIKE, va="center",
         transform=ax.get_xaxis_transform(), path_effects=halo(),
     )  # fmt: skip
-
-
-def _mark_interventions(ax: Axes, runs: Runs) -> None:
-    """Put a tick under the axes for each step that the guard of the first seed scaled down."""
-    guarded = [way for way in PROTECTIONS if PROTECTIONS[way].is_guarded and runs[way]]
-    for row, way in enumerate(guarded):
-        height = -0.06 - 0.06 * row
-        steps = [report.step for report in runs[way][0].reports if report.scale != 1.0]
-        ax.plot(
-            steps, np.full(len(steps), height), "|", color=COLORS[way], markersize=6,
-            transform=ax.get_xaxis_transform(), clip_on=False,
-        )  # fmt: skip
-        ax.annotate(
-            f"{len(steps)} steps scaled down", (1.0, height), xycoords="axes fraction",
-            xytext=(4, 0), textcoords="offset points", color=COLORS[way], va="center",
-            fontsize="small", annotation_clip=False,
-        )  # fmt: skip
 
 
 def _accuracy(outcome: Outcome) -> np.ndarray:

@@ -95,31 +95,32 @@ def _table(title: str, summaries: dict[tuple[Spike, str], Summary]) -> Table:
         if not all(np.isnan(getattr(summary, field)) for summary in summaries.values())
     ]
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("spike")
-    table.add_column("run")
+    table.add_column(no_wrap=True)
     for field in fields:
-        table.add_column(_COLUMNS[field][0], justify="right")
+        table.add_column(_COLUMNS[field][0], justify="right", no_wrap=True)
     previous = None
     for (spike, way), summary in summaries.items():
-        cells = [format(getattr(summary, field), _COLUMNS[field][1]) for field in fields]
         if spike != previous:
             table.add_section()
-        table.add_row("" if spike == previous else spike.title, PROTECTIONS[way].title, *cells)
+            table.add_row(f"[bold]{spike.title}")
+        cells = [format(getattr(summary, field), _COLUMNS[field][1]) for field in fields]
+        table.add_row("  " + PROTECTIONS[way].title, *cells)
         previous = spike
     return table
 
 
 _COLUMNS = {  # field of Summary: heading, format
     "accuracy": ("test\n%", ".1f"),
-    "running_accuracy": ("running\nstats %", ".1f"),
+    "running_accuracy": ("stats\n%", ".1f"),
     "lowest_accuracy": ("lowest\n%", ".1f"),
     "final_loss": ("final\nloss", ".3g"),
-    "steps_clipped": ("steps\nclipped", ".0f"),
-    "largest_proposed": ("largest r\nproposed", ".3g"),
-    "largest_taken": ("largest r\ntaken", ".3g"),
+    "steps_clipped": ("clipped\nsteps", ".0f"),
+    "largest_proposed": ("r pro-\nposed", ".3g"),
+    "largest_taken": ("r\ntaken", ".3g"),
 }
-CAPTION = """\
-Medians over the seeds. test: accuracy at the end, with BatchNorm by the statistics of the test
-batch (running stats: by the model's own). lowest: from the spike on. final loss: mean training
-loss of the last 30 steps. r = step distance / radius: the certified radius in its own rows,
-the bound in all others; 1 is the limit."""
+CAPTION = (
+    "Medians over the seeds. test: accuracy at the end, with BatchNorm by the statistics of the "
+    "test batch (stats: by its running statistics). lowest: from the spike on. loss: mean over the "
+    "last 30 steps. r = step distance / radius, the largest of the run: of the certified radius in "
+    "its own rows, of the bound in the others. 1 is the limit."
+)
