@@ -154,7 +154,8 @@ def worst_of(measurements: Sequence[Measurement]) -> Measurement:
     tightest = min(measured, key=lambda m: m.radius, default=measurements[worst])
     if finding is Finding.MEASURED:
         return tightest
-    return replace(tightest, finding=finding, reason=f"rank {worst}: {finding}")
+    reason = measurements[worst].reason or finding
+    return replace(tightest, finding=finding, reason=f"rank {worst}: {reason}")
 
 
 class StepController:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -12,7 +14,8 @@ from safestep.controller import Finding, Measurement, worst_of
 def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measurement:
     """Return the measurement that all workers act on; without a process group, the one given.
 
-    One small all-gather, which every rank of the group must run in every step.
+    One small all-gather, which every rank of the group must run in every step; a second one, of the
+    reasons, only where a rank found an obstacle, which all know after the first.
 
     Args:
         measurement: This worker's.
@@ -30,14 +33,17 @@ def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measur
         ],
         dtype=torch.float64, device=_device(group),
     )  # fmt: skip
-    everyone = torch.empty(world_size(group), len(mine), dtype=mine.dtype, device=mine.device)
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    return worst_of(
-        [
-            Measurement(Finding(int(finding)), radius, spread, int(bottleneck), step_norm)
-            for finding, radius, spread, bottleneck, step_norm in everyone.tolist()
-        ]
-    )
+    rows = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(rows, mine, group=group)
+    everyone = [
+        Measurement(Finding(int(finding)), radius, spread, int(bottleneck), step_norm)
+        for finding, radius, spread, bottleneck, step_norm in torch.stack(rows).tolist()
+    ]
+    if any(worker.finding is not Finding.MEASURED for worker in everyone):
+        reasons: list[str | None] = [None for _ in everyone]
+        dist.all_gather_object(reasons, measurement.reason, group=group)
+        everyone = [replace(m, reason=r) for m, r in zip(everyone, reasons, strict=True)]
+    return worst_of(everyone)
 
 
 def world_size(group: ProcessGroup | None = None) -> int:
@@ -51,6 +57,6 @@ def rank(group: ProcessGroup | None = None) -> int:
 
 
 def _device(group: ProcessGroup | None) -> torch.device:
-    if "gloo" in dist.get_backend(group):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    """Return a device that the group communicates from: the CPU, if it does."""
+    devices = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    return torch.device("cpu" if "cpu" in devices else devices[0])

@@ -1,0 +1,98 @@
+"""SafeStep on DistributedDataParallel, rank by rank: ``guarded_ranks.py OUTPUT NUM_RANKS``."""
+
+import contextlib
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from launch import run
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from safestep import SafeStep
+
+STEPS = 3
+
+
+class Net(nn.Module):
+    """A classifier with BatchNorm, dropout, a branch that may stay unused, and a planted fault."""
+
+    def __init__(self, *, dropout=0.0, fault=None):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh())
+        self.drop = nn.Dropout(dropout)
+        self.branch = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 4)
+        self.fault, self.is_again = fault, False
+
+    def forward(self, inputs, use_branch=True):
+        hidden = self.drop(self.body(inputs))
+        logits = self.head(hidden + self.branch(hidden) if use_branch else hidden)
+        if not self.is_again:
+            return logits
+        if self.fault == "raises":
+            raise KeyError("labels are gone")
+        return logits * torch.nan if self.fault == "not finite" else logits
+
+
+def main(rank, output):
+    found = {
+        "clipped": train(rank, lr=5.0),
+        "skipped": train(rank, lr=0.01, spoiled=1),
+        "raises": train(rank, lr=0.01, faulty=1, fault="raises"),
+        "raises while clipped": train(rank, lr=5.0, faulty=1, fault="raises"),
+        "not finite": train(rank, lr=0.01, faulty=1, fault="not finite"),
+        "blind": train(rank, lr=0.01, faulty=rank, fault="raises"),
+        "subgroup": train(rank, lr=5.0, group=dist.new_group(list(range(dist.get_world_size())))),
+    }
+    for name, options in {
+        "plain": {},
+        "find_unused_parameters": {"find_unused_parameters": True, "use_branch": False},
+        "static_graph": {"static_graph": True},
+        "bucket views": {"gradient_as_bucket_view": True},
+        "accumulated": {"accumulated": 2},
+    }.items():
+        options = {"lr": 0.1, "dropout": 0.2, **options}
+        found[name] = train(rank, action="monitor", **options)
+        found[name]["unguarded"] = train(rank, is_guarded=False, **options)["after"]
+    torch.save(found, f"{output}/rank{rank}.pt")
+
+
+def train(rank, *, faulty=None, fault=None, dropout=0.0, **options):
+    """Train a few steps and return what this rank saw."""
+    torch.manual_seed(0)
+    model = Net(dropout=dropout, fault=fault if rank == faulty else None)
+    torch.manual_seed(100 + rank)
+    return _train(rank, model, **options)
+
+
+def _train(
+    rank, model, *, lr, action="clip", is_guarded=True, group=None, accumulated=1, spoiled=None,
+    use_branch=True, **ddp,
+):  # fmt: skip
+    wrapped = DistributedDataParallel(model, process_group=group, **ddp)
+    optimizer = torch.optim.Adam(wrapped.parameters(), lr=lr)
+    guard = SafeStep(optimizer, wrapped, action=action, process_group=group) if is_guarded else None
+    reports, steps = [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        batches = [torch.randn(8, 6) for _ in range(accumulated)]
+        if spoiled == rank and step == 1:
+            batches[0][0] = torch.nan
+        for inputs in batches:
+            is_last = inputs is batches[-1]
+            with contextlib.nullcontext() if is_last else wrapped.no_sync():
+                logits = wrapped(inputs, use_branch) if not use_branch else wrapped(inputs)
+                nn.functional.cross_entropy(logits, torch.arange(8) % 4).backward()
+        before = copy.deepcopy(model.state_dict())
+        model.is_again = True
+        optimizer.step()
+        model.is_again = False
+        steps.append((before, copy.deepcopy(model.state_dict()), torch.cat(batches)))
+        reports.append(guard.last if guard else None)
+    return {"reports": reports, "steps": steps, "after": model.state_dict()}
+
+
+if __name__ == "__main__":
+    run(main, int(sys.argv[2]), sys.argv[1])

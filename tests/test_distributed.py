@@ -1,0 +1,148 @@
+"""SafeStep over the ranks of real gloo processes: one decision, the same bits everywhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from safestep.controller import Finding, Measurement
+from safestep.distributed import agree, rank, world_size
+
+PROCESSES = Path(__file__).parent / "processes"
+LIMIT = 1.0
+
+
+def run_script(name, *args):
+    """Run a script of that folder; its own time limit ends first."""
+    command = [sys.executable, str(PROCESSES / name), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def load_ranks(output, num_ranks):
+    return [torch.load(output / f"rank{r}.pt", weights_only=False) for r in range(num_ranks)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(4, marks=pytest.mark.slow)],
+    ids=lambda ranks: f"{ranks}-ranks",
+)
+def ranks(request, tmp_path_factory):
+    """What each rank saw in every scenario; one start of the processes for all of them."""
+    output = tmp_path_factory.mktemp("ranks")
+    run_script("guarded_ranks.py", output, request.param)
+    return load_ranks(output, request.param)
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+
+
+def parameters(state):
+    """Return the state without BatchNorm's running statistics, which each rank has its own of."""
+    return {name: value for name, value in state.items() if "body.1.running" not in name}
+
+
+def network(state):
+    """Return the network of the scripts, without its branching, at a state that a rank saw."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh())
+            self.branch, self.head = nn.Linear(12, 12), nn.Linear(12, 4)
+
+        def forward(self, inputs):
+            hidden = self.body(inputs)
+            return self.head(hidden + self.branch(hidden))
+
+    model = Net()
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("scenario", ["clipped", "raises while clipped", "skipped", "subgroup"])
+def test_ranks_stay_bitwise_equal_after_an_intervention(ranks, scenario):
+    for other in ranks[1:]:
+        assert_same_bits(
+            parameters(ranks[0][scenario]["after"]), parameters(other[scenario]["after"])
+        )
+
+
+@pytest.mark.parametrize("scenario", ["clipped", "subgroup"])
+def test_ranks_clip_to_the_limit_of_the_tightest_rank(ranks, scenario, dense_normalized_step):
+    for step in range(3):
+        applied = []
+        for found in ranks:
+            before, after, inputs = found[scenario]["steps"][step]
+            applied.append(dense_normalized_step(network(before), network(after), inputs))
+            assert found[scenario]["reports"][step].status == "clipped"
+        assert max(applied) == pytest.approx(LIMIT, rel=1e-4)  # float32
+
+
+@pytest.mark.parametrize(
+    "scenario", ["clipped", "skipped", "raises", "raises while clipped", "not finite", "blind"]
+)
+def test_ranks_report_the_same(ranks, scenario):
+    fields = ("status", "scale", "normalized_step", "radius", "step_norm", "reason")
+    for step in range(3):
+        reports = [found[scenario]["reports"][step] for found in ranks]
+        seen = {repr([getattr(report, field) for field in fields]) for report in reports}
+        assert len(seen) == 1
+
+
+def test_a_rank_that_raises_is_named_and_holds_nobody_up(ranks):
+    reports = ranks[0]["raises"]["reports"]
+
+    assert [report.status for report in reports] == ["unmeasured"] * 3
+    assert {report.reason for report in reports} == {"rank 1: KeyError: 'labels are gone'"}
+    # The others measured, and their r is what is known.
+    assert all(0 < report.normalized_step < LIMIT for report in reports)
+
+
+def test_a_rank_that_raises_does_not_keep_the_others_from_clipping(ranks):
+    for report in ranks[0]["raises while clipped"]["reports"]:
+        assert report.status == "clipped"
+        assert report.reason.startswith("rank 1: KeyError")
+
+
+def test_a_rank_whose_measurement_is_not_finite_is_named_and_nobody_steps(ranks):
+    reports = ranks[0]["not finite"]["reports"]
+
+    assert [report.status for report in reports] == ["skipped"] * 3
+    reason = "rank 1: the logits or their tangent are not finite"
+    assert {report.reason for report in reports} == {reason}
+
+
+def test_ranks_undo_a_step_after_a_nan_in_one_batch_together(ranks):
+    for found in ranks:
+        statuses = [report.status for report in found["skipped"]["reports"]]
+        assert statuses == ["ok", "skipped", "ok"]
+        weights = [v for k, v in found["skipped"]["after"].items() if "running" not in k]
+        assert all(value.isfinite().all() for value in weights)
+
+
+def test_ranks_that_are_all_blind_step_as_without_a_guard(ranks):
+    assert {report.status for report in ranks[0]["blind"]["reports"]} == {"unmeasured"}
+
+
+@pytest.mark.parametrize(
+    "scenario", ["plain", "find_unused_parameters", "static_graph", "bucket views", "accumulated"]
+)
+def test_ranks_train_bitwise_as_without_a_guard_that_only_watches(ranks, scenario):
+    for found in ranks:
+        assert {report.status for report in found[scenario]["reports"]} == {"ok"}
+        assert_same_bits(found[scenario]["after"], found[scenario]["unguarded"])
+
+
+def test_agree_without_a_process_group_returns_the_measurement():
+    measurement = Measurement(Finding.UNMEASURED, float("nan"), 1.0, -1, 2.0, "why")
+
+    assert agree(measurement) is measurement
+    assert (rank(), world_size()) == (0, 1)
