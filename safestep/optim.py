@@ -189,6 +189,7 @@ class SafeStep:
         )
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._seconds = None  # of a step that raised
         if not self.enabled:
             return
         begin = perf_counter()
