@@ -1,0 +1,306 @@
+"""What a guarded step costs: time and memory as multiples of the plain training step.
+
+Every variant trains its own copy of the model; the steps of all of them are interleaved in one
+process, so that whatever else the machine does hits all alike. Memory is measured in a process of
+its own for each variant, as the peak.
+
+    python tests/benchmarks/bench_step.py --model mlp gpt resnet18 --json cost.json
+    python tests/benchmarks/bench_step.py --model gpt --grow batch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from safestep import SafeStep
+from safestep.predict import AUDIT_INTERVAL, FIRST_STEPS
+
+GUARDS = {
+    "plain": "nothing",
+    "clip_grad_norm_": "gradient norm",
+    "StableAdamW": "update over gradient, per tensor",
+    "auto": "every step, by prediction, JVP where in doubt",
+    "jvp": "every step, exactly",
+    "secant": "every step, near r = 1",
+    "difference": "every step, to a few percent",
+}
+LR = 1e-5  # far from the limit: what is timed is healthy training
+
+
+@dataclass
+class Shape:
+    """Sizes of a benchmark model."""
+
+    batch: int
+    width: int
+    depth: int
+    vocabulary: int
+
+
+SHAPES = {
+    "mlp": Shape(1438, 128, 2, 10),
+    "gpt": Shape(16, 256, 4, 256),
+    "resnet18": Shape(128, 64, 4, 10),
+}
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block with causal attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // 32
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.movedim(-3, 0).transpose(-2, -3)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(mixed.transpose(-2, -3).flatten(-2))
+        return x + self.mlp(self.norms[1](x))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model, 128 tokens long."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.token = nn.Embedding(shape.vocabulary, shape.width)
+        self.position = nn.Parameter(0.02 * torch.randn(128, shape.width))
+        self.blocks = nn.Sequential(*(Block(shape.width) for _ in range(shape.depth)))
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.token(tokens) + self.position)))
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18(shape: Shape) -> nn.Module:
+    """Return ResNet-18 in the shape used on CIFAR."""
+    widths = [shape.width * 2**stage for stage in range(shape.depth)]
+    stem = [nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    stages = [
+        layer
+        for before, width in zip([widths[0], *widths], widths, strict=False)
+        for layer in (
+            Residual(before, width, 1 if width == widths[0] else 2),
+            Residual(width, width, 1),
+        )
+    ]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], shape.vocabulary)]
+    return nn.Sequential(*stem, *stages, *head)
+
+
+def mlp(shape: Shape) -> nn.Module:
+    """Return an MLP with LayerNorm for the digits."""
+    layers: list[nn.Module] = []
+    for inputs in [64, *[shape.width] * (shape.depth - 1)]:
+        layers += [nn.Linear(inputs, shape.width), nn.LayerNorm(shape.width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(shape.width, shape.vocabulary))
+
+
+def data(name: str, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Return one batch of random inputs and targets."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "gpt":
+        tokens = torch.randint(shape.vocabulary, (shape.batch, 129), generator=generator)
+        return tokens[:, :-1], tokens[:, 1:].flatten()
+    size = (3, 32, 32) if name == "resnet18" else (64,)
+    inputs = torch.randn(shape.batch, *size, generator=generator)
+    return inputs, torch.randint(shape.vocabulary, (shape.batch,), generator=generator)
+
+
+def variant(
+    kind: str, name: str, shape: Shape, device: str, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Return a function that makes one training step of a variant."""
+    torch.manual_seed(0)
+    model = {"mlp": mlp, "gpt": GPT, "resnet18": resnet18}[name](shape).to(device)
+    optimizer_class = _stable_adamw() if kind == "StableAdamW" else torch.optim.AdamW
+    optimizer = optimizer_class(model.parameters(), lr=LR)
+    inputs, targets = (tensor.to(device) for tensor in data(name, shape))
+    guard = SafeStep(optimizer, model, estimator=kind) if kind in _ESTIMATORS else None
+    if kind == "auto":
+        _skip_the_first_steps(guard)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = cross_entropy(model(inputs).flatten(0, -2), targets)
+        loss.backward()
+        if kind == "clip_grad_norm_":
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+_ESTIMATORS = ("auto", "jvp", "secant", "difference")
+
+
+def _skip_the_first_steps(guard: SafeStep) -> None:
+    # Audits are rare only once a run has gone well for a while; that state is what is timed.
+    state = guard.state_dict()
+    state["predictor"] |= {"steps": FIRST_STEPS, "interval": AUDIT_INTERVAL}
+    guard.load_state_dict(state)
+
+
+def _stable_adamw() -> type[torch.optim.Optimizer]:
+    from optimi import StableAdamW
+
+    return StableAdamW
+
+
+def time_steps(
+    kinds: list[str], name: str, shape: Shape, steps: int, device: str, dtype: torch.dtype
+) -> dict[str, list[float]]:
+    """Return the seconds of every step of every variant, interleaved."""
+    variants = {kind: variant(kind, name, shape, device, dtype) for kind in kinds}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for index in range(steps + WARM_UP):
+        for kind, step in variants.items():
+            begin = perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if index >= WARM_UP:
+                seconds[kind].append(perf_counter() - begin)
+    return seconds
+
+
+WARM_UP = 4  # the first three guarded steps are cross-checked by a second estimator
+
+
+def peak_memory(kind: str, name: str, shape: Shape, device: str, dtype: torch.dtype) -> float:
+    """Return the peak memory of a few steps of a variant in a process of its own, in MiB."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory_here, (kind, name, shape, device, dtype))
+
+
+def _peak_memory_here(kind: str, name: str, shape: Shape, device: str, dtype: torch.dtype) -> float:
+    step = variant(kind, name, shape, device, dtype)
+    for _ in range(3):
+        step()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure(
+    kinds: list[str], name: str, shape: Shape, steps: int, device: str, dtype: torch.dtype,
+    with_memory: bool = True,
+) -> Iterator[dict[str, object]]:  # fmt: skip
+    """Yield one record for each variant of a model."""
+    seconds = time_steps(kinds, name, shape, steps, device, dtype)
+    plain_memory = peak_memory("plain", name, shape, device, dtype) if with_memory else None
+    for kind in kinds:
+        memory = peak_memory(kind, name, shape, device, dtype) if with_memory else None
+        yield {
+            "model": name, "variant": kind, "guards": GUARDS[kind], "shape": vars(shape),
+            "device": _device_name(device), "dtype": str(dtype), "steps": steps,
+            "mean_ratio": statistics.mean(seconds[kind]) / statistics.mean(seconds["plain"]),
+            "median_ratio": statistics.median(seconds[kind]) / statistics.median(seconds["plain"]),
+            "plain_ms": 1e3 * statistics.median(seconds["plain"]),
+            "memory_ratio": memory / plain_memory if memory and plain_memory else None,
+        }  # fmt: skip
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
+
+
+def table(records: list[dict]) -> str:
+    """Return the records as a Markdown table."""
+    lines = [
+        "| model | variant | mean time | median time | peak memory | guards |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        memory = f"{record['memory_ratio']:.2f}" if record["memory_ratio"] else "-"
+        shape = record["shape"]
+        size = f"batch {shape['batch']}, width {shape['width']}, depth {shape['depth']}"
+        size += f", {shape['vocabulary']} classes"
+        lines.append(
+            f"| {record['model']} ({size}) | {record['variant']} | {record['mean_ratio']:.2f} | "
+            f"{record['median_ratio']:.2f} | {memory} | {record['guards']} |"
+        )
+    where = f"{records[0]['device']}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return "\n".join([*lines, "", f"Multiples of the plain step. {where}."])
+
+
+def grown(name: str, axis: str) -> list[Shape]:
+    """Return a model's shape with one of its sizes at a quarter, half, one and two."""
+    shapes = []
+    for factor in (0.25, 0.5, 1, 2):
+        shape = Shape(**vars(SHAPES[name]))
+        setattr(shape, axis, max(1, int(getattr(shape, axis) * factor)))
+        shapes.append(shape)
+    return shapes
+
+
+def main() -> None:
+    """Measure what was asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", nargs="+", choices=SHAPES, default=["mlp", "gpt"])
+    kinds = [kind for kind in GUARDS if kind not in ("plain", "StableAdamW")]
+    parser.add_argument("--variant", nargs="+", choices=list(GUARDS), default=kinds)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--grow", choices=["batch", "width", "depth", "vocabulary"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    kinds = ["plain", *(kind for kind in arguments.variant if kind != "plain")]
+    dtype = getattr(torch, arguments.dtype)
+    records = []
+    for name in arguments.model:
+        shapes = grown(name, arguments.grow) if arguments.grow else [SHAPES[name]]
+        for shape in shapes:
+            records += measure(
+                kinds, name, shape, arguments.steps, arguments.device, dtype, not arguments.grow
+            )
+    print(table(records))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()
