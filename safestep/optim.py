@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from math import nan
@@ -107,6 +108,7 @@ class SafeStep:
         self._max_consecutive_skips = max_consecutive_skips
         self._snapshot = Snapshot(self.optimizer)
         self._seconds: float | None = None  # None: no step is under way
+        self._inner_steps = 0  # under way within it: a subclass may call super().step()
         self._journal = Journal(run_dir, self._settings(), process_group)
         # "set" needs the exact r at every step, so there is nothing to predict.
         is_sparing = estimator == "auto" and action != "set"
@@ -189,7 +191,10 @@ class SafeStep:
         )
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._seconds = None  # of a step that raised
+        if self._seconds is not None and _is_within_step(self.optimizer):
+            self._inner_steps += 1
+            return
+        self._seconds, self._inner_steps = None, 0  # of a step that raised
         if not self.enabled:
             return
         begin = perf_counter()
@@ -201,6 +206,9 @@ class SafeStep:
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         if self._seconds is None:
+            return
+        if self._inner_steps:
+            self._inner_steps -= 1
             return
         begin = perf_counter() - self._seconds
         self._seconds = None
@@ -264,6 +272,20 @@ class SafeStep:
 
 class _StepHook(DetachableHook):
     """Marks an optimizer that a SafeStep is attached to."""
+
+
+# The code of torch's wrapper around every step(), which calls the hooks.
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+def _is_within_step(optimizer: Optimizer) -> bool:
+    """Return whether the hook that asks belongs to a step called by a step of `optimizer`."""
+    frame, steps = sys._getframe(), 0
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer:
+            steps += 1
+        frame = frame.f_back
+    return steps > 1
 
 
 def innermost_optimizer(optimizer: Any) -> Any:
