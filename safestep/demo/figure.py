@@ -121,9 +121,9 @@ def _draw_interventions(ax: Axes, task: Task, runs: Runs) -> None:
     ax.set_ylim(len(guarded) - 0.3, -0.7)
     for row, way in enumerate(guarded):
         steps = [report.step for report in runs[way][0].reports if report.scale != 1.0]
-        ax.plot(steps, np.full(len(steps), row), "|", color=COLORS[way], markersize=6)
+        ax.plot(steps, np.full(len(steps), row), "|", color=COLORS[way], markersize=7)
         ax.annotate(
-            f"{len(steps)} steps scaled down", (1.0, row), xycoords=("axes fraction", "data"),
+            f"{len(steps)} step{'s' * (len(steps) != 1)} scaled down", (1.0, row), xycoords=("axes fraction", "data"),
             xytext=(4, 0), textcoords="offset points", color=COLORS[way], va="center",
         )  # fmt: skip
 
@@ -171,7 +171,7 @@ def _draw_runs(ax: Axes, runs: Runs, curve: Curve) -> list[tuple[str, float]]:
 def _shade_spike(ax: Axes, task: Task, spike: Spike) -> None:
     if spike.is_held:
         ax.axvspan(task.spike_step, task.num_steps, color=_SPIKE, alpha=0.06, linewidth=0)
-    ax.axvline(task.spike_step, color=_SPIKE, linewidth=1)
+    ax.axvline(task.spike_step, color=_SPIKE, linewidth=1, zorder=1)
 
 
 def _name_spike(ax: Axes, task: Task, spike: Spike) -> None:

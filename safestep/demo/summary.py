@@ -94,7 +94,10 @@ def _table(title: str, summaries: dict[tuple[Spike, str], Summary]) -> Table:
         for field in _COLUMNS
         if not all(np.isnan(getattr(summary, field)) for summary in summaries.values())
     ]
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1), pad_edge=False,
+    )  # fmt: skip
     table.add_column(no_wrap=True)
     for field in fields:
         table.add_column(_COLUMNS[field][0], justify="right", no_wrap=True)
@@ -115,8 +118,8 @@ _COLUMNS = {  # field of Summary: heading, format
     "lowest_accuracy": ("lowest\n%", ".1f"),
     "final_loss": ("final\nloss", ".3g"),
     "steps_clipped": ("clipped\nsteps", ".0f"),
-    "largest_proposed": ("r pro-\nposed", ".3g"),
-    "largest_taken": ("r\ntaken", ".3g"),
+    "largest_proposed": ("r pro-\nposed", ".2g"),
+    "largest_taken": ("r\ntaken", ".2g"),
 }
 CAPTION = (
     "Medians over the seeds. test: accuracy at the end, with BatchNorm by the statistics of the "
