@@ -122,8 +122,9 @@ def _draw_interventions(ax: Axes, task: Task, runs: Runs) -> None:
     for row, way in enumerate(guarded):
         steps = [report.step for report in runs[way][0].reports if report.scale != 1.0]
         ax.plot(steps, np.full(len(steps), row), "|", color=COLORS[way], markersize=7)
+        text = f"{len(steps)} step{'s' * (len(steps) != 1)} scaled down"
         ax.annotate(
-            f"{len(steps)} step{'s' * (len(steps) != 1)} scaled down", (1.0, row), xycoords=("axes fraction", "data"),
+            text, (1.0, row), xycoords=("axes fraction", "data"),
             xytext=(4, 0), textcoords="offset points", color=COLORS[way], va="center",
         )  # fmt: skip
 
