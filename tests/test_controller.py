@@ -181,13 +181,14 @@ def test_workers_act_on_the_smallest_radius_of_any():
 
 
 def test_workers_act_on_the_gravest_finding_and_name_its_rank():
-    broken = measured(math.nan, finding=Finding.GRADIENT_NOT_FINITE, reason="mine")
+    reason = "the gradient is not finite: weight"
+    broken = measured(math.nan, finding=Finding.GRADIENT_NOT_FINITE, reason=reason)
     unknown = measured(math.nan, finding=Finding.UNMEASURED)
 
     worst = worst_of([measured(2.0), unknown, broken])
 
     assert worst.finding is Finding.GRADIENT_NOT_FINITE
-    assert worst.reason == "rank 2: the gradient is not finite"
+    assert worst.reason == "rank 2: the gradient is not finite: weight"
     assert worst.radius == 2.0
 
 
