@@ -20,7 +20,7 @@ from .plots_style import (
     use_log_scale,
 )
 from .run import Run
-from .series import StepSeries, removed_area, step_series, thin
+from .series import StepSeries, loss_ratios, removed_area, step_series, thin
 
 PHASES = ("early", "middle", "late")
 
@@ -207,23 +207,20 @@ def plot_prediction(run: Run, ax: Axes | None = None) -> Axes:
     """
     series = step_series(run)
     ax = make_axes(ax, "What followed a step", "loss after / loss before", "r of the step taken")
-    r, loss = series.taken[:-1], _positive(series.loss)
-    change = loss[1:] / loss[:-1]
-    is_shown = np.isfinite(change) & (r > 0) & np.isfinite(r) & (np.diff(series.step) == 1)
-    if is_shown.sum() < 2:
+    r, ratio = loss_ratios(series)
+    if len(r) < 2:
         return say(ax, "no two neighbouring steps with a loss")
-    r, change = r[is_shown], change[is_shown]
     order = np.argsort(r)
-    at = order[thin(change[order], r[order])]
-    dots(ax, r[at], change[at], "normalized_step", size=3)
+    at = order[thin(ratio[order], r[order])]
+    dots(ax, r[at], ratio[at], "normalized_step", size=3)
     shares = np.array_split(order, min(10, len(r)))
-    middle = [(np.median(r[share]), np.median(change[share])) for share in shares]
+    middle = [(np.median(r[share]), np.median(ratio[share])) for share in shares]
     ax.plot(*zip(*middle, strict=True), color=INK, linewidth=1.6, marker="o", markersize=3)
     ax.set_xscale("log")
-    use_log_scale(ax, change, ratio=3)
+    use_log_scale(ax, ratio, ratio=3)
     ax.axhline(1, color=INK, linewidth=0.8, alpha=0.5)
     mark_limit(ax, axis="x")
-    note(ax, f"rank correlation {rank_correlation(r, change):+.2f}", INK)
+    note(ax, f"rank correlation {rank_correlation(r, ratio):+.2f}", INK)
     return ax
 
 

@@ -139,6 +139,21 @@ def removed_area(series: StepSeries) -> float:
     return float(1 - series.effective_learning_rate[known].sum() / total)
 
 
+def loss_ratios(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:
+    """Return the r of steps taken, and the loss after over the loss before them.
+
+    Args:
+        series: The steps.
+
+    Returns:
+        r and ratio of the steps that have both, where the next step is in the log. Shape ``[K]``.
+    """
+    r, loss = series.taken[:-1], np.where(series.loss > 0, series.loss, np.nan)
+    ratio = loss[1:] / loss[:-1]
+    is_known = np.isfinite(ratio) & (r > 0) & np.isfinite(r) & (np.diff(series.step) == 1)
+    return r[is_known], ratio[is_known]
+
+
 def thin(*values: np.ndarray, keep: np.ndarray | None = None, max_points: int = 1500) -> np.ndarray:
     """Return indices that show all extremes of the values, and every point to keep.
 
