@@ -1,0 +1,65 @@
+"""StepSafety on the ranks of a Trainer: real processes, one decision, the same bits everywhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from safestep import read_run
+
+SCRIPT = Path(__file__).parents[1] / "processes" / "guarded_trainer.py"
+WATCHED = ["plain", "find_unused_parameters", "static_graph", "accumulated", "manual", "bf16"]
+
+
+def train(output, num_ranks, *names):
+    """Run scenarios and return what each rank saw in them."""
+    command = [sys.executable, str(SCRIPT), str(output), str(num_ranks), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        folder.name: [torch.load(folder / f"rank{rank}.pt") for rank in range(num_ranks)]
+        for folder in output.iterdir()
+    }
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """What the ranks saw with a guard that only watches; one start for all scenarios."""
+    return train(tmp_path_factory.mktemp("watched"), 2, *WATCHED)
+
+
+def assert_same_bits(one, other, *, but=()):
+    assert one.keys() == other.keys()
+    for name in one:
+        if not any(part in name for part in but):
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n}-ranks"
+)
+def test_step_safety_clips_alike_on_all_ranks_and_shares_one_run_log(tmp_path, num_ranks):
+    first, *others = train(tmp_path, num_ranks, "clipped")["clipped"]
+
+    for other in others:
+        assert [report["scale"] for report in other["reports"]] == [
+            report["scale"] for report in first["reports"]
+        ]
+        assert_same_bits(first["after"], other["after"], but=["running"])
+    assert {report["status"] for report in first["reports"]} == {"clipped"}
+    assert {"safestep/normalized_step", "workers/loss_std"} <= first["logged"].keys()
+    (path,) = tmp_path.rglob("run.jsonl")
+    run = read_run(path)
+    assert run.header["world_size"] == num_ranks
+    assert len(run.steps["scale"]) == len(first["reports"]) > 0
+    assert run.workers["loss"].shape == (len(first["reports"]), num_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", WATCHED)
+def test_step_safety_that_only_watches_leaves_ranks_bitwise_alone(watched, scenario):
+    for guarded, unguarded in zip(watched[scenario], watched[f"{scenario} unguarded"], strict=True):
+        assert {report["status"] for report in guarded["reports"]} == {"ok"}
+        assert_same_bits(guarded["after"], unguarded["after"])

@@ -1,0 +1,114 @@
+"""StepSafety on the ranks of a Trainer: ``guarded_trainer.py OUTPUT NUM_RANKS SCENARIO...``."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch._dynamo  # noqa: F401  once before the fork, not in every rank
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+from safestep.callbacks import StepSafety, WorkerConsistency
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Classifier(LightningModule):
+    def __init__(self, lr, is_manual=False, has_unused=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lr, self.automatic_optimization = lr, not is_manual
+        self.net = nn.Sequential(
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4)
+        )
+        self.unused = nn.Linear(2, 2) if has_unused else None
+
+    def training_step(self, batch, batch_idx):
+        inputs, classes = batch
+        loss = functional.cross_entropy(self.net(inputs), classes)
+        self.log("loss", loss)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class Save(Callback):
+    """Writes what this rank saw when training ends."""
+
+    def __init__(self, path, safety):
+        self.path, self.safety, self.reports = path, safety, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.safety and self.safety.guards[0].last not in [None, *self.reports]:
+            self.reports.append(self.safety.guards[0].last)
+
+    def on_train_end(self, trainer, pl_module):
+        logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+        found = {
+            "after": pl_module.state_dict(),
+            "reports": list(map(asdict, self.reports)),
+            "logged": logged,
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        torch.save(found, self.path / f"rank{trainer.global_rank}.pt")
+
+
+WATCHED = {
+    "plain": {},
+    "find_unused_parameters": {"find_unused_parameters": True, "has_unused": True},
+    "static_graph": {"static_graph": True},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "manual": {"is_manual": True},
+    "bf16": {"precision": "bf16-mixed"},
+}
+
+
+def main(output, num_ranks, *names):
+    torch.set_num_threads(1)
+    for name in names:
+        if name == "clipped":
+            fit(output / name, num_ranks, WorkerConsistency(), lr=3.0, logger=True)
+        else:
+            options = {"lr": 0.05, **WATCHED[name]}
+            fit(output / name, num_ranks, action="monitor", **options)
+            fit(output / f"{name} unguarded", num_ranks, action=None, **options)
+
+
+def fit(
+    path, num_ranks, *callbacks, lr, action="clip", is_manual=False, has_unused=False, logger=False,
+    find_unused_parameters=False, static_graph=False, **options,
+):  # fmt: skip
+    seed_everything(0, verbose=False)
+    inputs = torch.randn(64, 8)
+    loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
+    safety = StepSafety(action=action) if action else None
+    Trainer(
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy=DDPStrategy(
+            start_method="fork",
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+        ),
+        max_epochs=1,
+        log_every_n_steps=1,
+        default_root_dir=path,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*([safety] if safety else []), *callbacks, Save(path, safety)],
+        **options,
+    ).fit(Classifier(lr, is_manual, has_unused), loader)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
