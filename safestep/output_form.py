@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ from safestep.evidence import (
     binary_temperature,
     is_blind_to_scale,
     label_temperature,
+    lowers_labels,
+    spares_likely_classes,
 )
 from safestep.losses import binary_rows
 
@@ -36,12 +39,14 @@ class OutputForm:
         class_axis: The axis of the classes, None for sigmoids.
         temperature: What the numbers are divided by before they enter the softmax.
         is_checked: Whether the gradient confirms the temperature.
+        lowers_labels: Whether rows are pushed away from a label, as by a negative weight.
     """
 
     kind: Kind
     class_axis: int | None = None
     temperature: float = 1.0
     is_checked: bool = True
+    lowers_labels: bool = False
 
     @property
     def is_evident(self) -> bool:
@@ -80,7 +85,21 @@ class OutputForm:
         logits = output.movedim(self.class_axis, -1)
         if self.kind == "probabilities":
             logits = logits.log()
-        return logits if self.temperature == 1.0 else logits / self.temperature, counted
+        logits = logits if self.temperature == 1.0 else logits / self.temperature
+        return logits, _with_fitted(counted, logits)
+
+
+def _with_fitted(counted: Tensor, logits: Tensor) -> Tensor:
+    """Return the mask with the rows that have no gradient because they are fitted perfectly."""
+    if bool(counted.all()):
+        return counted
+    first, second = logits.detach()[~counted].float().topk(2).values.unbind(-1)
+    limits = torch.finfo(logits.dtype)
+    # dL/dlogits is about exp(-margin) there; an ignored row of such a margin is counted in vain.
+    underflow = -math.log(limits.tiny * limits.eps)
+    counted = counted.clone()
+    counted[~counted] = first - second > underflow - math.log(counted.numel())
+    return counted
 
 
 def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
@@ -102,8 +121,8 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
     rows = output.movedim(axis, -1).flatten(0, -2)[evidence.rows]
     temperature = label_temperature(rows, evidence.sample)
     if temperature is not None:
-        return OutputForm("logits", axis, temperature)
-    if is_blind_to_scale(rows, evidence.sample):
+        return OutputForm("logits", axis, temperature, lowers_labels=lowers_labels(evidence.sample))
+    if is_blind_to_scale(rows, evidence.sample) or spares_likely_classes(rows, evidence.sample):
         return None
     return OutputForm("logits", axis, is_checked=False)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import optim
+from torch import nn, optim
 from torch.nn.functional import cross_entropy
 
 from safestep import SafeStep
@@ -245,6 +245,25 @@ def test_two_models_trained_in_turn_do_not_see_each_other(
             train_step(optimizer, model, batch)
             assert guard.last.step == step
             assert dense_normalized_step(before, model, batch[0]) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "logit"), [(torch.float32, 200.0), (torch.float16, 30.0)])
+def test_a_row_that_is_fitted_to_the_last_bit_still_limits_the_step(dtype, logit):
+    model = nn.Linear(4, 3, bias=False).to(dtype)
+    nn.init.eye_(model.weight)
+    inputs, targets = torch.eye(4, dtype=dtype)[:3], torch.tensor([0, 2, 1])
+    inputs[0] *= logit  # no gradient is left of it, and weight decay moves it most
+    optimizer = optim.SGD(model.parameters(), lr=0.5, weight_decay=0.8)
+    guard = SafeStep(optimizer, model)
+    before = model.weight.detach().clone()
+
+    cross_entropy(model(inputs).float(), targets).backward()
+    optimizer.step()
+
+    tangent = inputs.float() @ (model.weight - before).T.float()
+    spread = (tangent.amax(-1) - tangent.amin(-1)).max().item()
+    assert guard.last.status == "clipped"
+    assert spread == pytest.approx(torch.pi, rel=0.01)
 
 
 @pytest.mark.slow
