@@ -129,6 +129,35 @@ def is_blind_to_scale(values: Tensor, gradient: Tensor) -> bool:
     return bool((product.sum(-1).abs() <= 10 * tolerance * product.abs().sum(-1)).all())
 
 
+def spares_likely_classes(logits: Tensor, gradient: Tensor) -> bool:
+    """Return whether a class that a softmax makes likely has no gradient at all: it is no softmax.
+
+    A margin loss is like that, and a comparison of two of the logits.
+
+    Args:
+        logits: Rows of logits. Shape ``[S, C]``.
+        gradient: Gradient of the loss with respect to them. Shape ``[S, C]``.
+
+    Returns:
+        True if there is such a class in a row that has a gradient.
+    """
+    likely = logits > logits.amax(-1, keepdim=True) - 4
+    return bool((gradient.ne(0).any(-1, keepdim=True) & likely & gradient.eq(0)).any())
+
+
+def lowers_labels(gradient: Tensor) -> bool:
+    """Return whether a row's largest gradient lowers its logit: the weight is negative.
+
+    Args:
+        gradient: Gradient of a loss with one label a row. Shape ``[S, C]``.
+
+    Returns:
+        True for policy gradients and for losses that push rejected answers away.
+    """
+    label = gradient.abs().argmax(-1, keepdim=True)
+    return bool((gradient.gather(-1, label) > 0).any())
+
+
 def binary_temperature(
     logit: Tensor, gradient: Tensor, tolerance: float | None = None
 ) -> float | None:
@@ -154,17 +183,28 @@ def binary_temperature(
     )  # fmt: skip
     sign = gradient.sign()
     usable = sign.ne(0) & logit.isfinite() & gradient.isfinite()
-    column = torch.arange(logit.shape[1]).expand_as(logit)
-    group = (2 * column + (sign > 0))[usable]
+    column = torch.arange(logit.shape[1]).expand_as(logit)[usable]
     logit, sign, size = logit[usable], sign[usable], gradient[usable].abs().log()
-    # Each group has a weight of its own: one element of it explains nothing.
+    # One weight for each label, and if that does not fit, one for each label and column.
+    for group in ((sign > 0).long(), 2 * column + (sign > 0)):
+        temperature = _binary_fit(sign * logit, size, group, tolerance)
+        if temperature is not None:
+            return temperature
+    return None
+
+
+def _binary_fit(logit: Tensor, size: Tensor, group: Tensor, tolerance: float) -> float | None:
+    """Fit log|gradient| = log sigmoid(logit / T) + a number of each group's own.
+
+    Returns:
+        What ``binary_temperature`` does.
+    """
     if len(size) < 2 * len(group.unique()) + 2:
         return None
 
     def error(temperature: float) -> float:
-        rest = size - torch.nn.functional.logsigmoid(sign * logit / temperature)
-        count = group.bincount().clamp(min=1)
-        mean = group.bincount(rest) / count
+        rest = size - torch.nn.functional.logsigmoid(logit / temperature)
+        mean = group.bincount(rest) / group.bincount().clamp(min=1)
         return float((rest - mean[group]).square().mean().sqrt())
 
     return _best_temperature(error, tolerance)

@@ -49,6 +49,13 @@ class Plan:
             for name, form in self.outputs.items()
             if not form.is_checked
         ]
+        doubts += [
+            f"{name}: some rows are pushed away from their label. If the loss is a function of the "
+            "log-probabilities of several rows at once, as a preference loss is, r is larger than "
+            f"measured. {_HOW_TO_TELL}"
+            for name, form in self.outputs.items()
+            if form.lowers_labels
+        ]
         if self.left_out:
             doubts.append(
                 f"{', '.join(self.left_out)}: not measured, its gradient is not one of a softmax"
