@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import descriptions, plots, plots_workers
-from .plots_style import INK, PAPER
+from .plots_style import INK, PAPER, SERIES_COLORS
 from .run import Run
 from .series import scalar, step_series
 
-_SIZE = (5.6, 3.3)  # inches: text stays readable where a phone shows it 360 pixels wide
+_SIZE = (5.0, 3.1)  # inches: text stays readable where a phone shows it 360 pixels wide
 _RC: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -180,7 +180,10 @@ def to_svg(figure: Figure, salt: str) -> str:
         figure.savefig(buffer, format="svg", dpi=150, facecolor="none", metadata={"Date": None})
     markup = buffer.getvalue()
     markup = markup[markup.index("<svg") :].replace("<svg ", '<svg aria-hidden="true" ', 1)
-    return markup.replace(INK, "currentColor").replace(PAPER, "var(--page)")
+    markup = markup.replace(INK, "currentColor").replace(PAPER, "var(--page)")
+    for color in SERIES_COLORS:
+        markup = markup.replace(color, f"var(--c{color[1:]})")
+    return markup
 
 
 def _draw_one(kind: FigureKind, run: Run, shared: dict | None = None) -> Figure:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .plots_style import SERIES_COLORS
 from .regimes import REGIMES, name_regimes
 from .run import Run
 from .series import removed_area, step_series
@@ -23,6 +24,7 @@ _REGIME_COLORS = {
     "safe": "#009673", "controlled": "#b87a00", "unsettled": "#aa4499", "harmful": "#d9480f",
     "unknown": "#8a949e",
 }  # fmt: skip
+_DARK_LIFT = 0.35  # share of white that keeps the figures' colours legible on the dark page
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 STYLE = """
@@ -55,12 +57,27 @@ th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-top: 1px solid
   vertical-align: top; overflow-wrap: anywhere; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures { display: grid; gap: 1.4rem 1.8rem; }
-.figures.one { grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); }
+.figures.one { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figcaption, .soft { color: var(--soft); font-size: .88rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 """
+
+
+def _palette() -> str:
+    """Return the figures' colours as CSS variables, lifted on a dark page."""
+    light = "".join(f"--c{color[1:]}: {color};" for color in SERIES_COLORS)
+    dark = "".join(
+        f"--c{color[1:]}: #"
+        + "".join(
+            f"{round(255 * _DARK_LIFT + int(color[i : i + 2], 16) * (1 - _DARK_LIFT)):02x}"
+            for i in (1, 3, 5)
+        )
+        + ";"
+        for color in SERIES_COLORS
+    )
+    return f":root {{{light}}} @media (prefers-color-scheme: dark) {{:root {{{dark}}}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +124,7 @@ def build_page(
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">{refresh}
-<title>safestep: {_text(", ".join(labels))}</title><style>{STYLE}</style></head><body>
+<title>safestep: {_text(", ".join(labels))}</title><style>{_palette()}{STYLE}</style></head><body>
 <h1>safestep report</h1>
 <main><section class="runs" aria-label="What happened">{cards}</section>
 {figures}

@@ -149,7 +149,7 @@ def plot_learning_rate(run: Run, ax: Axes | None = None) -> Axes:
         (last_finite(base), "base", color),
     ])  # fmt: skip
     if series.intervened.any():
-        note(ax, f"the guard removed {removed_area(series):.1%} of the area")
+        note(ax, f"{removed_area(series):.1%} of the area removed")
     return ax
 
 

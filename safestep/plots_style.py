@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 
-# Okabe and Ito's colours for the colour-blind, some darkened: each has a contrast of 3 or more
-# with a white and with a black page. INK and PAPER stand for the page's own text and background.
+# After Okabe and Ito's colours for the colour-blind, some darkened: each has a contrast of 3 or
+# more with a white page. INK and PAPER stand for the page's own text and background.
 INK, PAPER = "#1f2320", "#fefeff"
 COLORS = {
     "loss": INK,
@@ -28,6 +28,7 @@ LADDER_COLORS = {  # from the sure and small to the true and large
     "certified": "#0077bb",
     "exact": INK,
 }
+SERIES_COLORS = tuple(sorted({*COLORS.values(), *LADDER_COLORS.values()} - {INK}))
 MAX_MARKS = 3000  # more are drawn as pixels, not as vectors
 
 
@@ -48,7 +49,7 @@ def make_axes(ax: Axes | None, title: str, ylabel: str, xlabel: str = "step") ->
     ax.set_title(title, loc="left", color=INK)
     ax.set_xlabel(xlabel, color=INK)
     ax.set_ylabel(ylabel, color=INK)
-    ax.tick_params(colors=INK)
+    ax.tick_params(colors=INK, which="both")
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(INK)
     ax.grid(alpha=0.15, color=INK)

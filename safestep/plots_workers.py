@@ -21,7 +21,7 @@ from .series import scalar, thin
 HEATMAP_QUANTITIES = {
     "loss": "loss (nats)",
     "grad_norm": "gradient norm (loss per distance)",
-    "cosine_to_mean": "cosine to the mean gradient",
+    "cosine_to_mean": "cosine to mean (gradients)",
 }
 MAX_COLUMNS = 400
 
@@ -61,7 +61,7 @@ def plot_worker_heatmap(run: Run, ax: Axes | None = None, *, quantity: str = "lo
     )  # fmt: skip
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
     bar.set_label(unit.replace(" (", "\n("), color=INK)
-    bar.ax.tick_params(colors=INK)
+    bar.ax.tick_params(colors=INK, which="both")
     ax.set_yticks(_ranks(values.shape[1]))
     ax.grid(visible=False)
     _mark_outliers(ax, run)

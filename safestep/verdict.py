@@ -63,7 +63,9 @@ def _headline(evidence: Evidence, harmful: np.ndarray) -> str:
             f"after {harmful.sum():,} of {total}."
         )
     if touched:
-        return f"Protected: the guard stepped in at {touched:,} of {total}."
+        text = f"the guard stepped in at {touched:,} of {total}"
+        is_high = evidence.is_over_band.any()
+        return sentence(f"{text}, yet the loss rose" if is_high else f"Protected: {text}")
     if not np.isfinite(series.proposed).any():
         return f"Not measured: none of {total} has an r."
     over = int((series.proposed > 1 + TOLERANCE).sum())

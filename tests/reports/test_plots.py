@@ -151,7 +151,7 @@ def test_removed_area_is_the_share_of_the_learning_rates_sum(tmp_path):
     ax = plots.plot_learning_rate(run, new_axes())
 
     assert removed_area(step_series(run)) == 0.5
-    assert "the guard removed 50.0% of the area" in texts(ax)
+    assert "50.0% of the area removed" in texts(ax)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
