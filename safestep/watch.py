@@ -21,6 +21,8 @@ _NORM = 1
 # 30 seen on a fitted classifier).
 _SPIKE_MADS = 20.0
 _SPIKE_FACTOR = 100.0
+# Where the others are all equal there is no scale; no distance counts as more than this.
+_FAR_MADS = 1000.0
 # The scale of ordinary deviations is a mean over about this many steps.
 _MEMORY = 50
 
@@ -103,10 +105,12 @@ class WorkerWatch:
             The events of this step.
         """
         with np.errstate(all="ignore"):  # zeros and non-finite numbers are ordinary input here
-            # Norms differ by factors.
-            values = np.array([losses, np.log(grad_norms), cosines_to_mean], dtype=np.float64)
+            values = np.stack(
+                [np.asarray(v, np.float64) for v in (losses, grad_norms, cosines_to_mean)]
+            )
+            events = self._non_finite_events(step, np.isfinite(values))
+            values[_NORM] = np.log(values[_NORM])  # norms differ by factors
             deviations = values - np.median(values, axis=1, keepdims=True)
-            events = self._non_finite_events(step, losses, grad_norms)
             events += self._spike_events(step, deviations)
             self._gather_evidence(step, values, deviations)
             self._update_scale(deviations)
@@ -136,11 +140,9 @@ class WorkerWatch:
     def _state_names(self) -> list[str]:
         return [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
 
-    def _non_finite_events(
-        self, step: int, losses: ArrayLike, grad_norms: ArrayLike
-    ) -> list[WorkerEvent]:
-        bad_loss = ~np.isfinite(losses)
-        self._non_finite = np.where(np.isfinite(grad_norms), 0, self._non_finite + 1)
+    def _non_finite_events(self, step: int, is_finite: NDArray[np.bool_]) -> list[WorkerEvent]:
+        bad_loss = ~is_finite[0]
+        self._non_finite = np.where(is_finite[_NORM], 0, self._non_finite + 1)
         is_bad = bad_loss | (self._non_finite > self._patience)
         events = []
         for rank in np.flatnonzero(is_bad & ~self._named).tolist():
@@ -178,7 +180,8 @@ class WorkerWatch:
         self._deviation_sum[is_fresh] = 0
         self._count += 1
         scale = np.where(np.isfinite(self._scale), self._scale, _mad(deviations))
-        self._deviation_sum += np.nan_to_num(deviations / scale[:, None])
+        mads = np.nan_to_num(deviations / scale[:, None])
+        self._deviation_sum += mads.clip(-_FAR_MADS, _FAR_MADS)
         # What named a worker fades from the threshold to zero; that clears the worker.
         fading = np.where(self._evidence > 0, np.minimum(evidence, self._threshold), 0)
         self._evidence = np.maximum(np.where(self._named, fading, evidence), 0)
@@ -186,23 +189,27 @@ class WorkerWatch:
 
     def _evidence_events(self, step: int) -> list[WorkerEvent]:
         evidence = np.where(self._named, 0, self._evidence)
+        if len(self._named) == 2:
+            evidence[1] = 0  # both stand out alike: the upper one speaks for the pair
         if evidence.max() < self._threshold:
             return []
-        strength = np.abs(self._deviation_sum / np.maximum(self._count, 1))
-        order = np.where(evidence >= self._threshold, strength, -1)
-        if len(self._named) == 2:
-            order[1] = -1  # both stand out alike: the upper one speaks for the pair
-        side, quantity, rank = (int(i) for i in np.unravel_index(order.argmax(), order.shape))
+        rank = int(evidence.max((0, 1)).argmax())
+        deviations = (self._deviation_sum / np.maximum(self._count, 1))[..., rank]
+        # What crossed first may not be what shows most.
+        shows = evidence[..., rank] >= self._threshold / 2
+        order = np.where(shows, np.abs(deviations), -1)
+        side, quantity = (int(index) for index in np.unravel_index(order.argmax(), order.shape))
         since = int(self._since[side, quantity, rank])
-        deviation = self._deviation_sum[side, quantity, rank] / self._count[side, quantity, rank]
+        deviation = float(deviations[side, quantity])
+        amount = f"{abs(deviation):.1f} MADs" if abs(deviation) < 0.9 * _FAR_MADS else "far"
         message = (
-            f"rank {rank}: {QUANTITIES[quantity]} {abs(deviation):.1f} MADs "
+            f"rank {rank}: {QUANTITIES[quantity]} {amount} "
             f"{('above', 'below')[side]} the others since step {since}"
         )
         if len(self._named) == 2:
             message += " (of two workers either may be the one that is off)"
         self._name(rank, side, quantity)
-        return [WorkerEvent(step, rank, QUANTITIES[quantity], float(deviation), since, message)]
+        return [WorkerEvent(step, rank, QUANTITIES[quantity], deviation, since, message)]
 
     def _name(self, rank: int, side: int, quantity: int) -> None:
         """Leave the worker out of the comparisons; the others' evidence was against its values."""
