@@ -297,8 +297,12 @@ def innermost_optimizer(optimizer: Any) -> Any:
     Returns:
         The innermost of them.
     """
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        # Fabric's wrapper shows the hooks of the optimizer inside as its own.
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+        if hooks is not None and hooks is not getattr(inner, "_optimizer_step_pre_hooks", None):
+            break
+        optimizer = inner
     return optimizer
 
 

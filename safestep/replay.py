@@ -240,11 +240,15 @@ class DetachableHook:
 
 
 def without_data_parallel(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel or DataParallel wrappers."""
+    """Return the module inside DistributedDataParallel, DataParallel and Fabric wrappers."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, wrappers):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_forward_module", None), nn.Module):
+            model = inner  # of Lightning Fabric, with DistributedDataParallel inside
+        else:
+            return model
 
 
 def eager_module(model: nn.Module) -> nn.Module:

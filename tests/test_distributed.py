@@ -146,3 +146,40 @@ def test_agree_without_a_process_group_returns_the_measurement():
 
     assert agree(measurement) is measurement
     assert (rank(), world_size()) == (0, 1)
+
+
+@pytest.fixture(scope="module")
+def fabric(tmp_path_factory):
+    """What Fabric's ranks saw, and a single process under bfloat16 autocast."""
+    output = tmp_path_factory.mktemp("fabric")
+    run_script("guarded_fabric.py", output)
+    return {name: torch.load(output / f"{name}.pt") for name in ("rank0", "rank1", "alone")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["rank0", "rank1", "alone"])
+def test_fabric_trains_bitwise_as_without_a_guard_that_only_watches(fabric, process):
+    found = fabric[process]["watched"]
+
+    assert {(report["status"], report["estimator"]) for report in found["reports"]} == {
+        ("ok", "jvp")
+    }
+    assert_same_bits(found["after"], fabric[process]["unguarded"]["after"])
+
+
+@pytest.mark.slow
+def test_fabric_ranks_clip_to_the_limit_of_the_tightest(fabric, dense_normalized_step):
+    for step in range(4):
+        applied = []
+        for process in ("rank0", "rank1"):
+            before, after, inputs = fabric[process]["clipped"]["steps"][step]
+            model, moved = (
+                nn.Sequential(
+                    nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0), nn.Linear(12, 4)
+                )
+                for _ in range(2)
+            )
+            model.load_state_dict(before)
+            moved.load_state_dict(after)
+            applied.append(dense_normalized_step(model, moved, inputs))
+        assert max(applied) == pytest.approx(LIMIT, rel=1e-4)  # float32
