@@ -230,20 +230,20 @@ def test_radius_of_mixed_precision_has_the_wider_type():
     assert ladder_radius(logits, tangent.bfloat16(), limit=1e9).dtype == torch.float64
 
 
-@pytest.mark.parametrize("rung", WITH_LOGITS[:3], ids=lambda rung: rung.__name__)
-@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.0, 1e8, 1e30], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30], ids=str)
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e4], ids=str)
-def test_radius_of_extreme_float32_rows_matches_float64(rung, scale, size):
-    logits, tangent = rows_of("random", seed=4, num_classes=6, num_rows=32)
+def test_radius_of_extreme_float32_rows_matches_float64(scale, size):
+    logits, tangent = rows_of("random", seed=4, num_classes=6, num_rows=16)
     logits, tangent = (size * logits).float(), (scale * tangent).float()
-
-    radius = rung(logits, tangent).double()
-
-    # Two scans that stop at other nodes differ by 0.25 % at most.
-    torch.testing.assert_close(radius, rung(logits.double(), tangent.double()), rtol=3e-3, atol=0)
     exact = exact_radius(logits, tangent)
-    # float32 rounds the slopes to 1e-7 of their spread and log f to 1e-6.
-    assert (radius <= exact * (1 + 1e-5)).all()
+
+    for rung in WITH_LOGITS[:3]:
+        radius = rung(logits, tangent).double()
+        # Two scans that stop at other nodes differ by 0.25 % at most.
+        expected = rung(logits.double(), tangent.double())
+        torch.testing.assert_close(radius, expected, rtol=3e-3, atol=0)
+        # float32 rounds the slopes to 1e-7 of their spread and log f to 1e-6.
+        assert (radius <= exact * (1 + 1e-5)).all()
 
 
 # Rows and classes that are not there
