@@ -66,7 +66,8 @@ def draw_spike(
     Args:
         outcomes: What `run_jobs` returned.
         spike: Which of the spikes.
-        size: "full" has r and the learning rate below; "compact" fits the first screen of a README.
+        size: "full" shows all; "compact" leaves out the interventions and the learning rate, and
+            fits the first screen of a README.
 
     Returns:
         The figure.
@@ -80,7 +81,7 @@ def draw_spike(
     rows = (_draw_progress, _draw_interventions, _draw_normalized_step, _draw_learning_rate)
     heights = (3.0, 0.4, 2.2, 1.6)
     if size == "compact":
-        rows, heights = rows[:1], heights[:1]
+        rows, heights = (_draw_progress, _draw_normalized_step), (2.2, 1.3)
     columns = len(runs_by_task)
     figure, grid = plt.subplots(
         len(rows), columns, sharex=True, squeeze=False, layout="constrained",
