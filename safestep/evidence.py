@@ -290,7 +290,7 @@ def _best_temperature(error: Callable[[float], float], tolerance: float) -> floa
 def _rounded(temperature: float) -> float:
     if abs(temperature - 1) < _SAME_TEMPERATURE:
         return 1.0
-    return float(f"{temperature:.4g}")
+    return float(f"{temperature:.3g}")
 
 
 def _zero_sum_axis(gradient: Tensor) -> int | None:

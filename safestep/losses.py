@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 
 from safestep.loss_graph import Node
 
-# Logits of one tile of a linear_cross_entropy: 4 MiB in float32.
-_TILE_ELEMENTS = 1 << 20
+# Logits of one tile of a linear_cross_entropy: 8 MiB in float32.
+_TILE_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,15 @@ class LossInput:
         parts: The logits, classes last, ``[*B, C]``, or tiles of them; and with each
             a mask, True where a row counts, None if all do.
         is_loss: Whether the function is a loss; a softmax may also be a part of the model.
-        prediction: Node of the autograd graph that the argument came from, if there is a graph.
+        is_trained: Whether the logits, not only the target, have a gradient.
+        prediction: Node of the autograd graph that the argument came from, if it has one.
         result: Node of the result.
     """
 
     function: str
     parts: tuple[Part, ...]
     is_loss: bool
+    is_trained: bool
     prediction: Node | None
     result: Node | None
 
@@ -112,7 +114,8 @@ class LossWatch(TorchFunctionMode):
         reader = _READERS.get(name)
         if reader is None:
             return func(*args, **kwargs)
-        if name == "linear_cross_entropy":
+        is_linear = name == "linear_cross_entropy"
+        if is_linear:
             # Its forward-mode derivative would hold every logit, or does not exist.
             result = func(*tree_map(_primal, args), **tree_map(_primal, kwargs))
         else:
@@ -120,9 +123,13 @@ class LossWatch(TorchFunctionMode):
         if self.keep is None or len(self.names) in self.keep:
             argument = args[0] if args else kwargs["input"]
             self.seen[len(self.names)] = LossInput(
-                name, tuple(reader(*args, **kwargs)), name in _LOSSES,
-                argument.grad_fn, result.grad_fn,
-            )  # fmt: skip
+                name,
+                tuple(reader(*args, **kwargs)),
+                is_loss=name in _LOSSES,
+                is_trained=(result if is_linear else argument).requires_grad,
+                prediction=argument.grad_fn,
+                result=result.grad_fn,
+            )
         self.names.append(name)
         return result
 

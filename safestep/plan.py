@@ -197,7 +197,7 @@ def _live(roots: list[Node], seen: Mapping[int, LossInput]) -> frozenset[int]:
     """Return which of the calls seen a loss is made of, each logits once."""
     stops = {item.prediction for item in seen.values() if item.function in _LAST_WORD}
     side = loss_side(roots, stops)
-    live = {i for i, item in seen.items() if item.result in side and item.prediction is not None}
+    live = {i for i, item in seen.items() if item.is_trained and item.result in side}
     softmaxes = {seen[index].result: index for index in live if not seen[index].is_loss}
     for index in [index for index in live if seen[index].is_loss]:
         origin = next((n for n in view_chain(seen[index].prediction) if n in softmaxes), None)

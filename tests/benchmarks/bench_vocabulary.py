@@ -1,0 +1,116 @@
+"""Radii of a linear_cross_entropy over a large vocabulary: extra memory and time.
+
+    python tests/benchmarks/bench_vocabulary.py [--rows 4096] [--classes 128000] [--features 64]
+
+The logits and their tangent take three products of hidden states and weights, the loss that runs
+again one more. The time of it all is given as a multiple of three plain products (in tiles of 256
+rows, interleaved). Memory is the growth of the peak resident size in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from safestep.capture import LogitFinder
+from safestep.controller import Rung, smallest_row
+from safestep.estimators import jvp
+from safestep.replay import Call
+
+# (label, rung, spread of the tangent in units of pi: over 1, every row climbs the whole ladder)
+CASES = (("bound", "bound", 0.5), ("certified, r < 1", "certified", 0.5),
+         ("certified, every row over the limit", "certified", 4.0))  # fmt: skip
+
+
+class Head(nn.Module):
+    """The last layer of a language model, on hidden states that are parameters too."""
+
+    def __init__(self, rows: int, classes: int, features: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.hidden = nn.Parameter(torch.randn(rows, features, generator=generator))
+        self.weight = nn.Parameter(torch.randn(classes, features, generator=generator))
+
+    def forward(self, target: Tensor) -> Tensor:
+        options = nn.LinearCrossEntropyOptions()
+        return functional.linear_cross_entropy(self.hidden, self.weight, target, options=options)
+
+
+def radius(head: Head, update: list[Tensor], rung: Rung, finder: LogitFinder) -> Tensor:
+    """Return the smallest radius of the head's rows, as a guarded step finds it."""
+    target = torch.zeros(len(head.hidden), dtype=torch.int64)
+    calls = [Call.of(lambda: head(target), (), {})]
+    rows = jvp(calls, head, list(head.parameters()), update, finder)
+    return smallest_row(rows, rung=rung, limit=1.0)
+
+
+def products(head: Head) -> None:
+    """Multiply hidden states and weights, a tile at a time."""
+    with torch.no_grad():
+        for tile in head.hidden.split(256):
+            functional.linear(tile, head.weight)
+
+
+def case(sizes: tuple[int, int, int], rung: Rung, spread: float) -> tuple[Head, list[Tensor]]:
+    """Return a head and an update that moves its logits by about so much."""
+    head = Head(*sizes)
+    scale = spread * torch.pi / (12 * sizes[2] ** 0.5)
+    return head, [scale * torch.randn_like(param) for param in head.parameters()]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return how long one call takes."""
+    begin = perf_counter()
+    run()
+    return perf_counter() - begin
+
+
+def extra_memory(sizes: tuple[int, int, int], rung: Rung, spread: float, queue: object) -> None:
+    """Put the growth of the peak resident size, in MiB, into the queue."""
+    torch.set_num_threads(1)
+    head, update = case(sizes, rung, spread)
+    small, few = case((64, 100, sizes[2]), rung, spread)
+    radius(small, few, rung, LogitFinder())  # loads what is loaded once
+    head(torch.zeros(sizes[0], dtype=torch.int64))  # what the training step itself holds
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    radius(head, update, rung, LogitFinder())
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    """Print a line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--classes", type=int, default=128_000)
+    parser.add_argument("--features", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    sizes = (options.rows, options.classes, options.features)
+    torch.set_num_threads(1)
+    for label, rung, spread in CASES:
+        head, update = case(sizes, rung, spread)
+        runs = partial(products, head), partial(radius, head, update, rung, LogitFinder())
+        runs[1]()  # the first step also finds out which logits there are
+        times = [tuple(map(seconds, runs)) for _ in range(options.repeats)]
+        plain, ours = (statistics.median(column) for column in zip(*times, strict=True))
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        process = context.Process(target=extra_memory, args=(sizes, rung, spread, queue))
+        process.start()
+        print(
+            f"{label:36} {ours / (3 * plain):5.2f} x three products, {queue.get():6.1f} MiB extra"
+        )
+        process.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What a re-run sees of the functions that a loss is made of."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+from safestep.losses import LinearTile, LossWatch
+
+LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+IGNORING = torch.tensor([0, -100, 2, 3, -100, 1])
+WEIGHT = torch.tensor([0.0, 1.0, 2.0, 3.0])
+SOFT = torch.eye(4)[LABELS].index_fill(0, torch.tensor(2), 0.0)
+
+SEEN = {
+    "cross_entropy": (lambda z: functional.cross_entropy(z, LABELS), torch.ones(6)),
+    "module": (lambda z: nn.CrossEntropyLoss()(z, LABELS), torch.ones(6)),
+    "keywords": (lambda z: functional.cross_entropy(target=LABELS, input=z), torch.ones(6)),
+    "ignored": (lambda z: functional.cross_entropy(z, IGNORING), IGNORING >= 0),
+    "weight 0": (lambda z: functional.cross_entropy(z, LABELS, weight=WEIGHT), LABELS > 0),
+    "weight 0, smoothed": (
+        lambda z: functional.cross_entropy(z, LABELS, weight=WEIGHT, label_smoothing=0.1),
+        torch.ones(6),
+    ),
+    "soft, one row 0": (lambda z: functional.cross_entropy(z, SOFT), SOFT.any(-1)),
+    "nll_loss": (lambda z: functional.nll_loss(z, IGNORING), IGNORING >= 0),
+    "kl_div": (lambda z: functional.kl_div(z, SOFT, reduction="sum"), SOFT.any(-1)),
+    "softmax": (lambda z: z.softmax(-1), None),
+    "log_softmax": (lambda z: functional.log_softmax(z, dim=1), None),
+    "logsumexp": (lambda z: torch.logsumexp(z, (1,)), None),
+    "special": (lambda z: torch.special.log_softmax(z, dim=-1), None),
+}
+BINARY = {
+    "with logits": lambda z: functional.binary_cross_entropy_with_logits(z, SOFT),
+    "probabilities": lambda z: functional.binary_cross_entropy(z.sigmoid(), SOFT),
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": functional.logsigmoid,
+    "softplus": functional.softplus,
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_watch_sees_the_logits_and_the_rows_that_count(name):
+    function, counted = SEEN[name]
+
+    with LossWatch() as watch:
+        function(LOGITS)
+
+    ((logits, mask),) = watch.seen[0].parts
+    assert torch.equal(logits, LOGITS)
+    assert counted is None if mask is None else torch.equal(mask, counted.bool())
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_watch_sees_a_sigmoid_as_a_softmax_of_two_classes(name):
+    with LossWatch() as watch:
+        BINARY[name](LOGITS)
+
+    rows, _ = watch.seen[max(watch.seen)].parts[0]
+    torch.testing.assert_close(rows.softmax(-1)[..., 1], LOGITS.sigmoid())
+
+
+def test_watch_leaves_out_elements_of_a_binary_loss_that_weigh_nothing():
+    labels, weight = SOFT, torch.ones(6, 1).index_fill(0, torch.tensor(5), 0.0)
+
+    with LossWatch() as watch:
+        functional.binary_cross_entropy_with_logits(LOGITS, labels, weight, pos_weight=WEIGHT)
+
+    _, mask = watch.seen[0].parts[0]
+    expected = weight.bool() & ~((WEIGHT == 0) & (labels == 1))
+    assert torch.equal(mask, expected)
+
+
+def test_watch_puts_the_classes_of_a_segmentation_last():
+    maps = torch.randn(2, 3, 4, 5)
+    labels = torch.randint(0, 3, (2, 4, 5))
+    labels[0, 1] = 255
+
+    with LossWatch() as watch:
+        functional.cross_entropy(maps, labels, ignore_index=255)
+
+    logits, mask = watch.seen[0].parts[0]
+    assert logits.shape == (2, 4, 5, 3)
+    assert torch.equal(logits, maps.permute(0, 2, 3, 1))
+    assert torch.equal(mask, labels != 255)
+
+
+def test_watch_holds_only_the_calls_it_is_told_to_keep():
+    with LossWatch(frozenset({1})) as watch:
+        LOGITS.softmax(-1)
+        functional.cross_entropy(LOGITS, LABELS)
+
+    assert watch.names == ["softmax", "cross_entropy"]
+    assert list(watch.seen) == [1]
+
+
+def test_watch_returns_what_the_functions_return():
+    with LossWatch():
+        watched = functional.cross_entropy(LOGITS, LABELS)
+
+    assert torch.equal(watched, functional.cross_entropy(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("options", [None, "chunks"], ids=str)
+@pytest.mark.parametrize("positions", [(), (2,)], ids=str)
+def test_watch_computes_the_logits_of_a_linear_cross_entropy_when_asked(options, positions):
+    if not hasattr(functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    if options and positions:
+        pytest.skip("torch has no chunks for several positions")
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(6, 3, generator=generator)
+    weight = torch.randn(4, *positions, 3, generator=generator)
+    bias = torch.randn(4, *positions, generator=generator)
+    labels = LABELS.view(6, *(1 for _ in positions)).expand(6, *positions)
+    chunks = nn.LinearCrossEntropyOptions() if options else None
+
+    with LossWatch() as watch:
+        functional.linear_cross_entropy(
+            hidden, weight, labels, linear_bias=bias, ignore_index=2, options=chunks
+        )
+
+    ((tile, mask),) = watch.seen[0].parts
+    expected = torch.einsum("nf,c...f->n...c", hidden, weight) + bias.movedim(0, -1)
+    assert isinstance(tile, LinearTile)
+    assert tile.shape == expected.shape
+    torch.testing.assert_close(tile(), expected)
+    assert torch.equal(mask, labels != 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch scripts its own code
+def test_tiles_of_a_linear_cross_entropy_cover_all_rows_with_their_tangent(monkeypatch):
+    if not hasattr(functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    monkeypatch.setattr("safestep.losses._TILE_ELEMENTS", 8)
+    hidden, weight, d_hidden, d_weight = torch.randn(4, 6, 6, dtype=torch.float64)
+
+    with torch.no_grad(), forward_ad.dual_level(), LossWatch() as watch:
+        dual = forward_ad.make_dual(hidden, d_hidden), forward_ad.make_dual(weight, d_weight)
+        options = nn.LinearCrossEntropyOptions()  # has no forward-mode derivative of its own
+        functional.linear_cross_entropy(*dual, LABELS, options=options)
+        parts = watch.seen[0].parts
+        unpacked = [forward_ad.unpack_dual(tile()) for tile, _ in parts]
+
+    assert len(parts) == 6
+    torch.testing.assert_close(torch.cat([u.primal for u in unpacked]), hidden @ weight.T)
+    torch.testing.assert_close(
+        torch.cat([u.tangent for u in unpacked]), d_hidden @ weight.T + hidden @ d_weight.T
+    )
+
+
+def test_tile_keeps_the_weights_of_the_time_it_was_seen():
+    if not hasattr(functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    hidden, weight = torch.randn(6, 3), torch.randn(4, 3)
+    before = hidden @ weight.T
+
+    with LossWatch() as watch:
+        functional.linear_cross_entropy(hidden, weight, LABELS)
+    weight.zero_()
+
+    torch.testing.assert_close(watch.seen[0].parts[0][0](), before)
