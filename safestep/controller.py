@@ -95,6 +95,7 @@ class Measurement:
         bottleneck: Index of the row that set the radius.
         step_norm: 2-norm of the update.
         reason: What stood in the way of a measurement, else None.
+        is_partial: Whether `step_norm` is that of this worker's shard alone.
     """
 
     finding: Finding
@@ -103,6 +104,7 @@ class Measurement:
     bottleneck: int
     step_norm: float
     reason: str | None = None
+    is_partial: bool = False
 
 
 def smallest_row(
@@ -130,7 +132,10 @@ def smallest_row(
     """
     radii, spreads = [], []
     for row in rows:
-        radius = ladder_radius(row.logits, row.tangent, mask=row.mask, limit=limit, rung=rung)
+        radius = ladder_radius(
+            row.logits, row.tangent,
+            mask=row.mask, limit=limit, rung=rung, only_smallest=quantile is None,
+        )  # fmt: skip
         radii.append(radius.flatten().double())
         spreads.append(logit_spread(row.tangent, mask=row.mask).amax().double())
     if not radii:

@@ -12,6 +12,7 @@ inputs' common dtype, float32 for half precision. Their common conventions:
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -19,6 +20,10 @@ from torch import Tensor
 
 from safestep.rows import check_rows, climb_rows, row_spread
 from safestep.scan import dominated_interval, scan_minimum, tilted_moments
+
+Climb = Callable[[Callable[..., Tensor], Tensor], None]
+
+_FEW = 16  # rows that are scanned before it is asked again which others may matter
 
 
 def logit_spread(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -162,6 +167,7 @@ def ladder_radius(
     mask: Tensor | None = None,
     limit: float | None = None,
     rung: Literal["bound", "certified"] = "certified",
+    only_smallest: bool = False,
 ) -> Tensor:
     """Return for each row the radius at the rung that settles whether 1 / radius <= limit.
 
@@ -177,10 +183,13 @@ def ladder_radius(
         mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
         limit: Largest normalised step (1 / radius) that passes. None takes all rows to ``rung``.
         rung: The highest rung, "bound" or "certified".
+        only_smallest: Whether just the smallest value of the result is wanted: rows that a lower
+            rung shows not to hold it do not climb either.
 
     Returns:
         The radius. Shape ``[*B]``, in multiples of the tangent. Every value is a proven one; a row
-        over the limit has that of ``rung``, a row within it may have a smaller one.
+        over the limit has that of ``rung``, a row within it may have a smaller one. So may every
+        row but that of the smallest value with ``only_smallest``.
 
     Raises:
         ValueError: If the limit is not positive, or logits are missing.
@@ -200,22 +209,57 @@ def ladder_radius(
             "ladder_radius: expected `logits` for rung 'certified', got None. "
             "Pass them, or ask for rung='bound'."
         )
-    if limit is None:
-        return certified_radius(logits, logit_tangent, mask=mask)
-    if not limit > 0:
+    if limit is not None and not limit > 0:
         raise ValueError(f"ladder_radius: expected `limit` > 0, got {limit}.")
+    if limit is None and not only_smallest:
+        return certified_radius(logits, logit_tangent, mask=mask)
     check_rows("ladder_radius", logit_tangent, mask, logits)
-    radius = radius_bound(logit_tangent, mask=mask)
-    radius = radius.to(torch.promote_types(radius.dtype, logits.dtype))
+    bound = radius_bound(logit_tangent, mask=mask).detach()
+    radius = bound.to(torch.promote_types(bound.dtype, logits.dtype)).flatten()
     class_mask = mask if mask is not None and mask.ndim == logits.ndim else None
-    for climb in (closed_form_radius, certified_radius):
-        # NaN counts as unsettled: it may come from a class that does not exist.
-        unsettled = ~(radius >= 1 / limit)
-        if not unsettled.any():
-            break
-        few = None if class_mask is None else class_mask[unsettled]
-        radius[unsettled] = climb(logits[unsettled], logit_tangent[unsettled], mask=few)
-    return radius
+    flat = [None if x is None else x.flatten(0, -2) for x in (logits, logit_tangent, class_mask)]
+
+    def climb(rung: Callable[..., Tensor], rows: Tensor) -> None:
+        z, a, live = (None if x is None else x[rows] for x in flat)
+        radius[rows] = rung(z, a, mask=live)
+
+    threshold = math.inf if limit is None else 1 / limit
+    (_climb_to_smallest if only_smallest else _climb_all)(radius, climb, threshold)
+    return radius.view(bound.shape)
+
+
+def _climb_all(radius: Tensor, climb: Climb, threshold: float) -> None:
+    """Take the rows below the threshold up the ladder, each as far as it needs."""
+    for rung in (closed_form_radius, certified_radius):
+        rows = _unsettled(radius, threshold)
+        if rows is not None:
+            climb(rung, rows)
+
+
+def _climb_to_smallest(radius: Tensor, climb: Climb, threshold: float) -> None:
+    """Take those rows below the threshold up that may hold the smallest radius of all."""
+    rows = _unsettled(radius, threshold)
+    if rows is None:
+        return
+    # The first few give a value that most others can be seen not to fall below.
+    first = radius[rows].nan_to_num(-math.inf).topk(min(_FEW, len(rows)), largest=False).indices
+    climb(certified_radius, rows[first])
+    smallest = min(float(radius[rows[first]].min()), threshold)
+    rows = _unsettled(radius.index_fill(0, rows[first], math.inf), smallest)
+    if rows is None:
+        return
+    climb(closed_form_radius, rows)
+    for few in rows[radius[rows].argsort()].split(_FEW):
+        if not bool((radius[few] < smallest).any()):
+            return
+        climb(certified_radius, few)
+        smallest = min(smallest, float(radius[few].min()))
+
+
+def _unsettled(radius: Tensor, threshold: float) -> Tensor | None:
+    # NaN is not settled: it may come from a class that does not exist.
+    below = ~(radius >= threshold)
+    return below.nonzero().squeeze(-1) if below.any() else None
 
 
 def _closed_form(log_weight: Tensor, slope: Tensor) -> Tensor:
