@@ -42,7 +42,7 @@ def test_evidence_is_the_documented_ratio_of_places():
     np.testing.assert_allclose(ratios, [[6 / 7, 12 / 7, 3 / 7]])  # N 2^-k / (2 - 2^(1-N))
 
 
-@pytest.mark.parametrize("num_workers", [2, 3, 4, 8])
+@pytest.mark.parametrize("num_workers", [2, 4])
 def test_like_workers_with_heavy_tails_raise_no_alarm_in_2000_steps(num_workers):
     assert watch_all(draw(num_workers, 2000)) == []
 
@@ -50,7 +50,7 @@ def test_like_workers_with_heavy_tails_raise_no_alarm_in_2000_steps(num_workers)
 @pytest.mark.parametrize(("num_workers", "delay"), [(2, 57), (3, 31), (4, 23), (8, 13)])
 @pytest.mark.parametrize("quantity", [0, 1, 2])
 def test_a_worker_always_at_the_extreme_is_named_alone_and_once(num_workers, delay, quantity):
-    values = draw(num_workers, 400)
+    values = draw(num_workers, 200)
     values[100:, quantity, -1] = values[100:, quantity].max(1) + 0.1
 
     (event,) = watch_all(values)

@@ -73,6 +73,7 @@ def assert_by_hand(scenario, rtol=1e-6):
         "float64",
         "sparse",
         "fp16 hook",
+        "fp16 hook, registered later",
         "powerSGD hook",
     ],
 )
@@ -119,6 +120,13 @@ def test_intervals_choose_the_measured_steps_and_the_pairs(found):
 
 def test_a_rank_with_a_nan_loss_is_named_at_once_and_once(found):
     assert found[0]["non-finite"] == [[], ["rank 2: loss not finite since step 1"], []]
+
+
+def test_a_rank_with_a_scaled_loss_is_named_alone(found):
+    ((rank, step),) = found[0]["scaled loss"]
+
+    assert rank == 2
+    assert 10 <= step <= 10 + 25
 
 
 @pytest.mark.slow

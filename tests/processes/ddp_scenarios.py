@@ -202,6 +202,25 @@ def non_finite(setup):
     return [[event.message for event in found] for found in events]
 
 
+def scaled_loss(setup):
+    """From the tenth step on the third rank's loss is eight times too large."""
+    events = []
+    for step in range(50):
+        loss = setup.loss(setup.ddp, setup.batch())
+        if step >= 10 and setup.rank == 2:
+            loss = loss * 8
+        setup.optimizer.zero_grad()
+        loss.backward()
+        events += setup.metrics.record(loss).events
+    return [(event.rank, event.step) for event in events]
+
+
+def hook_after(setup):
+    """A comm hook that is registered after the metrics were attached."""
+    setup.ddp.register_comm_hook(setup.group, fp16_compress_hook)
+    return steps(setup)
+
+
 def hooks_left(setup):
     setup.metrics.detach()
     return sum(len(p._post_accumulate_grad_hooks) for p in setup.ddp.parameters())
@@ -236,6 +255,8 @@ SCENARIOS = {
     "harmless": (2, harmless, {}),
     "harmless, four ranks": (4, harmless, {}),
     "intervals": (3, intervals, {"metrics": {"every": 2, "pairwise_every": 2}}),
+    "fp16 hook, registered later": (3, hook_after, {}),
+    "scaled loss": (4, scaled_loss, {}),
     "hooks left": (2, hooks_left, {}),
     "non-finite": (3, non_finite, {}),
 }
