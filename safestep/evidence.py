@@ -145,17 +145,25 @@ def spares_likely_classes(logits: Tensor, gradient: Tensor) -> bool:
     return bool((gradient.ne(0).any(-1, keepdim=True) & likely & gradient.eq(0)).any())
 
 
-def lowers_labels(gradient: Tensor) -> bool:
-    """Return whether a row's largest gradient lowers its logit: the weight is negative.
+def lowers_labels(logits: Tensor, gradient: Tensor) -> bool:
+    """Return whether a row's label has a negative weight: the gradient falls with the probability.
 
     Args:
+        logits: Rows of logits. Shape ``[S, C]``.
         gradient: Gradient of a loss with one label a row. Shape ``[S, C]``.
 
     Returns:
         True for policy gradients and for losses that push rejected answers away.
     """
-    label = gradient.abs().argmax(-1, keepdim=True)
-    return bool((gradient.gather(-1, label) > 0).any())
+    if logits.shape[-1] < 5:
+        return False
+    # One of the two largest gradients is the label's.
+    others = gradient.abs().argsort(-1)[:, :-2]
+    x = logits.detach().double().softmax(-1).gather(-1, others)
+    y = gradient.double().gather(-1, others)
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    is_clear = y.norm(dim=-1) > 1e-3 * gradient.abs().amax(-1)
+    return bool((is_clear & ((x * y).sum(-1) < -0.5 * x.norm(dim=-1) * y.norm(dim=-1))).any())
 
 
 def binary_temperature(

@@ -121,7 +121,8 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
     rows = output.movedim(axis, -1).flatten(0, -2)[evidence.rows]
     temperature = label_temperature(rows, evidence.sample)
     if temperature is not None:
-        return OutputForm("logits", axis, temperature, lowers_labels=lowers_labels(evidence.sample))
+        is_lowered = lowers_labels(rows / temperature, evidence.sample)
+        return OutputForm("logits", axis, temperature, lowers_labels=is_lowered)
     if is_blind_to_scale(rows, evidence.sample) or spares_likely_classes(rows, evidence.sample):
         return None
     return OutputForm("logits", axis, is_checked=False)

@@ -77,8 +77,9 @@ def test_output_that_enters_sigmoids_gives_rows_of_two_classes(last):
     torch.testing.assert_close(found.values.softmax(-1)[..., 1], MODEL(INPUTS).sigmoid().detach())
 
 
-@pytest.mark.parametrize("temperature", [0.25, 2.0, 7.0], ids=str)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["one label", "smoothed"])
+@pytest.mark.parametrize(
+    ("temperature", "smoothing"), [(0.25, 0.0), (2.0, 0.0), (7.0, 0.0), (2.0, 0.1), (7.0, 0.1)]
+)
 def test_temperature_outside_the_model_is_found_and_told(temperature, smoothing):
     def loss(z):
         return functional.cross_entropy(z / temperature, LABELS, label_smoothing=smoothing)
@@ -91,6 +92,19 @@ def test_temperature_outside_the_model_is_found_and_told(temperature, smoothing)
         found.values, model(INPUTS).detach() / temperature, rtol=1e-3, atol=0.01
     )
     assert finder.description == f"logits: output / {temperature:g}, [16, 8]"
+
+
+def test_rows_that_are_pushed_away_from_their_label_are_told():
+    weight = torch.tensor([1.0, -1.0]).repeat(8)
+
+    def loss(z):
+        return (weight * functional.cross_entropy(z, LABELS, reduction="none")).mean()
+
+    _, finder = found_in(loop_call(MODEL, loss, INPUTS))
+    _, usual = found_in(loop_call(MODEL, lambda z: functional.cross_entropy(z, LABELS), INPUTS))
+
+    assert "pushed away from their label" in str(finder.warning)
+    assert usual.warning is None
 
 
 def test_temperature_of_each_rows_own_is_refused():
