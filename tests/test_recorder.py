@@ -1,10 +1,13 @@
 """What is recorded of a call, and what is protected while it runs again."""
 
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.replay import Recorder
@@ -93,3 +96,40 @@ def test_untraced_shows_a_cached_view_of_a_parameter_where_the_parameter_is():
 
     assert torch.equal(seen, torch.full((3, 2), 7.0))
     assert model.transposed is kept
+
+
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)], ids=str)
+def test_a_recorded_training_step_runs_again_without_a_trace(steps):
+    (plain, watched), (state, watched_state) = zip(
+        *(train(steps, guarded=g) for g in (0, 1)), strict=True
+    )
+
+    assert plain == watched
+    for name in state:
+        assert torch.equal(state[name], watched_state[name]), name
+
+
+def train(steps, *, guarded):
+    """Return what the losses and all generators were, and the model's state."""
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(7)
+    model = mlp(0.3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    guard = SafeStep(optimizer, model, action="monitor") if guarded else None
+
+    def training_step(inputs):
+        noisy = inputs * random.random() + np.random.random() + torch.randn_like(inputs)
+        return functional.cross_entropy(model(noisy), torch.randint(3, (8,)))
+
+    losses = []
+    for _ in range(steps):
+        inputs = torch.randn(8, 5)
+        optimizer.zero_grad()
+        if guard:
+            guard.record(training_step, inputs)
+        loss = training_step(inputs)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert guard is None or guard.last.status == "ok"
+    return [*losses, torch.rand(()).item(), np.random.random(), random.random()], model.state_dict()
