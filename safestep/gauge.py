@@ -31,7 +31,7 @@ Reduce = Callable[[Iterable[LogitTangent]], Tensor]
 
 CHECKED_STEPS = 3  # in a row, before one estimator is believed
 TOLERANCE = 0.2  # of r; the secant alone is off by 5 % at ordinary steps
-_ROUNDING = 0.5  # units in the last place of the largest logit, by which a difference may be off
+_ROUNDING = 1.0  # units in the last place of the largest logit, by which a difference may be off
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,6 +230,31 @@ def test_a_difference_is_usable_in_bfloat16(factor):
     assert rows_of(difference, factor, autocast=torch.bfloat16) == pytest.approx(exact, rel=0.2)
 
 
+@pytest.mark.parametrize("estimator", ["difference", "secant"])
+def test_logits_that_nobody_holds_are_measured_by_the(estimator):
+    """linear_cross_entropy shows hidden states and a weight: both ends of the step need theirs."""
+    expected, measured = (fused_normalized_step(name) for name in ("jvp", estimator))
+
+    assert measured == pytest.approx(expected, rel=0.05 if estimator == "secant" else 2e-3)
+
+
+def fused_normalized_step(estimator):
+    model, (inputs, target) = build(head_only), batch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    guard = SafeStep(optimizer, model, action="monitor", estimator=estimator)
+
+    def training_step(inputs):
+        return functional.linear_cross_entropy(
+            model[:2](inputs), model[2].weight, target, linear_bias=model[2].bias
+        )
+
+    guard.record(training_step, inputs)
+    training_step(inputs).backward()
+    optimizer.step()
+    assert guard.last.status == "ok", guard.last.reason
+    return guard.last.normalized_step
+
+
 def test_the_secant_is_right_near_small_steps_and_saturates_at_giant_ones():
     assert rows_of(secant, 1.0) == pytest.approx(rows_of(jvp, 1.0), rel=0.05)
     assert rows_of(secant, 1e4) > 1e2 * rows_of(jvp, 1.0)
