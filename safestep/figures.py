@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import descriptions, plots, plots_workers
-from .plots_style import INK, PAPER, SERIES_COLORS
+from .plots_style import INK, PAPER, SERIES_COLORS, make_log
 from .run import Run
 from .series import scalar, step_series
 
@@ -134,6 +134,15 @@ FIGURES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Scales and limits that hold the data of several runs."""
+
+    log_axes: list[Literal["x", "y"]]
+    xlim: tuple[float, float]
+    ylim: tuple[float, float]
+
+
 def draw(kind: FigureKind, runs: Sequence[Run]) -> list[Figure | None]:
     """Return a figure a run, None for a run without the data; axes are the same for all.
 
@@ -186,24 +195,25 @@ def to_svg(figure: Figure, salt: str) -> str:
     return markup
 
 
-def _draw_one(kind: FigureKind, run: Run, shared: dict | None = None) -> Figure:
+def _draw_one(kind: FigureKind, run: Run, shared: _Shared | None = None) -> Figure:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     if shared:
-        axes.set(**shared)
+        for axis in shared.log_axes:
+            make_log(axes, axis)
+        axes.set(xlim=shared.xlim, ylim=shared.ylim)
     kind.plot(run, axes)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # found once, not again for each format
     return figure
 
 
-def _shared_axes(drawn: Sequence[Axes]) -> dict:
-    """Return scale and limits that hold all of the axes."""
+def _shared_axes(drawn: Sequence[Axes]) -> _Shared:
     is_log = any(axes.get_yscale() == "log" for axes in drawn)
     lows, highs = zip(*(axes.get_ylim() for axes in drawn), strict=True)
     low = min(low for low in lows if low > 0 or not is_log)
     lefts, rights = zip(*(axes.get_xlim() for axes in drawn), strict=True)
-    return {
-        "xscale": drawn[0].get_xscale(),
-        "yscale": "log" if is_log else "linear",
-        "xlim": (min(lefts), max(rights)),
-        "ylim": (low, max(highs)),
-    }
+    log_axes: list[Literal["x", "y"]] = ["y"] if is_log else []
+    if drawn[0].get_xscale() == "log":
+        log_axes.append("x")
+    return _Shared(log_axes, (min(lefts), max(rights)), (low, max(highs)))

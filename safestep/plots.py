@@ -13,6 +13,7 @@ from .plots_style import (
     label_ends,
     last_finite,
     make_axes,
+    make_log,
     mark_limit,
     mark_steps,
     note,
@@ -80,7 +81,7 @@ def plot_safe_zone(run: Run, ax: Axes | None = None) -> Axes:
     if clipped.any():
         taken = (series.step_norm * series.scale)[clipped]
         dots(ax, series.step[clipped], taken, "intervention")
-        note(ax, "dots: scaled to here")
+        note(ax, "dots: taken")
     label_ends(ax, [
         (last_finite(radius), "radius", COLORS["radius"]),
         (last_finite(distance), "proposed\nstep", COLORS["step_norm"]),
@@ -185,7 +186,7 @@ def plot_distribution(run: Run, ax: Axes | None = None) -> Axes:
             xytext=(4, 0), textcoords="offset points", va="center", annotation_clip=False,
             color=COLORS["intervention"] if rate else INK,
         )  # fmt: skip
-    ax.set_xscale("log")
+    make_log(ax, "x")
     ax.set_yticks([0, -1, -2], PHASES)
     ax.grid(visible=False, axis="y")
     mark_limit(ax, axis="x")
@@ -216,7 +217,7 @@ def plot_prediction(run: Run, ax: Axes | None = None) -> Axes:
     shares = np.array_split(order, min(10, len(r)))
     middle = [(np.median(r[share]), np.median(ratio[share])) for share in shares]
     ax.plot(*zip(*middle, strict=True), color=INK, linewidth=1.6, marker="o", markersize=3)
-    ax.set_xscale("log")
+    make_log(ax, "x")
     use_log_scale(ax, ratio, ratio=3)
     ax.axhline(1, color=INK, linewidth=0.8, alpha=0.5)
     mark_limit(ax, axis="x")

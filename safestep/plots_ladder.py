@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from .plots_style import INK, LADDER_COLORS, make_axes
+from .plots_style import INK, LADDER_COLORS, make_axes, make_log
 
 
 def plot_ladder(radii: Mapping[str, Sequence[float] | np.ndarray], ax: Axes | None = None) -> Axes:
@@ -44,6 +44,6 @@ def plot_ladder(radii: Mapping[str, Sequence[float] | np.ndarray], ax: Axes | No
     for name, values in relative.items():
         color = LADDER_COLORS.get(name, INK)
         ax.plot(values, rows, "o", color=color, markersize=4, label=name)
-    ax.set_xscale("log")
+    make_log(ax, "x")
     ax.legend(loc="lower right", frameon=False, labelcolor="linecolor", handletextpad=0.1)
     return ax

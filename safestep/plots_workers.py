@@ -3,11 +3,13 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import NullLocator
 
 from .plots_style import (
     COLORS,
     INK,
     MAX_MARKS,
+    PlainLogFormatter,
     label_ends,
     last_finite,
     make_axes,
@@ -60,6 +62,9 @@ def plot_worker_heatmap(run: Run, ax: Axes | None = None, *, quantity: str = "lo
         norm=_norm(values), cmap="viridis", rasterized=True,
     )  # fmt: skip
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    if isinstance(image.norm, LogNorm):
+        bar.ax.yaxis.set_major_formatter(PlainLogFormatter())
+        bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.set_label(unit.replace(" (", "\n("), color=INK)
     bar.ax.tick_params(colors=INK, which="both")
     ax.set_yticks(_ranks(values.shape[1]))

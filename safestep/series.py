@@ -1,6 +1,7 @@
 """Layer 3: what figures and words are made of: one value of each quantity a step."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -48,6 +49,7 @@ class StepSeries:
         return self.clipped | self.skipped
 
 
+@lru_cache(maxsize=16)  # every figure of a report asks for it
 def step_series(run: Run) -> StepSeries:
     """Return the step records as one value a step.
 
@@ -64,10 +66,12 @@ def step_series(run: Run) -> StepSeries:
     proposed_record = _column(run, "normalized_step")
     taken_record = np.where(skipped_record, 0.0, proposed_record * scale)
     proposed = np.bincount(groups, proposed_record, len(steps))
-    step_norm = np.sqrt(np.bincount(groups, _column(run, "step_norm") ** 2, len(steps)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        joint_radius = step_norm / proposed
     is_joint = np.bincount(groups, minlength=len(steps)) > 1
+    step_norm = _column(run, "step_norm")
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        joint_norm = np.sqrt(np.bincount(groups, step_norm**2, len(steps)))
+        step_norm = np.where(is_joint, joint_norm, step_norm[first])
+        joint_radius = step_norm / proposed
     loss = _column(run, "loss")[first]
     return StepSeries(
         step=steps,
