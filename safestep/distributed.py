@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import hypot
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,10 @@ def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measur
         reasons: list[str | None] = [None for _ in everyone]
         dist.all_gather_object(reasons, measurement.reason, group=group)
         everyone = [replace(m, reason=r) for m, r in zip(everyone, reasons, strict=True)]
-    return worst_of(everyone)
+    worst = worst_of(everyone)
+    if measurement.is_partial:
+        worst = replace(worst, step_norm=hypot(*(worker.step_norm for worker in everyone)))
+    return worst
 
 
 def world_size(group: ProcessGroup | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from safestep.shards import is_sharded, local, tangents_when_gathered
+
 
 @contextmanager
-def tangents_in_place(params: Sequence[Tensor], tangents: Sequence[Tensor]) -> Iterator[None]:
+def tangents_in_place(
+    params: Sequence[Tensor], tangents: Sequence[Tensor], module: nn.Module | None = None
+) -> Iterator[None]:
     """Let every parameter carry its tangent inside, and only there.
 
     The dual number is written into the parameter itself: code that ties, lists or caches
@@ -24,17 +28,22 @@ def tangents_in_place(params: Sequence[Tensor], tangents: Sequence[Tensor]) -> I
 
     Args:
         params: The parameters. Their values do not change.
-        tangents: A tangent for each.
+        tangents: A tangent for each; of a sharded parameter, this rank's shard of it.
+        module: The module that gathers sharded parameters when it runs.
 
     Yields:
         Nothing.
     """
     _load_forward_ad()
+    pairs = list(zip(params, tangents, strict=True))
+    whole = [(param, tangent) for param, tangent in pairs if not is_sharded(param)]
+    sharded = [(param, local(tangent)) for param, tangent in pairs if is_sharded(param)]
     with (
         forward_ad.dual_level(),
-        torch.autograd._unsafe_preserve_version_counter(tuple(params)),
+        torch.autograd._unsafe_preserve_version_counter(tuple(param for param, _ in whole)),
+        tangents_when_gathered(module, dict(sharded)) if module and sharded else nullcontext(),
     ):
-        for param, tangent in zip(params, tangents, strict=True):
+        for param, tangent in whole:
             param.copy_(forward_ad.make_dual(param.detach(), tangent.to(param)))
         yield
 

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
 from safestep.duals import differentiable_kernels, tangents_in_place
 from safestep.replay import Call, eager_module
+from safestep.shards import is_sharded, local
 from safestep.untraced import untraced
 
 # Distance of a finite difference, as a share of the parameters' norm. Measured on a Transformer, an
@@ -145,7 +146,7 @@ def jvp(
     """
     with (
         torch.no_grad(),
-        tangents_in_place(params, tangents),
+        tangents_in_place(params, tangents, module),
         untraced(module),
         differentiable_kernels(module),
     ):
@@ -233,7 +234,7 @@ def secant(
         MissingTangentError: If the logits do not change though the parameters do.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    has_changed = all(map(torch.equal, params, start))
+    has_changed = all(map(torch.equal, map(local, params), start))
     with torch.no_grad():
         for call in calls:
             after = _run(call, module, logits)
@@ -261,7 +262,15 @@ def difference_scale(
     Returns:
         A distance for the precision of the calls, relative to the length of the update; 1 where
         either length is zero.
+
+    Raises:
+        RuntimeError: If a parameter is sharded: ranks would go different distances.
     """
+    if any(map(is_sharded, params)):
+        raise RuntimeError(
+            "the distance of a finite difference would depend on each rank's shard of the "
+            "parameters; use estimator='jvp' or 'secant'"
+        )
     distance = _DISTANCE.get(working_dtype(calls, params), _DISTANCE_HALF)
     total, step = (
         torch.linalg.vector_norm(torch.stack([t.norm(dtype=torch.float64) for t in tensors]))
@@ -309,12 +318,13 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
     Yields:
         Nothing.
     """
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(params)):
-        _exchange(params, start)
+    held = tuple(map(local, params))
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(held):
+        _exchange(held, start)
         try:
             yield
         finally:
-            _exchange(params, start)
+            _exchange(held, start)
 
 
 def _run(call: Call, module: nn.Module, logits: LogitsFn | LogitFinder | None) -> list[Logits]:

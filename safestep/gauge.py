@@ -25,6 +25,7 @@ from safestep.estimators import (
     working_dtype,
 )
 from safestep.replay import Call
+from safestep.shards import is_sharded
 
 EstimatorName = Literal["jvp", "difference", "secant"]
 Reduce = Callable[[Iterable[LogitTangent]], Tensor]
@@ -106,6 +107,9 @@ class Gauge:
         Raises:
             RuntimeError: If no estimator works, or no tangent reaches the logits.
         """
+        if any(map(is_sharded, update.params)):
+            # Every forward pass gathers: ranks that ran different ones would wait for each other.
+            return Reading(self._row(self.estimator, update, reduce), self.estimator)
         warning = None
         try:
             row = self._row(self.estimator, update, reduce)

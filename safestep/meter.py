@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from math import inf, nan, pi
 
 import torch
@@ -13,6 +14,7 @@ from safestep.controller import Finding, Measurement, StepController
 from safestep.gauge import EstimatorName, Gauge, Reading, Update
 from safestep.norms import joint_norm
 from safestep.predict import Predictor
+from safestep.shards import counted_here, is_sharded, local
 
 
 class Meter:
@@ -51,9 +53,11 @@ class Meter:
         Returns:
             The measurement, and the reading that it comes from.
         """
-        gradients = [param.grad for param in update.params if param.grad is not None]
-        norms = [joint_norm(update.change), joint_norm(gradients)]
-        if self._predictor is not None:
+        gradients = [local(param.grad) for param in update.params if param.grad is not None]
+        change = list(compress(update.change, counted_here(update.params)))
+        norms = [joint_norm(change), joint_norm(gradients)]
+        is_partial = any(map(is_sharded, update.params))
+        if self._predictor is not None and not is_partial:
             predicted = self._predict(self._predictor, norms, update, options)
             if predicted is not None:
                 return predicted, Reading(torch.empty(0), "predicted")
@@ -64,10 +68,11 @@ class Meter:
         finding = _finding(radius, step_norm, gradient_norm, obstacle)
         reason = self._reason(finding, obstacle, update)
         if finding is not Finding.MEASURED:
-            return Measurement(finding, radius, spread, -1, step_norm, reason), reading
+            return Measurement(finding, radius, spread, -1, step_norm, reason, is_partial), reading
         if self._predictor is not None:
             self._predictor.learn(step_norm, 1.0 / radius)
-        return Measurement(finding, radius, spread, int(index), step_norm), reading
+        found = Measurement(finding, radius, spread, int(index), step_norm, None, is_partial)
+        return found, reading
 
     def _predict(
         self,
@@ -107,7 +112,7 @@ class Meter:
 
     def _first_not_finite(self, params: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> str:
         for param, tensor in zip(params, tensors, strict=True):
-            if tensor is not None and not joint_norm([tensor]).isfinite():
+            if tensor is not None and not joint_norm([local(tensor)]).isfinite():
                 return self._names.get(param, "a parameter outside the model")
         return "its norm overflows"
 

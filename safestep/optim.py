@@ -212,8 +212,8 @@ class SafeStep:
             return
         begin = perf_counter() - self._seconds
         self._seconds = None
-        params, start = self._snapshot.params, self._snapshot.start
-        update = list(torch._foreach_sub(params, start)) if params else []
+        params, shards, start = self._snapshot.params, self._snapshot.shards, self._snapshot.start
+        update = list(torch._foreach_sub(shards, start)) if params else []
         move = Update(self._recorder.take(), params, start, update)
         measurement, reading = self._meter.measure(move, self._direction_options())
         if reading.warning is not None:
@@ -231,8 +231,8 @@ class SafeStep:
         self._give_up_if_stuck(self.last)
 
     def _rescale(self, update: list[Tensor], scale: float) -> None:
-        torch._foreach_copy_(self._snapshot.params, self._snapshot.start)
-        torch._foreach_add_(self._snapshot.params, update, alpha=scale)
+        torch._foreach_copy_(self._snapshot.shards, self._snapshot.start)
+        torch._foreach_add_(self._snapshot.shards, update, alpha=scale)
         if isinstance(self.optimizer, LBFGS):
             # It would pair the move it believes in with the next gradient: its steps then grow
             # without end (measured: r to 1e19 within 60 steps).

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from safestep.shards import local
+
 
 class Snapshot:
     """Parameters, optimizer state and group options as they were before a step.
@@ -40,12 +42,13 @@ class Snapshot:
             for param, entry in self._optimizer.state.items()
         }
         self._options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.start = _copies(self.params)
+        self.shards = [local(param) for param in self.params]
+        self.start = _copies(self.shards)
         self._values = _copies(self._tensors)
 
     def restore(self) -> None:
         """Put everything back, bit for bit, into the tensors that it came from."""
-        _copy(self.start, self.params)
+        _copy(self.start, self.shards)
         _copy(self._values, self._tensors)
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
@@ -55,6 +58,7 @@ class Snapshot:
     def release(self) -> None:
         """Free the copies."""
         self.params: list[Tensor] = []
+        self.shards: list[Tensor] = []
         self.start: list[Tensor] = []
         self._tensors, self._values = [], []
         self._state: dict[Tensor, Any] = {}
@@ -64,7 +68,7 @@ class Snapshot:
 def _regrouped(entry: Any, tensors: list[Tensor]) -> Any:
     # New dicts and lists around the same leaves; the tensors among them are collected.
     if isinstance(entry, Tensor):
-        tensors.append(entry)
+        tensors.append(local(entry))
         return entry
     if isinstance(entry, dict):
         return {key: _regrouped(value, tensors) for key, value in entry.items()}

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from safestep.shards import reshard
+
 _CONTAINERS = (list, dict, set, deque, tuple)
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
 # nn.Module's own tables (parameters, submodules, hooks), which a forward pass leaves alone.
@@ -89,6 +91,7 @@ def untraced(module: nn.Module) -> Iterator[None]:
     """
     children = list(_modules_within(module))
     _refuse_writers(children)
+    reshard(module)
     random_state = RandomState.capture(module)
     saved = [(child, dict(vars(child)), dict(child._buffers)) for child in children]
     try:
@@ -98,6 +101,7 @@ def untraced(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.clear_autocast_cache()
+        reshard(module)
         for child, attributes, buffers in saved:
             vars(child).clear()
             vars(child).update(attributes)

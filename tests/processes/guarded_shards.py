@@ -1,0 +1,70 @@
+"""SafeStep on parameters that fully_shard distributes: ``guarded_shards.py OUTPUT NUM_RANKS``."""
+
+import sys
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from launch import run
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from safestep import SafeStep
+
+STEPS = 5
+
+
+def network():
+    """Return a classifier with a sharded block of its own, of sizes that do not divide."""
+    block = nn.Sequential(nn.Linear(7, 7), nn.LayerNorm(7), nn.GELU(), nn.Dropout(0.0))
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), block, nn.Linear(7, 5, bias=False))
+
+
+def main(rank, output):
+    watched = {"lr": 0.01, "action": "monitor"}
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    found = {
+        "clipped": train(rank, lr=3.0),
+        "secant": train(rank, lr=0.01, estimator="secant"),
+        "difference": train(rank, lr=0.01, estimator="difference"),
+        "auto": train(rank, lr=0.01, estimator="auto"),
+        "skipped": train(rank, lr=0.01, spoiled=1),
+        "watched": train(rank, **watched),
+        "unguarded": train(rank, lr=0.01, action=None),
+        "bfloat16": train(rank, **watched, mp_policy=half),
+        "kept": train(rank, **watched, reshard_after_forward=False),
+    }
+    torch.save(found, f"{output}/rank{rank}.pt")
+
+
+def train(rank, *, lr, action="clip", estimator="jvp", spoiled=None, **sharding):
+    torch.manual_seed(0)
+    model = network()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model[2], mesh=mesh, **sharding)
+    fully_shard(model, mesh=mesh, **sharding)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    guard = SafeStep(optimizer, model, action=action, estimator=estimator) if action else None
+    generator = torch.Generator().manual_seed(rank)
+    steps, reports = [], []
+    for step in range(STEPS):
+        inputs = torch.randn(8, 6, generator=generator)
+        if spoiled == rank and step == 1:
+            inputs[0] = torch.nan
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), torch.arange(8) % 5).backward()
+        before = gathered(model)
+        optimizer.step()
+        steps.append((before, gathered(model), inputs))
+        reports += [asdict(guard.last)] if guard else []
+    moments = [v.full_tensor() for s in optimizer.state.values() for v in (s["exp_avg_sq"],)]
+    return {"steps": steps, "reports": reports, "moments": moments}
+
+
+def gathered(model):
+    return {name: param.detach().full_tensor() for name, param in model.named_parameters()}
+
+
+if __name__ == "__main__":
+    run(main, int(sys.argv[2]), sys.argv[1])

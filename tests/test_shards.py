@@ -1,0 +1,106 @@
+"""SafeStep on parameters that fully_shard distributes over the ranks of real gloo processes."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from safestep.shards import counted_here, is_sharded, local
+
+SCRIPT = Path(__file__).parent / "processes" / "guarded_shards.py"
+LIMIT = 1.0
+
+
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(4, marks=pytest.mark.slow)],
+    ids=lambda ranks: f"{ranks}-ranks",
+)
+def ranks(request, tmp_path_factory):
+    """What each rank saw in every scenario; one start of the processes for all of them."""
+    output = tmp_path_factory.mktemp("shards")
+    command = [sys.executable, str(SCRIPT), str(output), str(request.param)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(output / f"rank{rank}.pt") for rank in range(request.param)]
+
+
+def whole(state):
+    block = nn.Sequential(nn.Linear(7, 7), nn.LayerNorm(7), nn.GELU(), nn.Dropout(0.0))
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), block, nn.Linear(7, 5, bias=False))
+    model.load_state_dict(state)
+    return model
+
+
+def references(ranks, scenario, dense_normalized_step):
+    """Yield for each step the largest r over the ranks' batches, in float64 and unsharded."""
+    for step in range(5):
+        before, after, _ = ranks[0][scenario]["steps"][step]
+        batches = [found[scenario]["steps"][step][2] for found in ranks]
+        yield dense_normalized_step(whole(before), whole(after), *batches)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "tolerance"),
+    [("watched", 1e-4), ("auto", 1e-4), ("kept", 1e-4), ("secant", 0.2), ("bfloat16", 0.02)],
+)
+def test_shards_are_measured_like_whole_parameters(
+    ranks, scenario, tolerance, dense_normalized_step
+):
+    expected = list(references(ranks, scenario, dense_normalized_step))
+
+    for found in ranks:
+        measured = [report["normalized_step"] for report in found[scenario]["reports"]]
+        assert measured == pytest.approx(expected, rel=tolerance)
+
+
+def test_shards_are_scaled_to_the_limit(ranks, dense_normalized_step):
+    for applied in references(ranks, "clipped", dense_normalized_step):
+        assert applied == pytest.approx(LIMIT, rel=1e-4)  # float32
+    for found in ranks:
+        assert {report["status"] for report in found["clipped"]["reports"]} == {"clipped"}
+
+
+def test_shards_have_the_step_norm_of_the_whole_update(ranks):
+    for step in range(5):
+        before, after, _ = ranks[0]["watched"]["steps"][step]
+        squares = [float((after[name] - before[name]).double().square().sum()) for name in before]
+        for found in ranks:
+            report = found["watched"]["reports"][step]
+            assert report["step_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+
+
+def test_shards_train_bitwise_as_without_a_guard_that_only_watches(ranks):
+    for found in ranks:
+        for guarded, plain in zip(
+            found["watched"]["steps"], found["unguarded"]["steps"], strict=True
+        ):
+            assert all(map(torch.equal, guarded[1].values(), plain[1].values()))
+        assert all(map(torch.equal, found["watched"]["moments"], found["unguarded"]["moments"]))
+
+
+def test_shards_are_put_back_after_a_gradient_that_is_not_finite(ranks):
+    for found in ranks:
+        before, after, _ = found["skipped"]["steps"][1]
+        report = found["skipped"]["reports"][1]
+        assert (report["status"], report["scale"]) == ("skipped", 0.0)
+        assert all(map(torch.equal, before.values(), after.values()))
+        assert all(moment.isfinite().all() for moment in found["skipped"]["moments"])
+
+
+def test_shards_are_unmeasured_by_a_finite_difference(ranks):
+    for report in ranks[-1]["difference"]["reports"]:
+        assert report["status"] == "unmeasured"
+        assert "the distance of a finite difference would depend" in report["reason"]
+
+
+def test_whole_parameters_are_their_own_shard_and_count_everywhere():
+    param = nn.Parameter(torch.ones(3))
+
+    assert not is_sharded(param)
+    assert local(param) is param
+    assert counted_here([param, param]) == [True, True]
