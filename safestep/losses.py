@@ -133,7 +133,7 @@ class LossWatch(TorchFunctionMode):
             argument = args[0] if args else kwargs["input"]
             self.seen[len(self.names)] = LossInput(
                 name,
-                tuple(reader(*args, **kwargs)),
+                tuple(map(_with_rows, reader(*args, **kwargs))),
                 is_loss=name in _LOSSES,
                 is_trained=(result if is_linear else argument).requires_grad,
                 prediction=argument.grad_fn,
@@ -275,6 +275,14 @@ def _sigmoid(input: Tensor, *_: object, **__: object) -> Iterator[Part]:
 
 def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Iterator[Part]:
     yield binary_rows(beta * input), None
+
+
+def _with_rows(part: Part) -> Part:
+    """Return a part of one row without an axis for rows as a part with one."""
+    logits, mask = part
+    if isinstance(logits, LinearTile) or logits.ndim > 1:
+        return part
+    return logits.unsqueeze(0), None if mask is None else mask.reshape(1)
 
 
 def _held(parameter: Tensor) -> Tensor:

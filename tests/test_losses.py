@@ -73,6 +73,20 @@ def test_watch_leaves_out_elements_of_a_binary_loss_that_weigh_nothing():
     assert torch.equal(mask, expected)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda z: functional.cross_entropy(z, LABELS[0]), lambda z: functional.logsigmoid(z[0])],
+    ids=["one example", "one number"],
+)
+def test_watch_gives_a_single_row_an_axis_of_its_own(function):
+    with LossWatch() as watch:
+        function(LOGITS[0])
+
+    ((logits, mask),) = watch.seen[0].parts
+    assert logits.ndim == 2
+    assert mask is None or mask.shape == (1,)
+
+
 def test_watch_puts_the_classes_of_a_segmentation_last():
     maps = torch.randn(2, 3, 4, 5)
     labels = torch.randint(0, 3, (2, 4, 5))
