@@ -84,7 +84,7 @@ def run(arguments: Namespace) -> int:
     console.print(*summary_tables(outcomes), CAPTION, sep="\n")
     for path in save_figures(outcomes, output):
         console.print(f"figure    {path}", soft_wrap=True, highlight=False)
-    console.print(f"run logs  {output / jobs[0].task}", soft_wrap=True, highlight=False)
+    console.print(f"run logs  {output}", soft_wrap=True, highlight=False)
     return 0
 
 
