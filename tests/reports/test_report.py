@@ -217,6 +217,7 @@ def test_followed_page_is_written_anew_until_interrupted(tmp_path, monkeypatch, 
 def test_million_steps_are_reported_in_a_minute(tmp_path):
     rng = np.random.default_rng(0)
     r = rng.lognormal(-1.5, 0.5, size=1_000_000)
+    r[777_700:777_800] = 0.25
     r[777_777] = 500.0
     with (tmp_path / "run.jsonl").open("w") as file:
         file.write('{"kind": "header", "schema_version": 1, "settings": {}}\n')
