@@ -81,6 +81,13 @@ def test_report_equals_by_hand_gradients(found, name):
     assert_by_hand(found[0][name])
 
 
+@pytest.mark.slow
+def test_report_equals_by_hand_gradients_of_a_compiled_model(tmp_path):
+    run_script("ddp_scenarios.py", tmp_path, "compiled")
+
+    assert_by_hand(torch.load(tmp_path / "rank0.pt", weights_only=False)["compiled"])
+
+
 def test_report_equals_by_hand_gradients_under_a_loss_scaler(found):
     scenario = found[0]["loss scaler"]
 

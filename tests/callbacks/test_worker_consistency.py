@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from safestep.callbacks import WorkerConsistency
+from safestep.callbacks import StepSafety, WorkerConsistency
 from torch import nn
 from torch.nn import functional
 
@@ -115,6 +115,20 @@ def test_metrics_reach_the_logger_and_the_run_log(fit, tmp_path):
         assert f"workers/{name}" in trainer.logged_metrics
     run = read_run(logger.log_dir)
     assert np.shape(run.workers["grad_norm"]) == (4, 2)
+
+
+def test_both_callbacks_share_one_run_log(fit, tmp_path):
+    class Plain(Classifier):
+        def training_step(self, batch, batch_idx):
+            inputs, classes = batch
+            return functional.cross_entropy(self.net(inputs), classes)
+
+    callbacks = StepSafety(run_dir=tmp_path), WorkerConsistency(run_dir=tmp_path)
+
+    fit(Plain(), *callbacks, max_epochs=1, accumulate_grad_batches=2)
+
+    run = read_run(tmp_path)
+    assert len(run.steps["normalized_step"]) == len(run.workers["loss_std"]) == 2
 
 
 def test_one_worker_is_warned_about_and_not_measured(fit):

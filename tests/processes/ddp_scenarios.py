@@ -1,4 +1,7 @@
-"""Worker metrics on real processes beside by-hand gradients: ``ddp_scenarios.py OUTPUT``."""
+"""Worker metrics on real processes beside by-hand gradients: ``ddp_scenarios.py OUTPUT [NAME]``.
+
+Without a name it runs all scenarios but the slow one.
+"""
 
 import contextlib
 import copy
@@ -36,7 +39,17 @@ class Net(nn.Module):
 class Setup:
     """One scenario on a subgroup: a DDP model, its metrics, and a plain copy as the reference."""
 
-    def __init__(self, group, *, hook=None, metrics=None, dtype=torch.float32, sparse=False, **ddp):
+    def __init__(
+        self,
+        group,
+        *,
+        hook=None,
+        metrics=None,
+        dtype=torch.float32,
+        sparse=False,
+        compiled=False,
+        **ddp,
+    ):
         torch.manual_seed(0)
         self.group, self.rank = group, dist.get_rank(group)
         self.num_workers = dist.get_world_size(group)
@@ -48,7 +61,8 @@ class Setup:
         if hook:
             state = PowerSGDState(group, start_powerSGD_iter=2) if hook is powerSGD_hook else group
             self.ddp.register_comm_hook(state, hook)
-        self.metrics = WorkerMetrics(self.ddp, **{"pairwise_every": 1, **(metrics or {})})
+        self.forward = torch.compile(self.ddp, backend="aot_eager") if compiled else self.ddp
+        self.metrics = WorkerMetrics(self.forward, **{"pairwise_every": 1, **(metrics or {})})
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=0.1)
         self.generator = torch.Generator().manual_seed(100 + self.rank)
 
@@ -100,7 +114,7 @@ def steps(setup, **kwargs):
         batch = setup.batch()
         by_hand = setup.by_hand([batch], **kwargs)
         setup.optimizer.zero_grad()
-        loss = setup.loss(setup.ddp, batch, **kwargs)
+        loss = setup.loss(setup.forward, batch, **kwargs)
         loss.backward()
         report = setup.metrics.record(loss)
         found = setup.snapshot(report, *by_hand)
@@ -249,6 +263,7 @@ SCENARIOS = {
     "loss scaler": (3, scaled, {}),
     "float64": (3, steps, {"dtype": torch.float64}),
     "sparse": (3, steps, {"sparse": True}),
+    "compiled": (2, steps, {"compiled": True, "bucket_cap_mb": 25}),
     "fp16 hook": (3, steps, {"hook": fp16_compress_hook}),
     # With several buckets PowerSGD on gloo mixes up its own collectives: one bucket.
     "powerSGD hook": (3, steps, {"hook": powerSGD_hook, "bucket_cap_mb": 25}),
@@ -262,10 +277,11 @@ SCENARIOS = {
 }
 
 
-def main(rank, output):
+def main(rank, output, names):
     found = {}
     groups = {size: dist.new_group(range(size)) for size in (2, 3, 4)}
-    for name, (size, scenario, options) in SCENARIOS.items():
+    for name in names or [name for name in SCENARIOS if name != "compiled"]:
+        size, scenario, options = SCENARIOS[name]
         if rank < size:
             setup = Setup(groups[size], **options)
             found[name] = scenario(setup)
@@ -274,4 +290,4 @@ def main(rank, output):
 
 
 if __name__ == "__main__":
-    run(main, 4, sys.argv[1])
+    run(main, 4, sys.argv[1], sys.argv[2:])
