@@ -62,9 +62,12 @@ class GradientEvidence:
             class_axis = _zero_sum_axis(gradient)
         if class_axis is None:
             return cls(None, gradient.ne(0), None, gradient)
-        by_row = gradient.movedim(class_axis, -1).flatten(0, -2)
-        rows = by_row.abs().amax(-1).topk(min(_SAMPLED_ROWS, len(by_row))).indices
-        return cls(class_axis, gradient.ne(0).any(class_axis), rows, by_row[rows])
+        by_row = gradient.movedim(class_axis, -1)
+        # One pass, without a temporary of the gradient's size.
+        lowest, highest = by_row.aminmax(dim=-1)
+        largest = torch.maximum(-lowest, highest)
+        rows = largest.flatten().topk(min(_SAMPLED_ROWS, largest.numel())).indices
+        return cls(class_axis, largest.ne(0), rows, by_row.flatten(0, -2)[rows])
 
 
 def label_temperature(logits: Tensor, gradient: Tensor) -> float | None:

@@ -83,7 +83,7 @@ class Meter:
     ) -> Measurement | None:
         signals = [signal for call in update.calls for signal in call.signals]
         step_norm, gradient_norm, *sizes = torch.stack([*norms, *signals]).tolist()
-        r = predictor.predict(step_norm, [gradient_norm, *sizes], options)
+        r = predictor.predict(step_norm, [gradient_norm, *map(abs, sizes)], options)
         if r is None or not update.calls:
             return None
         return Measurement(Finding.MEASURED, 1.0 / r if r else inf, r * pi, -1, step_norm)

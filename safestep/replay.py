@@ -33,8 +33,8 @@ class Call:
         versions: Version counter of each tensor argument, to notice a change in place.
         modes: Every submodule, and whether it was in train mode.
         gradients: What the loss's gradient showed about each output tensor, by its name.
-        signals: Largest output and 1-norm of the loss's gradient there, where a Recorder watches
-            them: scalars on the device, which tell unusual data from usual.
+        signals: Smallest and largest output and 1-norm of the loss's gradient there, where a
+            Recorder watches them: scalars on the device, which tell unusual data from usual.
     """
 
     function: Callable[..., Any]
@@ -190,7 +190,7 @@ class Recorder:
             if tensor.grad_fn is not None:
                 tensor.register_hook(self._on_gradient(call, name))
                 if self._watches:
-                    call.signals.append(torch.linalg.vector_norm(tensor.detach(), torch.inf))
+                    call.signals += tensor.detach().aminmax()
 
     def _on_gradient(self, call: Call, name: str) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
