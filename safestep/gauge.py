@@ -25,7 +25,7 @@ from safestep.estimators import (
     working_dtype,
 )
 from safestep.replay import Call
-from safestep.shards import is_sharded
+from safestep.shards import is_sharded, refuse_flattened
 
 EstimatorName = Literal["jvp", "difference", "secant"]
 Reduce = Callable[[Iterable[LogitTangent]], Tensor]
@@ -107,6 +107,7 @@ class Gauge:
         Raises:
             RuntimeError: If no estimator works, or no tangent reaches the logits.
         """
+        refuse_flattened(update.params)
         if any(map(is_sharded, update.params)):
             # Every forward pass gathers: ranks that ran different ones would wait for each other.
             return Reading(self._row(self.estimator, update, reduce), self.estimator)

@@ -42,6 +42,22 @@ def counted_here(params: Sequence[Tensor]) -> list[bool]:
     return [_is_first_holder(param, meshes[0]) for param in params]
 
 
+def refuse_flattened(params: Sequence[Tensor]) -> None:
+    """Raise where a parameter is a piece of a FlatParameter, whose tangent no logit would see.
+
+    Args:
+        params: The parameters.
+
+    Raises:
+        RuntimeError: If FullyShardedDataParallel flattened one of them.
+    """
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise RuntimeError(
+            "FullyShardedDataParallel flattens the parameters, for which the radius is not "
+            "measured; shard with torch.distributed.fsdp.fully_shard"
+        )
+
+
 def reshard(module: nn.Module) -> None:
     """Give up gathered parameters, which do not follow their shards when those are written to."""
     for child in module.modules():

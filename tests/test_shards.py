@@ -98,6 +98,12 @@ def test_shards_are_unmeasured_by_a_finite_difference(ranks):
         assert "the distance of a finite difference would depend" in report["reason"]
 
 
+def test_flattened_parameters_are_unmeasured_even_in_a_part_of_the_model(ranks):
+    for found in ranks:
+        assert found["flattened"]["status"] == "unmeasured"
+        assert "rank 0: FullyShardedDataParallel flattens" in found["flattened"]["reason"]
+
+
 def test_whole_parameters_are_their_own_shard_and_count_everywhere():
     param = nn.Parameter(torch.ones(3))
 

@@ -154,6 +154,7 @@ def test_step_safety_stays_out_of_a_search_in_the_middle_of_training(guarded_and
     assert [report.step for report in reports] == list(range(8))
 
 
+@pytest.mark.slow
 def test_step_safety_stays_out_of_a_search_for_the_batch_size(guarded_and_plain):
     def search():
         return [BatchSizeFinder(init_val=8, max_trials=2, steps_per_trial=1)]
@@ -163,7 +164,8 @@ def test_step_safety_stays_out_of_a_search_for_the_batch_size(guarded_and_plain)
     assert [report.step for report in reports] == list(range(len(reports)))
 
 
-@pytest.mark.parametrize("compiled", [pytest.param("module", marks=pytest.mark.slow), "net"])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["module", "net"])
 def test_step_safety_measures_compiled_modules(fit, compiled):
     def make():
         module = Classifier()

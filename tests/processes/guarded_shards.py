@@ -8,7 +8,7 @@ import torch.distributed as dist
 from launch import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 from safestep import SafeStep
 
@@ -34,6 +34,7 @@ def main(rank, output):
         "unguarded": train(rank, lr=0.01, action=None),
         "bfloat16": train(rank, **watched, mp_policy=half),
         "kept": train(rank, **watched, reshard_after_forward=False),
+        "flattened": flattened(),
     }
     torch.save(found, f"{output}/rank{rank}.pt")
 
@@ -60,6 +61,17 @@ def train(rank, *, lr, action="clip", estimator="jvp", spoiled=None, **sharding)
         reports += [asdict(guard.last)] if guard else []
     moments = [v.full_tensor() for s in optimizer.state.values() for v in (s["exp_avg_sq"],)]
     return {"steps": steps, "reports": reports, "moments": moments}
+
+
+def flattened():
+    """Return the report of a step on a block that the older wrapper flattened."""
+    model = network()
+    model[2] = FullyShardedDataParallel(model[2], device_id=torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, model)
+    nn.functional.cross_entropy(model(torch.randn(8, 6)), torch.arange(8) % 5).backward()
+    optimizer.step()
+    return asdict(guard.last)
 
 
 def gathered(model):
