@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal
@@ -188,11 +188,32 @@ class StepController:
         self.quantile = quantile
         self.step = 0
         self.skips_in_a_row = 0
+        self._heads: list[tuple[str, int]] = []
 
     def measure(self, rows: Iterable[LogitTangent]) -> Tensor:
         """Return ``smallest_row`` of the rows, climbing only as far as the decision needs."""
         limit = self.max_normalized_step if self.action == "clip" else None
-        return smallest_row(rows, rung=self.radius, limit=limit, quantile=self.quantile)
+        self._heads = []
+        return smallest_row(
+            self._noting_heads(rows), rung=self.radius, limit=limit, quantile=self.quantile
+        )
+
+    def head_of(self, bottleneck: int) -> str | None:
+        """Return which logits a row of the latest measurement belongs to.
+
+        Args:
+            bottleneck: Index of the row.
+
+        Returns:
+            Their name; None if there is but one set of logits, or no such row.
+        """
+        if len({name for name, _ in self._heads}) < 2 or bottleneck < 0:
+            return None
+        for name, count in self._heads:
+            bottleneck -= count
+            if bottleneck < 0:
+                return name
+        return None
 
     def decide(self, measurement: Measurement, learning_rate: float, estimator: str) -> StepReport:
         """Return the report of this step, with the scale to apply, and count the step.
@@ -240,6 +261,11 @@ class StepController:
         """
         self.step = state["step"]
         self.skips_in_a_row = state["skips_in_a_row"]
+
+    def _noting_heads(self, rows: Iterable[LogitTangent]) -> Iterator[LogitTangent]:
+        for row in rows:
+            self._heads.append((row.name, row.tangent.shape[:-1].numel()))
+            yield row
 
     def _scale(self, measurement: Measurement) -> tuple[float, Status]:
         if measurement.finding.forbids_step and self.action != "monitor":

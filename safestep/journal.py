@@ -36,10 +36,25 @@ class Journal:
         self._values: dict[str, Any] = {}
         self._interventions = 0
         self._warned: set[str] = set()
+        self._introduced: str | None = None
 
     def note(self, values: dict[str, Any]) -> None:
         """Keep `values` for the next step's record."""
         self._values.update(values)
+
+    def introduce(self, logits: str | None, step: int) -> None:
+        """Say which logits are measured, when they are first found and when they change.
+
+        Args:
+            logits: One line about them.
+            step: The step they were found at.
+        """
+        if logits is None or logits == self._introduced or not self._is_writer:
+            return
+        self._introduced = logits
+        _logger.info("%s", logits)
+        if self._log is not None:
+            self._log.write("event", {"step": step, "name": "logits", "message": logits})
 
     def publish(self, report: StepReport) -> None:
         """Write the record of a step, and say so where the guard intervened or could not see.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from math import inf, nan, pi
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from safestep.capture import LogitsFn
 from safestep.controller import Finding, Measurement, StepController
 from safestep.gauge import EstimatorName, Gauge, Reading, Update
+from safestep.inner_watch import InnerWatch
 from safestep.norms import joint_norm
 from safestep.predict import Predictor
 from safestep.shards import counted_here, is_sharded, local
@@ -27,6 +29,7 @@ class Meter:
         estimator: How the logit tangent is found.
         predictor: Spares exact measurements; None measures every update.
         logits: The user's way from an output to its logits.
+        inside: Looks inside the model while it runs again.
     """
 
     def __init__(
@@ -37,11 +40,17 @@ class Meter:
         estimator: EstimatorName,
         predictor: Predictor | None,
         logits: LogitsFn | None,
+        inside: InnerWatch | None = None,
     ) -> None:
         self._names = names
         self._controller = controller
         self._predictor = predictor
-        self._gauge = Gauge(module, estimator, logits)
+        self._gauge = Gauge(module, estimator, logits, inside)
+
+    @property
+    def logits_found(self) -> str | None:
+        """One line that says which logits are measured; None before any were."""
+        return self._gauge.finder.description
 
     def measure(self, update: Update, options: tuple[float, ...]) -> tuple[Measurement, Reading]:
         """Return what was measured and how; an obstacle is in the measurement's reason.
@@ -96,7 +105,8 @@ class Meter:
                 "the module whose forward computes the logits"
             )
         try:
-            return self._gauge.measure(update, self._controller.measure), None
+            reading = self._gauge.measure(update, self._controller.measure)
+            return replace(reading, warning=reading.warning or self._gauge.finder.warning), None
         except Exception as error:  # training goes on; the report and a warning say what happened
             return nothing, _one_line(error)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
 
+from safestep.binding import radii_of_step
 from safestep.capture import LogitsFn
 from safestep.controller import Action, Rung, StepController, StepReport
 from safestep.distributed import agree
-from safestep.gauge import Update
+from safestep.gauge import Reading, Update
+from safestep.inner_watch import RadiusName, inner_watch
 from safestep.journal import Journal
 from safestep.meter import Meter
 from safestep.predict import Predictor
@@ -53,6 +55,9 @@ class SafeStep:
             are not the output itself: ``logits=lambda output: output / temperature``.
         quantile: Let the limit apply to this quantile of the rows' r, not to the largest. What
             passes is then not certified for every row.
+        radii: What to log beside the output's radius, on which alone the decision rests:
+            "attention", of the softmax over attention scores, and "ffn", where ReLU-like units
+            switch; by layer, and which binds. See ``safestep.inner_watch``. Only "jvp" measures it.
         run_dir: Directory for ``run.jsonl``, the input of ``safestep report``. None writes none.
         process_group: The workers that must take the same step; by default all of them, if
             ``torch.distributed`` is initialized.
@@ -60,6 +65,7 @@ class SafeStep:
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
+        last_radii: What `radii` asked for, of the latest step: see ``safestep.binding``.
         enabled: False lets steps pass unseen, as in a search for a learning rate.
 
     Raises:
@@ -94,6 +100,7 @@ class SafeStep:
         action: Action = "clip",
         logits: LogitsFn | None = None,
         quantile: float | None = None,
+        radii: Collection[RadiusName] = ("output",),
         run_dir: str | Path | None = None,
         process_group: ProcessGroup | None = None,
         max_consecutive_skips: int = 25,
@@ -101,6 +108,7 @@ class SafeStep:
         self.optimizer = innermost_optimizer(optimizer)
         _check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
         self.last: StepReport | None = None
+        self.last_radii: dict[str, Any] = {}
         self.enabled = True
         self._controller = StepController(max_normalized_step, radius, action, quantile)
         self._estimator = estimator
@@ -115,9 +123,11 @@ class SafeStep:
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
         self._recorder = Recorder(model, self._trained, watches=is_sparing)
         names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        self._inside = inner_watch(self._recorder.module, radii)
         self._meter = Meter(
             self._recorder.module, names, self._controller,
             "jvp" if estimator == "auto" else estimator, self._predictor, logits,
+            self._inside,
         )  # fmt: skip
         self._handles = (
             self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
@@ -216,8 +226,12 @@ class SafeStep:
         update = list(torch._foreach_sub(shards, start)) if params else []
         move = Update(self._recorder.take(), params, start, update)
         measurement, reading = self._meter.measure(move, self._direction_options())
+        self._journal.introduce(self._meter.logits_found, self._controller.step)
         if reading.warning is not None:
             self._journal.warn_once(reading.warning)
+        head = self._controller.head_of(measurement.bottleneck)
+        if head is not None:
+            self._journal.note({"head": head})
         measurement = agree(measurement, self._group)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr, reading.estimator)
@@ -226,9 +240,18 @@ class SafeStep:
         elif report.scale != 1.0:
             self._rescale(update, report.scale)
         self._snapshot.release()
+        self._note_radii(reading, report.step_norm)
         self.last = replace(report, seconds=perf_counter() - begin)
         self._journal.publish(self.last)
         self._give_up_if_stuck(self.last)
+
+    def _note_radii(self, reading: Reading, step_norm: float) -> None:
+        if self._inside is None:
+            return
+        self.last_radii = radii_of_step(self._inside, reading, step_norm)
+        self._journal.note(self.last_radii)
+        for kind, reason in self.last_radii.get("radii_reason", {}).items():
+            self._journal.warn_once(f"the {kind} radius is not measured: {reason}")
 
     def _rescale(self, update: list[Tensor], scale: float) -> None:
         torch._foreach_copy_(self._snapshot.shards, self._snapshot.start)
