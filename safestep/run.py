@@ -37,6 +37,22 @@ class Run:
     events: list[dict[str, Any]]
     torn: bool = False
 
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a column of the steps: ``run["radius"]`` is ``run.steps["radius"]``.
+
+        Args:
+            name: Name of the column.
+
+        Returns:
+            The column. Shape ``[T]``.
+
+        Raises:
+            KeyError: If the log has no such column.
+        """
+        if name not in self.steps:
+            raise KeyError(f"{name!r}: the steps have the columns {', '.join(sorted(self.steps))}")
+        return self.steps[name]
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of all writers, the later over the earlier."""

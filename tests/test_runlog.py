@@ -348,3 +348,14 @@ def test_million_steps_are_read_in_seconds(tmp_path):
 
     assert len(run.steps["step"]) == 1_000_000
     assert elapsed < 60  # about 12 s on one core
+
+
+def test_run_gives_step_columns_by_name(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        log.write("step", {"step": 0, "radius": 2.5})
+
+    run = read_run(tmp_path)
+
+    assert run["radius"].tolist() == [2.5]
+    with pytest.raises(KeyError, match=r"'spred': the steps have the columns radius, step"):
+        run["spred"]
