@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class StepSafety(Callback):
             submodule's output) to the numbers that enter the softmax, where they are not found.
         quantile: Let the limit apply to this quantile of the rows' r, not to the largest. What
             passes is then not certified for every row.
+        radii: What to log beside the output's radius; see SafeStep.
         run_dir: Directory for ``run.jsonl``; by default beside the files of the first logger.
         max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
 
@@ -68,6 +69,7 @@ class StepSafety(Callback):
         action: Literal["clip", "set", "monitor"] = "clip",
         logits: Callable[[Any], Any] | None = None,
         quantile: float | None = None,
+        radii: Collection[Literal["output", "attention", "ffn"]] = ("output",),
         run_dir: str | Path | None = None,
         max_consecutive_skips: int = 25,
     ) -> None:
@@ -81,6 +83,7 @@ class StepSafety(Callback):
             "action": action,
             "logits": logits,
             "quantile": quantile,
+            "radii": radii,
             "max_consecutive_skips": max_consecutive_skips,
         }
         self._states: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
 from safestep.duals import differentiable_kernels, tangents_in_place
+from safestep.inner_watch import InnerWatch
 from safestep.replay import Call, eager_module
 from safestep.shards import is_sharded, local
 from safestep.untraced import untraced
@@ -124,6 +125,7 @@ def jvp(
     params: Sequence[Tensor],
     tangents: Sequence[Tensor],
     logits: LogitsFn | LogitFinder | None = None,
+    inside: InnerWatch | None = None,
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls and their tangents, exactly, one call at a time.
 
@@ -136,6 +138,7 @@ def jvp(
         params: The trained parameters, at the point where the tangent is wanted.
         tangents: The update of each of them.
         logits: The user's way from an output to its logits.
+        inside: Also looks at tangents inside the model, in the same run.
 
     Yields:
         Every set of logits found, with its tangent.
@@ -151,7 +154,9 @@ def jvp(
         differentiable_kernels(module),
     ):
         for call in calls:
-            for found in find_logits(call, logits):
+            with nullcontext() if inside is None else inside:
+                heads = find_logits(call, logits)
+            for found in heads:
                 values, tangent = _unpacked(found.values)
                 yield LogitTangent(found.name, values, tangent, found.mask)
 

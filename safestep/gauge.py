@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from safestep.estimators import (
     secant,
     working_dtype,
 )
+from safestep.inner_watch import InnerWatch
 from safestep.replay import Call
 from safestep.shards import is_sharded, refuse_flattened
 
@@ -79,6 +81,7 @@ class Gauge:
         module: The root module of the calls.
         estimator: The estimator to begin with.
         logits: The user's way from an output to its logits.
+        inside: Looks inside the model wherever the estimator is "jvp".
 
     Attributes:
         estimator: The estimator in use.
@@ -86,10 +89,15 @@ class Gauge:
     """
 
     def __init__(
-        self, module: nn.Module, estimator: EstimatorName = "jvp", logits: LogitsFn | None = None
+        self,
+        module: nn.Module,
+        estimator: EstimatorName = "jvp",
+        logits: LogitsFn | None = None,
+        inside: InnerWatch | None = None,
     ) -> None:
         self.estimator: EstimatorName = estimator
         self._module = module
+        self._jvp = partial(jvp, inside=inside)
         self.finder = LogitFinder(logits)
         self._agreements = 0
         self._has_disagreed = False
@@ -135,7 +143,7 @@ class Gauge:
         if estimator == "secant":
             with closing(secant(calls, self._module, params, start, self.finder)) as rows:
                 return reduce(rows)
-        estimate = jvp if estimator == "jvp" else difference
+        estimate = self._jvp if estimator == "jvp" else difference
         with (
             moved_back(params, start),
             closing(estimate(calls, self._module, params, update.change, self.finder)) as rows,

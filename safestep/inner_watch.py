@@ -109,12 +109,13 @@ class InnerWatch(TorchFunctionMode):
             source = next((a for a in args if isinstance(a, Tensor) and a in self._weights), None)
             if source is None:
                 return
-            weight = self._weights[source]
+            layer, radius = self._weights[source]
             if name in _PRODUCTS:
-                self._keep("attention", *weight)
+                self._keep("attention", layer, radius)
                 return
             if not isinstance(result, Tensor) or result.numel() != source.numel():
                 return
+            weight = (layer, radius)
         self._weights[result] = weight
 
     def _keep(self, kind: str, layer: str, radius: Tensor) -> None:
