@@ -113,14 +113,14 @@ def tell_healthy(evidence: Evidence, first: int, last: int) -> str:
     where = _where(evidence, first, last)
     if not np.isfinite(r).any():
         return sentence(f"{where} not measured")
-    peak = number(float(np.nanmax(r)))
+    peak = f"r <= {number(float(np.nanmax(r)))}{' where measured' * bool(np.isnan(r).any())}"
     is_followed = last + 1 < len(evidence.loss)  # what follows the last steps is the next episode
     over = np.flatnonzero(evidence.is_over_band[first : last + 1 - AFTERMATH * is_followed])
     if not len(over):
-        return sentence(f"{where} healthy (r <= {peak})")
+        return sentence(f"{where} healthy ({peak})")
     from_step = evidence.series.step[first + over[0]]
     return sentence(
-        f"{where} within the radius (r <= {peak}), but the loss was over its band after "
+        f"{where} within the radius ({peak}), but the loss was over its band after "
         f"{count(len(over), 'step')}, first at step {from_step}"
     )
 

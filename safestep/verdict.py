@@ -59,8 +59,8 @@ def _headline(evidence: Evidence, harmful: np.ndarray) -> str:
     if harmful.any():
         first = series.step[harmful.argmax()]
         return (
-            f"Harmed: from step {first} on, r was over 1 and the loss over its band "
-            f"after {harmful.sum():,} of {total}."
+            f"Harmed: the loss rose after {harmful.sum():,} of {total} with r over 1, "
+            f"first after step {first}."
         )
     if touched:
         text = f"the guard stepped in at {touched:,} of {total}"

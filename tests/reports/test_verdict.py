@@ -62,7 +62,8 @@ def test_spike_that_was_let_through_is_called_harm(lost_run):
     verdict, story = story_of(lost_run)
 
     assert verdict.tone == "bad"
-    assert verdict.headline.startswith("Harmed: from step 60 on")
+    assert verdict.headline.startswith("Harmed: the loss rose after")
+    assert "first after step 60" in verdict.headline
     assert "Let through at step" in story
     assert "loss rose from" in story
 
