@@ -191,16 +191,16 @@ class WorkerWatch:
         evidence = np.where(self._named, 0, self._evidence)
         if len(self._named) == 2:
             evidence[1] = 0  # both stand out alike: the upper one speaks for the pair
-        if evidence.max() < self._threshold:
+        has_crossed = (evidence >= self._threshold).any((0, 1))
+        if not has_crossed.any():
             return []
-        rank = int(evidence.max((0, 1)).argmax())
-        deviations = (self._deviation_sum / np.maximum(self._count, 1))[..., rank]
         # What crossed first may not be what shows most.
-        shows = evidence[..., rank] >= self._threshold / 2
+        shows = has_crossed & (evidence >= self._threshold / 2)
+        deviations = self._deviation_sum / np.maximum(self._count, 1)
         order = np.where(shows, np.abs(deviations), -1)
-        side, quantity = (int(index) for index in np.unravel_index(order.argmax(), order.shape))
+        side, quantity, rank = (int(i) for i in np.unravel_index(order.argmax(), order.shape))
         since = int(self._since[side, quantity, rank])
-        deviation = float(deviations[side, quantity])
+        deviation = float(deviations[side, quantity, rank])
         amount = f"{abs(deviation):.1f} MADs" if abs(deviation) < 0.9 * _FAR_MADS else "far"
         message = (
             f"rank {rank}: {QUANTITIES[quantity]} {amount} "
