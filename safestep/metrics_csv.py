@@ -1,6 +1,7 @@
 """Layer 3: read safestep's logged names out of the metrics.csv of Lightning's CSVLogger."""
 
 import csv
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,29 @@ def read_metrics_csv(path: Path) -> tuple[dict[str, Any], dict, dict]:
             )
         steps, workers = _merge_rows(rows, fields, path)
     columns = steps.build()
+    _join_optimizers(columns)
     if "scale" in columns:
         scale = columns["scale"]
         status = np.where(scale == 0, "skipped", np.where(scale < 1, "clipped", "ok"))
         columns["status"] = status.astype(object)
         if "effective_learning_rate" in columns and "learning_rate" not in columns:
+            rate, part = columns["effective_learning_rate"], columns.get("scale/0", scale)
             with np.errstate(divide="ignore", invalid="ignore"):
-                columns["learning_rate"] = columns["effective_learning_rate"] / scale
+                columns["learning_rate"] = rate / part
     return {"kind": "header", "source": path.name}, columns, workers.build()
+
+
+def _join_optimizers(columns: dict[str, np.ndarray]) -> None:
+    # Several optimizers log a column each, "scale/0" and so on, and the sum of their r.
+    for name, join in (("scale", np.fmin), ("step_norm", np.hypot)):
+        parts = [column for key, column in columns.items() if key.startswith(f"{name}/")]
+        if parts:
+            columns[name] = reduce(join, parts)
+    if "effective_learning_rate/0" in columns:
+        columns["effective_learning_rate"] = columns["effective_learning_rate/0"]
+    if "radius" not in columns and {"step_norm", "normalized_step"} <= columns.keys():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns["radius"] = columns["step_norm"] / columns["normalized_step"]
 
 
 def _wanted_fields(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -57,8 +73,8 @@ def _wanted_fields(names: list[str]) -> dict[str, tuple[str, str]]:
     for name in names:
         prefix, _, field = name.partition("/")
         if prefix in {"safestep", "workers"} and field:
-            field = field.removesuffix("_step") if field.endswith("_step_step") else field
-            fields[name] = (prefix, _RENAMED.get(field, field))
+            field, slash, optimizer = field.partition("/")
+            fields[name] = (prefix, _RENAMED.get(field, field) + slash + optimizer)
     loss = next((name for name in LOSS_NAMES if name in names), None)
     if loss is not None:
         fields[loss] = ("loss", "loss")

@@ -13,6 +13,7 @@ from .wording import count, number, sentence
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_WORKER_EVENTS = 5
+_OFTEN_SCALED = 0.5  # share of steps from which on it is no longer an accident
 _OFTEN = 10  # flags within twenty records; alike workers have one in a hundred steps
 
 
@@ -48,6 +49,7 @@ def write_verdict(run: Run) -> Verdict:
         return Verdict("warn", headline, workers + ends)
     harmful = name_regimes(run, series)["harmful"]
     is_doubtful = workers or series.unmeasured.any() or evidence.is_over_band.any()
+    is_doubtful = is_doubtful or series.intervened.mean() > _OFTEN_SCALED
     tone = "bad" if harmful.any() else "warn" if is_doubtful else "good"
     return Verdict(tone, _headline(evidence, harmful), _story(evidence) + workers + ends)
 
@@ -148,6 +150,10 @@ def _closing(run: Run, series: StepSeries) -> list[str]:
         first = reasons[np.flatnonzero(status == "unmeasured")[0]] if reasons is not None else None
         what = f"{count(unmeasured, 'step')} could not be measured and passed unguarded"
         sentences.append(sentence(f"{what} ({first or 'reason unknown'})"))
+    if len(series.step) and series.clipped.mean() > _OFTEN_SCALED:
+        r = number(float(np.nanmedian(series.proposed[series.clipped])))
+        what = f"more than half of the steps were scaled, at a median r of {r}"
+        sentences.append(sentence(f"{what}: the learning rate is too high for this run"))
     removed = removed_area(series)
     if removed >= 0.0005:
         sentences.append(sentence(f"the guard removed {removed:.1%} of the learning-rate area"))

@@ -325,6 +325,22 @@ def test_lightning_csv_gives_the_same_columns(tmp_path):
     np.testing.assert_array_equal(run.workers["loss_std"], [0.25])
 
 
+def test_csv_of_several_optimizers_gives_their_joint_step(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "step,safestep/normalized_step,safestep/scale/0,safestep/scale/1,safestep/step_norm/0,"
+        "safestep/step_norm/1,safestep/effective_lr/0,safestep/effective_lr/1\n"
+        "0,2.0,0.5,1.0,3.0,4.0,0.1,0.3\n"
+    )
+
+    steps = read_run(tmp_path).steps
+
+    assert steps["scale"].tolist() == [0.5]
+    assert steps["step_norm"].tolist() == [5.0]
+    assert steps["radius"].tolist() == [2.5]
+    assert steps["learning_rate"].tolist() == [0.2]
+    assert steps["status"].tolist() == ["clipped"]
+
+
 def test_csv_without_our_columns_is_a_clear_error(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train_loss\n0,1.0\n")
 

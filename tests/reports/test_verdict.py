@@ -122,6 +122,15 @@ def test_unmeasured_steps_are_told(tmp_path):
     assert "1 step could not be measured and passed unguarded (no kernel)." in story
 
 
+def test_run_that_is_scaled_all_along_is_told_its_learning_rate_is_too_high(tmp_path):
+    log_steps(tmp_path, noisy_losses(), normalized_step=4.0, scale=0.25, status="clipped")
+
+    verdict, story = story_of(tmp_path)
+
+    assert verdict.tone == "warn"
+    assert "at a median r of 4: the learning rate is too high for this run" in story
+
+
 def test_many_episodes_are_told_by_the_worst_and_counted(tmp_path):
     r = [0.5] * 2000
     for place, step in enumerate(range(100, 2000, 100)):
