@@ -1,6 +1,7 @@
 """StepSafety beside other parts of Lightning, which it leaves alone and which leave it alone."""
 
 import copy
+import sys
 import warnings
 
 import jsonargparse
@@ -13,11 +14,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from safestep.callbacks import StepSafety
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
+
+from safestep.callbacks import StepSafety
 
 
 class Classifier(LightningModule):
@@ -211,10 +213,15 @@ def test_step_safety_guards_a_bare_bones_trainer():
     assert safety.last[0].status == "clipped"
 
 
-@pytest.mark.skipif(not cli._JSONARGPARSE_SIGNATURES_AVAILABLE, reason="jsonargparse[signatures]")
-def test_step_safety_is_configured_by_lightning_cli(tmp_path):
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings(r"ignore:You are trying to `self.log\(\)`")
+def test_step_safety_is_configured_by_lightning_cli(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     arguments = [
         "fit",
+        "--seed_everything=0",
         "--trainer.callbacks=safestep.callbacks.StepSafety",
         "--trainer.callbacks.radius=certified",
         "--trainer.callbacks.quantile=0.5",
