@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from safestep.workers import WorkerMetrics, WorkerReport
+from safestep.workers.metrics import WorkerMetrics, WorkerReport
 
 from .run_dir import default_run_dir
 

@@ -6,7 +6,7 @@ from safestep.estimators import logits_jvp
 from safestep.exact import exact_radius
 from safestep.optim import SafeStep
 from safestep.radius import certified_radius, closed_form_radius, logit_spread, radius_bound
-from safestep.run import read_run
+from safestep.runlog.reader import read_run
 
 __all__ = [
     "SafeStep",

@@ -11,7 +11,6 @@ from importlib import import_module
 
 COMMANDS = {  # name: module, what it does
     "demo": ("safestep.demo.command", "watch a run that plain Adam loses and safestep saves"),
-    "demo": ("safestep.demo.command", "train through a spike, with and without the guard"),
     "report": ("safestep.report", "turn the logs of runs into figures and one page"),
 }
 

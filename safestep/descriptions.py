@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from safestep.runlog.reader import Run
+
 from .plots import PHASES, rank_correlation
 from .regimes import TOLERANCE
-from .run import Run
 from .series import loss_ratios, removed_area, scalar, step_series
 from .wording import count, number, sentence
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from safestep.runlog.reader import Run
+
 from .regimes import AFTERMATH, MIN_WIDTH, TOLERANCE, aftermath, lost_is_infinite, upper_band
-from .run import Run
 from .series import StepSeries, spans, step_series
 from .wording import count, number, sentence, steps_between
 

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from safestep.runlog.reader import Run
+
 from . import descriptions, plots, plots_workers
 from .plots_style import INK, PAPER, SERIES_COLORS, make_log
-from .run import Run
 from .series import scalar, step_series
 
 _SIZE = (5.0, 3.1)  # inches: text stays readable where a phone shows it 360 pixels wide

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from safestep.controller import StepReport
 from safestep.distributed import rank, world_size
-from safestep.runlog import RunLog
+from safestep.runlog.writer import RunLog
 
 _logger = logging.getLogger("safestep")
 

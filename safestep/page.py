@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from safestep.runlog.reader import Run
+
 from .plots_style import SERIES_COLORS
 from .regimes import REGIMES, name_regimes
-from .run import Run
 from .series import removed_area, step_series
 from .verdict import Verdict
 from .wording import number

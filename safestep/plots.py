@@ -6,6 +6,8 @@ Figures of workers are in ``safestep.plots_workers``, of radii in ``safestep.plo
 import numpy as np
 from matplotlib.axes import Axes
 
+from safestep.runlog.reader import Run
+
 from .plots_style import (
     COLORS,
     INK,
@@ -20,7 +22,6 @@ from .plots_style import (
     say,
     use_log_scale,
 )
-from .run import Run
 from .series import StepSeries, loss_ratios, removed_area, step_series, thin
 
 PHASES = ("early", "middle", "late")

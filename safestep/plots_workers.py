@@ -5,6 +5,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import NullLocator
 
+from safestep.runlog.reader import Run
+
 from .plots_style import (
     COLORS,
     INK,
@@ -17,7 +19,6 @@ from .plots_style import (
     say,
     use_log_scale,
 )
-from .run import Run
 from .series import scalar, thin
 
 HEATMAP_QUANTITIES = {

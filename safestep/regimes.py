@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from .run import Run
+from safestep.runlog.reader import Run
+
 from .series import StepSeries, worker_mean
 
 REGIMES = {

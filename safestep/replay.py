@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from safestep.capture import GradientEvidence, named_tensors
+from safestep.capture.evidence import GradientEvidence
+from safestep.capture.plan import named_tensors
 from safestep.untraced import RandomState
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.

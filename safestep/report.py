@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from safestep.runlog.reader import Run, read_run
+
 from .figures import FIGURES, FigureKind, draw, save, to_svg
 from .page import Section, ShownFigure, build_page
-from .run import Run, read_run
 from .verdict import write_verdict
 
 PAGE_NAME = "report.html"
@@ -79,7 +80,7 @@ def write_report(
 
     Example:
         >>> import tempfile
-        >>> from safestep.runlog import RunLog
+        >>> from safestep.runlog.writer import RunLog
         >>> run_dir = tempfile.mkdtemp()
         >>> with RunLog(run_dir, {}) as log:
         ...     for step in range(3):

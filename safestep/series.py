@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .run import Run
+from safestep.runlog.reader import Run
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,9 +5,10 @@ from typing import Literal
 
 import numpy as np
 
+from safestep.runlog.reader import Run
+
 from .episodes import Evidence, find_episodes, gather, tell, tell_healthy
 from .regimes import TOLERANCE, name_regimes
-from .run import Run
 from .series import StepSeries, removed_area, scalar
 from .wording import count, number, sentence
 

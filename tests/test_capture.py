@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from safestep.capture import GradientEvidence, LogitFinder, LogitsNotFoundError, find_logits
-from safestep.evidence import binary_temperature, label_temperature
-from safestep.plan import named_tensors
+from safestep.capture import LogitFinder, LogitsNotFoundError, find_logits
+from safestep.capture.evidence import GradientEvidence, binary_temperature, label_temperature
+from safestep.capture.plan import named_tensors
 
 GENERATOR = torch.Generator().manual_seed(3)
 INPUTS = torch.randn(16, 4, generator=GENERATOR)

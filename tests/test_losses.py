@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from safestep.losses import LinearTile, LossWatch
+from safestep.capture.losses import LinearTile, LossWatch
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -148,7 +148,7 @@ def test_watch_computes_the_logits_of_a_linear_cross_entropy_when_asked(options,
 def test_tiles_of_a_linear_cross_entropy_cover_all_rows_with_their_tangent(monkeypatch):
     if not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
-    monkeypatch.setattr("safestep.losses._TILE_ELEMENTS", 8)
+    monkeypatch.setattr("safestep.capture.losses._TILE_ELEMENTS", 8)
     hidden, weight, d_hidden, d_weight = torch.randn(4, 6, 6, dtype=torch.float64)
 
     with torch.no_grad(), forward_ad.dual_level(), LossWatch() as watch:

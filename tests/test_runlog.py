@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from safestep.run import read_run
-from safestep.runlog import RunLog
+from safestep.runlog.reader import read_run
+from safestep.runlog.writer import RunLog
 
 HEADER = '{"kind": "header", "schema_version": 1, "settings": {}}\n'
 
@@ -182,7 +182,7 @@ def test_writer_leaves_a_file_that_is_no_run_log_alone(tmp_path):
 
 def test_killed_process_loses_at_most_the_record_being_written(tmp_path):
     script = (
-        "import sys, time; from safestep.runlog import RunLog\n"
+        "import sys, time; from safestep.runlog.writer import RunLog\n"
         "log = RunLog(sys.argv[1], {})\n"
         "for step in range(50): log.write('step', {'step': step})\n"
         "print('written', flush=True); time.sleep(60)\n"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from safestep.watch import WorkerWatch, _log_likelihood_ratio
+from safestep.workers.watch import WorkerWatch, _log_likelihood_ratio
 
 
 def draw(num_workers, steps, seed=0):

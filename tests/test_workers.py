@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from safestep.workers import WorkerMetrics
+from safestep.workers.metrics import WorkerMetrics
 
 PROCESSES = Path(__file__).parent / "processes"
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safestep.capture import LogitFinder
+from safestep.capture.finder import LogitFinder
 from safestep.controller import Rung, smallest_row
 from safestep.estimators import jvp
 from safestep.replay import Call

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from safestep.workers import WorkerMetrics
+from safestep.workers.metrics import WorkerMetrics
 
 sys.path.append(str(Path(__file__).parents[1] / "processes"))
 from launch import run

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from safestep.dispersion import dispersion_from_sums, worker_sums
-from safestep.watch import WorkerWatch
+from safestep.workers.watch import WorkerWatch
 
 RANKS, FAULTY, ONSET = 4, 2, 300
 FAULT_STEPS, CLEAN_STEPS = 600, 2000

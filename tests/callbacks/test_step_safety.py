@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from safestep.callbacks import StepSafety
 from torch import nn
 from torch.nn import functional
 
 from safestep import SafeStep, read_run
+from safestep.callbacks import StepSafety
 
 TEMPERATURE = 0.5
 

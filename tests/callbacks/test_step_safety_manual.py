@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from safestep.callbacks import StepSafety
-from safestep.callbacks.submodule import smallest_submodule
 from torch import nn
 from torch.nn import functional
 
 from safestep import read_run
+from safestep.callbacks import StepSafety
+from safestep.callbacks.submodule import smallest_submodule
 
 
 class Manual(LightningModule):

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from safestep.callbacks import StepSafety, WorkerConsistency
 from torch import nn
 from torch.nn import functional
 
 from safestep import read_run
+from safestep.callbacks import StepSafety, WorkerConsistency
 
 SCRIPT = Path(__file__).parents[1] / "processes" / "lightning_ranks.py"
 

@@ -10,7 +10,7 @@ import torch
 from launch import run
 from torch.nn.parallel import DistributedDataParallel
 
-from safestep.workers import WorkerMetrics
+from safestep.workers.metrics import WorkerMetrics
 
 
 def main(rank, output):

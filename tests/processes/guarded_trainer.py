@@ -8,10 +8,11 @@ import torch
 import torch._dynamo  # noqa: F401  once before the fork, not in every rank
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
-from safestep.callbacks import StepSafety, WorkerConsistency
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+
+from safestep.callbacks import StepSafety, WorkerConsistency
 
 
 class Classifier(LightningModule):

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 import torch._dynamo  # noqa: F401  once before the fork, not in every rank
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safestep.callbacks import WorkerConsistency
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+
+from safestep.callbacks import WorkerConsistency
 
 ACCUMULATED = 2
 

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
-from safestep.workers import WorkerMetrics
+from safestep.workers.metrics import WorkerMetrics
 
 RANKS, STEPS, PRETRAINING_STEPS = 4, 80, 100
 LENGTH, BATCH, WIDTH = 48, 8, 48

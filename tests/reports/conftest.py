@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from safestep import SafeStep, worker_dispersion
-from safestep.runlog import RunLog
+from safestep.runlog.writer import RunLog
 
 NUM_STEPS, SPIKE_STEP, DRIFT_STEP = 120, 60, 80
 

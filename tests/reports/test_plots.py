@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from safestep import plots, plots_ladder, plots_workers
 from safestep.plots_style import COLORS
-from safestep.run import read_run
-from safestep.runlog import RunLog
+from safestep.runlog.reader import read_run
+from safestep.runlog.writer import RunLog
 from safestep.series import removed_area, spans, step_series, thin
 
 STEP_PLOTS = [

@@ -13,8 +13,8 @@ import pytest
 from safestep.cli import main
 from safestep.figures import FIGURES, draw
 from safestep.report import write_report
-from safestep.run import read_run
-from safestep.runlog import RunLog
+from safestep.runlog.reader import read_run
+from safestep.runlog.writer import RunLog
 
 VOID = {"meta", "br", "img", "path", "use", "rect", "image"}
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from safestep.regimes import REGIMES, name_regimes, upper_band
-from safestep.run import read_run
-from safestep.runlog import RunLog
+from safestep.runlog.reader import read_run
+from safestep.runlog.writer import RunLog
 from safestep.series import step_series
 from safestep.verdict import write_verdict
 from safestep.wording import number

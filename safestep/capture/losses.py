@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from safestep.loss_graph import Node
+from safestep.capture.loss_graph import Node
 
 # Logits of one tile of a linear_cross_entropy: 6 MiB in float32.
 _TILE_ELEMENTS = 3 << 19

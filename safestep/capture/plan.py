@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from safestep.evidence import GradientEvidence
-from safestep.loss_graph import Node, is_behind, loss_side, view_chain
-from safestep.losses import LossInput
-from safestep.output_form import OutputForm, examine
+from safestep.capture.evidence import GradientEvidence
+from safestep.capture.loss_graph import Node, is_behind, loss_side, view_chain
+from safestep.capture.losses import LossInput
+from safestep.capture.output_form import OutputForm, examine
 
 # What these are given are logits: behind it lies the model. Others may be functions of functions.
 _LAST_WORD = frozenset({"cross_entropy", "binary_cross_entropy_with_logits"})

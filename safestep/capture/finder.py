@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from safestep.evidence import GradientEvidence
-from safestep.losses import LinearTile, LossWatch
-from safestep.plan import (
-    LogitsNotFoundError,
+from safestep.capture.evidence import GradientEvidence
+from safestep.capture.losses import LinearTile, LossWatch
+from safestep.capture.plan import (
     Plan,
     examine_outputs,
     named_tensors,
@@ -23,16 +22,6 @@ from safestep.plan import (
 if TYPE_CHECKING:
     from safestep.replay import Call
 
-__all__ = [
-    "GradientEvidence",
-    "LogitFinder",
-    "Logits",
-    "LogitsFn",
-    "LogitsNotFoundError",
-    "describe",
-    "find_logits",
-    "named_tensors",
-]
 
 # From the output of a call to logits, (logits, mask), or a list of such.
 LogitsFn = Callable[[Any], Any]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safestep.evidence import (
+from safestep.capture.evidence import (
     GradientEvidence,
     binary_temperature,
     is_blind_to_scale,
@@ -17,7 +17,7 @@ from safestep.evidence import (
     lowers_labels,
     spares_likely_classes,
 )
-from safestep.losses import binary_rows
+from safestep.capture.losses import binary_rows
 
 Kind = Literal[
     "logits",

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .columns import ColumnBuilder
-from .metrics_csv import read_metrics_csv
-from .runlog import FILE_NAME, check_header
+from safestep.runlog.columns import ColumnBuilder
+from safestep.runlog.metrics_csv import read_metrics_csv
+from safestep.runlog.writer import FILE_NAME, check_header
 
 Columns = dict[str, np.ndarray]
 
@@ -84,7 +84,7 @@ def read_run(path: str | Path) -> Run:
 
     Example:
         >>> import tempfile
-        >>> from safestep.runlog import RunLog
+        >>> from safestep.runlog.writer import RunLog
         >>> run_dir = tempfile.mkdtemp()
         >>> with RunLog(run_dir, {}) as log:
         ...     log.write("step", {"step": 0, "radius": float("inf")})

@@ -4,7 +4,7 @@ The file is made to outlive the process. Its first line is a header (``kind`` "h
 line is one record with its ``kind``: "step" (the fields of StepReport), "workers" (per-worker
 lists beside scalars) or "event" (``name``, ``message``). Each line is strict JSON: JSON has no
 number for NaN and infinities, so they are the strings "nan", "inf" and "-inf", which ``float``
-and its like in other languages parse. ``safestep.run.read_run`` reads it back.
+and its like in other languages parse. ``safestep.read_run`` reads it back.
 """
 
 import json

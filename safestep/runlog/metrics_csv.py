@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .columns import ColumnBuilder
+from safestep.runlog.columns import ColumnBuilder
 
 LOSS_NAMES = ("loss", "train_loss", "train/loss", "train_loss_step", "train/loss_step", "loss_step")
 _RENAMED = {"effective_lr": "effective_learning_rate", "lr": "learning_rate"}

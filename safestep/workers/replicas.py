@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from safestep.dispersion import WorkerSums
-from safestep.local_gradients import LocalGradients, inner_product
+from safestep.workers.local_gradients import LocalGradients, inner_product
 
 
 class Replicas:

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from safestep.dispersion import WorkerDispersion, WorkerSums, dispersion_from_sums
 from safestep.distributed import rank
-from safestep.micro_batches import MicroBatches
-from safestep.replicas import Replicas
-from safestep.runlog import RunLog
-from safestep.watch import WorkerEvent, WorkerWatch
+from safestep.runlog.writer import RunLog
+from safestep.workers.micro_batches import MicroBatches
+from safestep.workers.replicas import Replicas
+from safestep.workers.watch import WorkerEvent, WorkerWatch
 
 _logger = logging.getLogger("safestep")
 
