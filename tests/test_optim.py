@@ -207,7 +207,8 @@ def test_interventions_are_logged_ten_times_and_then_at_powers_of_two(
     for _ in range(20):
         train_step(optimizer, model, batch)
 
-    lines = [record.getMessage() for record in caplog.records]
+    first, *lines = [record.getMessage() for record in caplog.records]
+    assert first.startswith("logits: ")
     assert [line.split(":")[0] for line in lines] == [
         f"step {step}" for step in (*range(10), 15)
     ]  # fmt: skip
