@@ -347,7 +347,7 @@ def test_the_figure_draws_the_least_of_each_kind_and_says_what_binds(tmp_path):
         logged = [record[kind] for record in run.steps["radii"]]
         expected = logged if kind == "output" else [min(layers.values()) for layers in logged]
         assert line.get_ydata().tolist() == least.tolist() == expected
-    assert "binds: ffn 100%" in [text.get_text() for text in ax.texts]
+    assert "ffn 100%" in [text.get_text() for text in ax.texts]
     assert ax.get_ylabel() == "radius (parameter distance)"
 
 
