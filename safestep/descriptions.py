@@ -4,6 +4,7 @@ import numpy as np
 
 from safestep.runlog.reader import Run
 
+from .inner_series import binding_shares, least_radii
 from .plots import PHASES, rank_correlation
 from .regimes import TOLERANCE
 from .series import loss_ratios, removed_area, scalar, step_series
@@ -65,6 +66,14 @@ def describe_prediction(run: Run) -> str:
             median = number(float(np.median(ratio[part])))
             facts.append(f"loss after / before a step with r {name}: median {median}")
     return sentence("; ".join(facts))
+
+
+def describe_binding_radius(run: Run) -> str:
+    """Return the facts of the figure of the radii inside the model."""
+    steps, radii = least_radii(run)
+    courses = [f"Radius, {kind}: {_course(steps, values)}." for kind, values in radii.items()]
+    shares = [f"{kind} at {share:.0%}" for kind, share in binding_shares(radii).items()]
+    return " ".join([*courses, f"The smallest is {', '.join(shares)} of the steps."])
 
 
 def describe_cost(run: Run) -> str:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from safestep.runlog.reader import Run
 
-from . import descriptions, plots, plots_workers
+from . import descriptions, plots, plots_radii, plots_workers
+from .inner_series import least_radii
 from .plots_style import INK, PAPER, SERIES_COLORS, make_log
 from .series import scalar, step_series
 
@@ -52,6 +53,10 @@ def _has_step(field: str) -> Callable[[Run], bool]:
 
 def _has_prediction(run: Run) -> bool:
     return bool(np.isfinite(step_series(run).loss).sum() > 1) and _has_step("proposed")(run)
+
+
+def _has_radii(run: Run) -> bool:
+    return bool(least_radii(run)[1])
 
 
 def _has_worker(name: str) -> Callable[[Run], bool]:
@@ -98,6 +103,12 @@ FIGURES = (
         "Does r predict? Each dot is a step: its r, and by how much the loss changed until the "
         "next. The line is the median of each tenth of the steps.",
         plots.plot_prediction, descriptions.describe_prediction, _has_prediction,
+    ),
+    FigureKind(
+        "binding_radius",
+        "The radius of the output's softmax, of attention's, and where ReLU-like units switch. The "
+        "lowest binds, but the guard decides on the output's alone.",
+        plots_radii.plot_binding_radius, descriptions.describe_binding_radius, _has_radii,
     ),
     FigureKind(
         "cost",
