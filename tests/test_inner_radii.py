@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -388,3 +389,32 @@ def test_steps_without_radii_leave_a_gap_not_a_share(tmp_path):
     assert steps.tolist() == [0, 2]
     assert radii["output"].tolist() == [1.0, 3.0]
     assert binding_shares(radii) == {"output": 0.5, "ffn": 0.5}
+
+
+@pytest.mark.slow
+def test_units_bind_early_and_the_output_late_in_a_tiny_transformer():
+    """As in Table 2 of Ghosts of Softmax: counts 94/6/0, 48/52/0, 8/97/0 (ffn/output/attention)."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images = torch.tensor(digits.images[360:616], dtype=torch.float32) / 16
+    targets = torch.tensor(digits.target[360:616])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lift, head = nn.Linear(8, 16), nn.Linear(16, 10)
+        block = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True)
+    model = nn.Sequential(lift, block, nn.AvgPool2d((8, 1)), nn.Flatten(), head)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    binding = []
+
+    with SafeStep(optimizer, model, radii=ALL, action="monitor") as guard:
+        for step in range(450):
+            guard.enabled = step % 15 == 0
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images), targets).backward()
+            optimizer.step()
+            if guard.enabled:
+                binding.append(guard.last_radii["binding"])
+
+    counts = [Counter(binding[start : start + 10]) for start in (0, 10, 20)]
+    assert counts[0]["ffn"] == 10
+    assert counts[2]["output"] > 5
+    assert counts[0]["output"] <= counts[1]["output"] <= counts[2]["output"]
