@@ -20,6 +20,7 @@ RadiusName = Literal["output", "attention", "ffn"]
 
 # ReLU-like: they switch units off at zero, sharply or smoothly.
 _ACTIVATIONS = frozenset(("relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "gelu", "silu"))
+_LOOKED_AT = _ACTIVATIONS | {"scaled_dot_product_attention", "softmax"}
 # What makes a softmax an attention: its result weighs the rows of a matrix.
 _PRODUCTS = frozenset(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"))
 # exp(-746) is zero in float64: no score that far under the largest has any weight. Masks are
@@ -86,20 +87,26 @@ class InnerWatch(TorchFunctionMode):
         if name == "multi_head_attention_forward" and isinstance(func, FunctionType):
             with self:
                 return _opened(func)(*args, **kwargs)
-        weight = None
+        # Before the call: an activation may work in place.
+        is_seen = name in _LOOKED_AT and _has_numbers(args, kwargs)
+        weight = self._look(name, args, kwargs) if is_seen else None
+        result = func(*args, **kwargs)
+        self._follow(name, weight, args, result)
+        return result
+
+    def _look(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Tensor] | None:
+        """Measure; of a softmax, which may or may not be an attention, return layer and radius."""
         if "ffn" in self.wanted and name in _ACTIVATIONS:
-            # Before the call: it may work in place.
             self._keep("ffn", self._layer(), kink_radius(*_dual(_input(args, kwargs))))
         elif "attention" in self.wanted and name == "scaled_dot_product_attention":
             self._keep("attention", self._layer(), _radius(attention_scores(*args, **kwargs)))
         elif "attention" in self.wanted and name == "softmax":
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if isinstance(axis, int):
-                scores = _input(args, kwargs).movedim(axis, -1)
-                weight = (self._layer(), _radius(scores))
-        result = func(*args, **kwargs)
-        self._follow(name, weight, args, result)
-        return result
+                return self._layer(), _radius(_input(args, kwargs).movedim(axis, -1))
+        return None
 
     def _follow(
         self, name: str, weight: tuple[str, Tensor] | None, args: tuple[Any, ...], result: Any
@@ -212,6 +219,12 @@ def _radius(scores: Tensor) -> Tensor:
 def _dual(values: Tensor) -> tuple[Tensor, Tensor]:
     primal, tangent = forward_ad.unpack_dual(values)
     return primal.detach(), torch.zeros_like(primal) if tangent is None else tangent.detach()
+
+
+def _has_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether there is anything to measure: an expert that no token chose has nothing."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return bool(tensors) and tensors[0].is_floating_point() and all(map(Tensor.numel, tensors))
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -317,6 +317,26 @@ def test_a_softmax_that_weighs_no_matrix_is_no_attention():
     assert guard.last_radii["radii"].keys() == {"output"}
 
 
+def test_an_expert_without_tokens_is_left_out():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(5, 5)
+            self.used, self.idle = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, tokens):
+            nobody = self.embed(tokens)[:0]
+            nothing = functional.silu(self.idle(nobody)).softmax(-1).sum()
+            nothing = nothing + functional.scaled_dot_product_attention(*[nobody] * 3).sum()
+            return functional.relu(self.used(self.embed(tokens))) + nothing
+
+    with pytest.warns(UserWarning, match="the attention radius is not measured"):
+        guard, _, _ = train(Routed(), {"radii": ALL})
+
+    assert guard.last.status == "ok"
+    assert math.isfinite(guard.last_radii["radii"]["ffn"]["Routed"])
+
+
 def test_a_part_of_the_model_that_stands_still_has_an_infinite_radius():
     model = make_tiny()
     model.embed.requires_grad_(False)
