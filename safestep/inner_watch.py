@@ -97,7 +97,7 @@ class InnerWatch(TorchFunctionMode):
     def _look(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str, Tensor] | None:
-        """Measure; of a softmax, which may or may not be an attention, return layer and radius."""
+        """Return layer and radius of a softmax, which may yet be no attention; keep all others."""
         if "ffn" in self.wanted and name in _ACTIVATIONS:
             self._keep("ffn", self._layer(), kink_radius(*_dual(_input(args, kwargs))))
         elif "attention" in self.wanted and name == "scaled_dot_product_attention":

@@ -189,15 +189,19 @@ class Recorder:
             return
         for name, tensor in named_tensors(output):
             if tensor.grad_fn is not None:
-                tensor.register_hook(self._on_gradient(call, name))
+                # Held until the gradient comes, and only before anything is known about it.
+                output = None if name in self._class_axes else tensor.detach()
+                tensor.register_hook(self._on_gradient(call, name, output))
                 if self._watches:
                     call.signals += tensor.detach().aminmax()
 
-    def _on_gradient(self, call: Call, name: str) -> Callable[[Tensor], None]:
+    def _on_gradient(
+        self, call: Call, name: str, output: Tensor | None
+    ) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
             if not call.gradients:
                 self._queue(call)
-            evidence = GradientEvidence.of(gradient, self._class_axes.get(name))
+            evidence = GradientEvidence.of(gradient, self._class_axes.get(name), output)
             if evidence.class_axis is not None:
                 self._class_axes[name] = evidence.class_axis
             call.gradients[name] = evidence

@@ -7,16 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional
 
 from safestep import SafeStep, read_run
 from safestep.inner_radii import attention_radius, kink_radius
-from safestep.inner_series import binding_shares, least_radii
 from safestep.inner_watch import attention_scores
-from safestep.plots_radii import plot_binding_radius
-from safestep.runlog.writer import RunLog
 
 ALL = ("output", "attention", "ffn")
 
@@ -353,62 +349,6 @@ def test_a_part_of_the_model_that_stands_still_has_an_infinite_radius():
 def test_unknown_radii_are_refused(radii):
     with pytest.raises(ValueError, match="expected `radii` to hold some of 'output'"):
         train(make_tiny(), {"radii": radii})
-
-
-def test_the_figure_draws_the_least_of_each_kind_and_says_what_binds(tmp_path):
-    train(make_tiny(), {"radii": ALL, "run_dir": tmp_path}, steps=4)
-    run = read_run(tmp_path)
-
-    ax = plot_binding_radius(run, Figure().add_subplot())
-
-    ax.figure.draw_without_rendering()
-    steps, radii = least_radii(run)
-    assert steps.tolist() == [0, 1, 2, 3]
-    for line, (kind, least) in zip(ax.lines, radii.items(), strict=True):
-        logged = [record[kind] for record in run.steps["radii"]]
-        expected = logged if kind == "output" else [min(layers.values()) for layers in logged]
-        assert line.get_ydata().tolist() == least.tolist() == expected
-    assert "ffn 100%" in [text.get_text() for text in ax.texts]
-    assert ax.get_ylabel() == "radius (parameter distance)"
-
-
-@pytest.mark.parametrize(
-    "radii",
-    [
-        None,
-        "wide",
-        [1.0],
-        {},
-        {"output": None},
-        {"output": "<b>", "ffn": {"a": {}}},
-        {"output": -1.0},
-        {"output": math.inf, "ffn": {}},
-        {"output": math.nan},
-    ],
-    ids=str,
-)
-def test_the_figure_of_a_log_without_usable_radii_says_so(radii, tmp_path):
-    with RunLog(tmp_path, {}) as log:
-        log.write("step", {"step": 0, "radii": radii})
-
-    ax = plot_binding_radius(read_run(tmp_path), Figure().add_subplot())
-
-    ax.figure.draw_without_rendering()
-    assert [text.get_text() for text in ax.texts] == ["the log holds no radii inside the model"]
-
-
-def test_steps_without_radii_leave_a_gap_not_a_share(tmp_path):
-    with RunLog(tmp_path, {}) as log:
-        log.write("step", {"step": 0, "radii": {"output": 1.0, "ffn": {"a": "inf"}}})
-        log.write("step", {"step": 1})
-        log.write("step", {"step": 2, "radii": {"output": 3.0, "ffn": {"a": 2.0, "b": 5.0}}})
-        log.write("step", {"step": 2, "optimizer": 1, "radii": {"output": 4.0}})
-
-    steps, radii = least_radii(read_run(tmp_path))
-
-    assert steps.tolist() == [0, 2]
-    assert radii["output"].tolist() == [1.0, 3.0]
-    assert binding_shares(radii) == {"output": 0.5, "ffn": 0.5}
 
 
 @pytest.mark.slow

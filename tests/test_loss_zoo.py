@@ -277,6 +277,7 @@ def test_measured_radius_is_within_the_nearest_singularity_of_the_loss(entry, ra
 
 
 @pytest.mark.filterwarnings("ignore:SafeStep. a step was not measured")
+@pytest.mark.filterwarnings("ignore:SafeStep. output.*(taken for the logits|pushed away)")
 @pytest.mark.parametrize("entry", ZOO + NESTED, ids=str)
 def test_a_loss_outside_the_model_is_measured_within_its_singularity_or_not_at_all(entry):
     guard, _, _ = step(entry, "loop")

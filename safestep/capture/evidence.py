@@ -40,20 +40,26 @@ class GradientEvidence:
             axis; if there is none, True where the gradient is not zero.
         rows: Indices of the rows, flattened, that have the largest gradients. Shape ``[S]``.
         sample: Their gradients, ``[S, C]``; the whole gradient if there is no class axis.
+        values: The output in the places of `sample`, if it was given.
     """
 
     class_axis: int | None
     counted: Tensor
     rows: Tensor | None
     sample: Tensor
+    values: Tensor | None = None
 
     @classmethod
-    def of(cls, gradient: Tensor, class_axis: int | None = None) -> GradientEvidence:
+    def of(
+        cls, gradient: Tensor, class_axis: int | None = None, output: Tensor | None = None
+    ) -> GradientEvidence:
         """Inspect a gradient; a class axis that is already known is not looked for again.
 
         Args:
             gradient: Gradient of the loss with respect to an output. Any shape.
             class_axis: The axis, if it is known.
+            output: The output that the gradient belongs to. A re-run may find other parameters, if
+                another optimizer has stepped in between.
 
         Returns:
             The class axis, the rows that count and the gradients of some.
@@ -61,13 +67,16 @@ class GradientEvidence:
         if class_axis is None:
             class_axis = _zero_sum_axis(gradient)
         if class_axis is None:
-            return cls(None, gradient.ne(0), None, gradient)
+            return cls(None, gradient.ne(0), None, gradient, output)
         by_row = gradient.movedim(class_axis, -1)
         # One pass, without a temporary of the gradient's size.
         lowest, highest = by_row.aminmax(dim=-1)
         largest = torch.maximum(-lowest, highest)
         rows = largest.flatten().topk(min(_SAMPLED_ROWS, largest.numel())).indices
-        return cls(class_axis, largest.ne(0), rows, by_row.flatten(0, -2)[rows])
+        sample = by_row.flatten(0, -2)[rows]
+        if output is not None:
+            output = output.movedim(class_axis, -1).flatten(0, -2)[rows]
+        return cls(class_axis, largest.ne(0), rows, sample, output)
 
 
 def label_temperature(logits: Tensor, gradient: Tensor) -> float | None:

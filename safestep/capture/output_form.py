@@ -117,8 +117,11 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
     if not bool(evidence.sample.isfinite().all()):
         return None
     if axis is None:
+        output = output if evidence.values is None else evidence.values
         return _normalised(output) or _sigmoid(output, evidence.sample)
-    rows = output.movedim(axis, -1).flatten(0, -2)[evidence.rows]
+    rows = evidence.values
+    if rows is None:
+        rows = output.movedim(axis, -1).flatten(0, -2)[evidence.rows]
     temperature = label_temperature(rows, evidence.sample)
     if temperature is not None:
         is_lowered = lowers_labels(rows / temperature, evidence.sample)
