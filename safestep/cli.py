@@ -11,7 +11,7 @@ from importlib import import_module
 
 COMMANDS = {  # name: module, what it does
     "demo": ("safestep.demo.command", "watch a run that plain Adam loses and safestep saves"),
-    "report": ("safestep.report", "turn the logs of runs into figures and one page"),
+    "report": ("safestep.report.command", "turn the logs of runs into figures and one page"),
 }
 
 

@@ -22,7 +22,7 @@ FORBIDDEN = {
     4: (),
 }
 # Only these may import matplotlib, and nothing that `import safestep` loads imports them.
-DRAWS = re.compile(r"safestep\.(plots(_\w+)?|figures|demo\.figure)")
+DRAWS = re.compile(r"safestep\.(plots(\.\w+)?|report(\.\w+)?|demo\.figure)")
 
 
 def modules() -> dict[str, Path]:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from safestep.demo.experiment import PROTECTIONS, Outcome, Spike
 from safestep.demo.jobs import Outcomes
 from safestep.demo.tasks import Task, make_task
-from safestep.plots_style import INK, LADDER_COLORS, PAPER, halo, label_ends, make_axes
+from safestep.plots.style import INK, LADDER_COLORS, PAPER, halo, label_ends, make_axes
 
 COLORS = {
     "plain": INK,

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from safestep import plots, plots_ladder, plots_workers
-from safestep.plots_style import COLORS
+from safestep import plots
+from safestep.plots.steps import rank_correlation
+from safestep.plots.style import COLORS
 from safestep.runlog.reader import read_run
+from safestep.runlog.series import removed_area, spans, step_series, thin
 from safestep.runlog.writer import RunLog
-from safestep.series import removed_area, spans, step_series, thin
 
 STEP_PLOTS = [
     plots.plot_loss,
@@ -22,10 +23,10 @@ STEP_PLOTS = [
     plots.plot_cost,
 ]
 WORKER_PLOTS = [
-    plots_workers.plot_worker_heatmap,
-    plots_workers.plot_dispersion,
-    plots_workers.plot_consistency,
-    plots_workers.plot_noise_scale,
+    plots.plot_worker_heatmap,
+    plots.plot_dispersion,
+    plots.plot_consistency,
+    plots.plot_noise_scale,
 ]
 
 
@@ -93,7 +94,7 @@ def test_plot_without_data_says_what_is_missing(tmp_path):
     run = run_of(tmp_path, {"normalized_step": 0.5})
 
     assert "the log holds no loss" in texts(plots.plot_loss(run, new_axes()))
-    assert "the log holds no noise scale" in texts(plots_workers.plot_noise_scale(run, new_axes()))
+    assert "the log holds no noise scale" in texts(plots.plot_noise_scale(run, new_axes()))
 
 
 def test_plot_without_axes_makes_a_pyplot_figure(spiked_run):
@@ -158,7 +159,7 @@ def test_removed_area_is_the_share_of_the_learning_rates_sum(tmp_path):
 def test_rank_correlation_of_monotone_values_is_one(sign):
     x = np.random.default_rng(0).normal(size=50)
 
-    assert plots.rank_correlation(x, sign * np.exp(x)) == sign
+    assert rank_correlation(x, sign * np.exp(x)) == sign
 
 
 def test_rank_correlation_is_that_of_the_ranks():
@@ -166,8 +167,8 @@ def test_rank_correlation_is_that_of_the_ranks():
     x, y = rng.normal(size=(2, 200))
     ranks = [np.argsort(np.argsort(values)) for values in (x, x + y)]
 
-    assert plots.rank_correlation(x, x + y) == pytest.approx(np.corrcoef(ranks)[0, 1])
-    assert math.isnan(plots.rank_correlation(x[:1], y[:1]))
+    assert rank_correlation(x, x + y) == pytest.approx(np.corrcoef(ranks)[0, 1])
+    assert math.isnan(rank_correlation(x[:1], y[:1]))
 
 
 def test_joint_step_of_two_optimizers_adds_their_normalized_steps(tmp_path):
@@ -200,7 +201,7 @@ def test_loss_of_steps_without_one_is_the_workers_mean(tmp_path):
 def test_heatmap_marks_the_worker_that_stands_out(worker_run):
     run = read_run(worker_run)
 
-    ax = plots_workers.plot_worker_heatmap(run, new_axes(), quantity="loss")
+    ax = plots.plot_worker_heatmap(run, new_axes(), quantity="loss")
 
     (marks,) = lines(ax, COLORS["intervention"])
     late = marks[marks[:, 0] >= 80]
@@ -213,7 +214,7 @@ def test_heatmap_of_many_steps_keeps_the_value_farthest_from_the_others(tmp_path
     losses[3333, 2] = 7.0
     run = run_of(tmp_path, *({"loss": row} for row in losses), kind="workers")
 
-    ax = plots_workers.plot_worker_heatmap(run, new_axes())
+    ax = plots.plot_worker_heatmap(run, new_axes())
 
     shown = ax.collections[0].get_array()
     assert shown.shape == (4, 400)
@@ -222,13 +223,13 @@ def test_heatmap_of_many_steps_keeps_the_value_farthest_from_the_others(tmp_path
 
 def test_heatmap_of_an_unknown_quantity_is_an_error(worker_run):
     with pytest.raises(ValueError, match="expected `quantity` in"):
-        plots_workers.plot_worker_heatmap(read_run(worker_run), new_axes(), quantity="speed")
+        plots.plot_worker_heatmap(read_run(worker_run), new_axes(), quantity="speed")
 
 
 def test_ladder_draws_every_rung_relative_to_the_lowest():
     radii = {"bound": [1.0, 2.0], "certified": [2.0, 6.0], "exact": [4.0, 8.0]}
 
-    ax = plots_ladder.plot_ladder(radii, new_axes())
+    ax = plots.plot_ladder(radii, new_axes())
 
     drawn = {line.get_label(): line.get_xdata().tolist() for line in ax.lines}
     assert drawn == {"bound": [1, 1], "certified": [2, 3], "exact": [4, 4]}
@@ -238,7 +239,7 @@ def test_ladder_draws_every_rung_relative_to_the_lowest():
 @pytest.mark.parametrize("radii", [{}, {"bound": [1.0], "exact": [1.0, 2.0]}], ids=str)
 def test_ladder_of_unequal_rungs_is_an_error(radii):
     with pytest.raises(ValueError, match="one radius a row for each rung"):
-        plots_ladder.plot_ladder(radii, new_axes())
+        plots.plot_ladder(radii, new_axes())
 
 
 def test_thinning_keeps_extremes_ends_and_what_is_asked():

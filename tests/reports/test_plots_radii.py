@@ -6,8 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from safestep import read_run
-from safestep.inner_series import binding_shares, least_radii
-from safestep.plots_radii import plot_binding_radius
+from safestep.plots.radii import plot_binding_radius
+from safestep.runlog.inner_series import binding_shares, least_radii
 from safestep.runlog.writer import RunLog
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from safestep.cli import main
-from safestep.figures import FIGURES, draw
-from safestep.report import write_report
+from safestep.report.command import write_report
+from safestep.report.figures import FIGURES, draw
 from safestep.runlog.reader import read_run
 from safestep.runlog.writer import RunLog
 
@@ -202,7 +202,7 @@ def test_followed_page_is_written_anew_until_interrupted(tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         log.write("step", {"step": 1, "normalized_step": 0.75})
 
-    monkeypatch.setattr("safestep.report.time.sleep", sleep)
+    monkeypatch.setattr("safestep.report.command.time.sleep", sleep)
 
     assert main(["report", str(tmp_path), "--follow"]) == 0
     assert "1 step, r &lt;= 0.25" in pages[0]

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from safestep.regimes import REGIMES, name_regimes, upper_band
+from safestep.report.regimes import REGIMES, name_regimes, upper_band
+from safestep.report.verdict import write_verdict
 from safestep.runlog.reader import read_run
+from safestep.runlog.series import step_series
 from safestep.runlog.writer import RunLog
-from safestep.series import step_series
-from safestep.verdict import write_verdict
 from safestep.wording import number
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from .plots_style import INK, LADDER_COLORS, make_axes, make_log
+from safestep.plots.style import INK, LADDER_COLORS, make_axes, make_log
 
 
 def plot_ladder(radii: Mapping[str, Sequence[float] | np.ndarray], ax: Axes | None = None) -> Axes:

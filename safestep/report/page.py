@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from safestep.plots.style import SERIES_COLORS
+from safestep.report.regimes import REGIMES, name_regimes
+from safestep.report.verdict import Verdict
 from safestep.runlog.reader import Run
-
-from .plots_style import SERIES_COLORS
-from .regimes import REGIMES, name_regimes
-from .series import removed_area, step_series
-from .verdict import Verdict
-from .wording import number
+from safestep.runlog.series import removed_area, step_series
+from safestep.wording import number
 
 MAX_EVENTS = 200
 _MAX_TEXT = 500

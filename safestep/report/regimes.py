@@ -3,8 +3,7 @@
 import numpy as np
 
 from safestep.runlog.reader import Run
-
-from .series import StepSeries, worker_mean
+from safestep.runlog.series import StepSeries, worker_mean
 
 REGIMES = {
     "safe": "the step taken was no longer than the radius (r <= 1), or was not taken",

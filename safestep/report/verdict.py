@@ -5,12 +5,11 @@ from typing import Literal
 
 import numpy as np
 
+from safestep.report.episodes import Evidence, find_episodes, gather, tell, tell_healthy
+from safestep.report.regimes import TOLERANCE, name_regimes
 from safestep.runlog.reader import Run
-
-from .episodes import Evidence, find_episodes, gather, tell, tell_healthy
-from .regimes import TOLERANCE, name_regimes
-from .series import StepSeries, removed_area, scalar
-from .wording import count, number, sentence
+from safestep.runlog.series import StepSeries, removed_area, scalar
+from safestep.wording import count, number, sentence
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_WORKER_EVENTS = 5

@@ -1,14 +1,9 @@
-"""Layer 3: a run's steps as figures, each a function from a run to matplotlib axes.
-
-Figures of workers are in ``safestep.plots_workers``, of radii in ``safestep.plots_ladder``.
-"""
+"""Layer 3: the steps of a run as figures."""
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from safestep.runlog.reader import Run
-
-from .plots_style import (
+from safestep.plots.style import (
     COLORS,
     INK,
     dots,
@@ -22,7 +17,8 @@ from .plots_style import (
     say,
     use_log_scale,
 )
-from .series import StepSeries, loss_ratios, removed_area, step_series, thin
+from safestep.runlog.reader import Run
+from safestep.runlog.series import StepSeries, loss_ratios, removed_area, step_series, thin
 
 PHASES = ("early", "middle", "late")
 

@@ -4,11 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from safestep.report.regimes import (
+    AFTERMATH,
+    MIN_WIDTH,
+    TOLERANCE,
+    aftermath,
+    lost_is_infinite,
+    upper_band,
+)
 from safestep.runlog.reader import Run
-
-from .regimes import AFTERMATH, MIN_WIDTH, TOLERANCE, aftermath, lost_is_infinite, upper_band
-from .series import StepSeries, spans, step_series
-from .wording import count, number, sentence, steps_between
+from safestep.runlog.series import StepSeries, spans, step_series
+from safestep.wording import count, number, sentence, steps_between
 
 _JOINED_GAP = 10  # touched steps so near each other are one story
 _LOOKBACK = 20  # steps before an episode that say what was usual

@@ -9,7 +9,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.ticker import Formatter, LogLocator, NullLocator
 
-from .wording import number
+from safestep.wording import number
 
 # After Okabe and Ito's colours for the colour-blind, some darkened: each has a contrast of 3 or
 # more with a white page. INK and PAPER stand for the page's own text and background.

@@ -8,11 +8,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from safestep.report.figures import FIGURES, FigureKind, draw, save, to_svg
+from safestep.report.page import Section, ShownFigure, build_page
+from safestep.report.verdict import write_verdict
 from safestep.runlog.reader import Run, read_run
-
-from .figures import FIGURES, FigureKind, draw, save, to_svg
-from .page import Section, ShownFigure, build_page
-from .verdict import write_verdict
 
 PAGE_NAME = "report.html"
 FOLLOW_SECONDS = 10

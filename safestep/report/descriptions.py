@@ -2,13 +2,12 @@
 
 import numpy as np
 
+from safestep.plots.steps import PHASES, rank_correlation
+from safestep.report.regimes import TOLERANCE
+from safestep.runlog.inner_series import binding_shares, least_radii
 from safestep.runlog.reader import Run
-
-from .inner_series import binding_shares, least_radii
-from .plots import PHASES, rank_correlation
-from .regimes import TOLERANCE
-from .series import loss_ratios, removed_area, scalar, step_series
-from .wording import count, number, sentence
+from safestep.runlog.series import loss_ratios, removed_area, scalar, step_series
+from safestep.wording import count, number, sentence
 
 
 def describe_loss(run: Run) -> str:

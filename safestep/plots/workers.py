@@ -5,9 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import NullLocator
 
-from safestep.runlog.reader import Run
-
-from .plots_style import (
+from safestep.plots.style import (
     COLORS,
     INK,
     MAX_MARKS,
@@ -19,7 +17,8 @@ from .plots_style import (
     say,
     use_log_scale,
 )
-from .series import scalar, thin
+from safestep.runlog.reader import Run
+from safestep.runlog.series import scalar, thin
 
 HEATMAP_QUANTITIES = {
     "loss": "loss (nats)",

@@ -12,12 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from safestep import plots
+from safestep.plots.style import INK, PAPER, SERIES_COLORS, make_log
+from safestep.report import descriptions
+from safestep.runlog.inner_series import least_radii
 from safestep.runlog.reader import Run
-
-from . import descriptions, plots, plots_radii, plots_workers
-from .inner_series import least_radii
-from .plots_style import INK, PAPER, SERIES_COLORS, make_log
-from .series import scalar, step_series
+from safestep.runlog.series import scalar, step_series
 
 _SIZE = (5.0, 3.1)  # inches: text stays readable where a phone shows it 360 pixels wide
 _RC: dict[Any, Any] = {
@@ -108,7 +108,7 @@ FIGURES = (
         "binding_radius",
         "The radius of the output's softmax, of attention's, and where ReLU-like units switch. The "
         "lowest binds, but the guard decides on the output's alone.",
-        plots_radii.plot_binding_radius, descriptions.describe_binding_radius, _has_radii,
+        plots.plot_binding_radius, descriptions.describe_binding_radius, _has_radii,
     ),
     FigureKind(
         "cost",
@@ -119,28 +119,28 @@ FIGURES = (
         FigureKind(
             f"workers_{quantity}",
             f"One row a worker: {unit}. A cross marks a worker that stands out at a step.",
-            partial(plots_workers.plot_worker_heatmap, quantity=quantity),
+            partial(plots.plot_worker_heatmap, quantity=quantity),
             partial(descriptions.describe_heatmap, quantity=quantity),
             _has_workers(quantity),
         )
-        for quantity, unit in plots_workers.HEATMAP_QUANTITIES.items()
+        for quantity, unit in plots.HEATMAP_QUANTITIES.items()
     ),
     FigureKind(
         "dispersion",
         "How far the workers lie apart, relative to their mean. Bold: the trend.",
-        plots_workers.plot_dispersion, descriptions.describe_dispersion, _has_worker("loss_std"),
+        plots.plot_dispersion, descriptions.describe_dispersion, _has_worker("loss_std"),
     ),
     FigureKind(
         "consistency",
         "How well the workers' gradients agree in direction: 1 is agreement, 0 is none.",
-        plots_workers.plot_consistency, descriptions.describe_consistency,
+        plots.plot_consistency, descriptions.describe_consistency,
         _has_worker("pairwise_cosine"),
     ),
     FigureKind(
         "noise_scale",
         "The batch size at which gradient and noise are of one size. Larger batches than this "
         "gain little.",
-        plots_workers.plot_noise_scale, descriptions.describe_noise_scale,
+        plots.plot_noise_scale, descriptions.describe_noise_scale,
         _has_worker("noise_scale"),
     ),
 )  # fmt: skip

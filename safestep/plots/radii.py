@@ -3,11 +3,19 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from safestep.plots.style import (
+    COLORS,
+    INK,
+    label_ends,
+    last_finite,
+    make_axes,
+    note,
+    say,
+    use_log_scale,
+)
+from safestep.runlog.inner_series import binding_shares, least_radii
 from safestep.runlog.reader import Run
-
-from .inner_series import binding_shares, least_radii
-from .plots_style import COLORS, INK, label_ends, last_finite, make_axes, note, say, use_log_scale
-from .series import thin
+from safestep.runlog.series import thin
 
 RADIUS_COLORS = {
     "output": COLORS["radius"],
