@@ -373,5 +373,5 @@ def test_run_gives_step_columns_by_name(tmp_path):
     run = read_run(tmp_path)
 
     assert run["radius"].tolist() == [2.5]
-    with pytest.raises(KeyError, match=r"'spred': the steps have the columns radius, step"):
-        run["spred"]
+    with pytest.raises(KeyError, match=r"'radii': the steps have the columns radius, step"):
+        run["radii"]

@@ -26,7 +26,7 @@ def test_help_lists_the_commands(capsys):
                for name, (_, purpose) in COMMANDS.items())  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [[], ["reprot"], ["--fast"], ["report"], ["report", "a", "--x"]])
+@pytest.mark.parametrize("words", [[], ["retell"], ["--fast"], ["report"], ["report", "a", "--x"]])
 def test_wrong_words_are_a_clear_error(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
