@@ -141,7 +141,7 @@ def test_logits_jvp_follows_the_users_way_to_the_logits():
 @pytest.mark.parametrize(
     ("tangent", "message"),
     [
-        ({"bais": torch.zeros(2)}, "keys of `tangent` to be parameter names, got 'bais'"),
+        ({"offset": torch.zeros(2)}, "keys of `tangent` to be parameter names, got 'offset'"),
         ({"bias": torch.zeros(3)}, r"`tangent\['bias'\]` of shape \(2,\), got \(3,\)"),
     ],
     ids=["name", "shape"],
