@@ -117,15 +117,16 @@ class SafeStep:
         self._snapshot = Snapshot(self.optimizer)
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()
-        self._journal = Journal(run_dir, self._settings(), process_group)
+        self._journal = Journal(run_dir, {**self._settings(), "radii": list(radii)}, process_group)
         # "set" needs the exact r at every step, so there is nothing to predict.
         is_sparing = estimator == "auto" and action != "set"
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
         self._recorder = Recorder(model, self._trained, watches=is_sparing)
-        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-        self._inside = inner_watch(self._recorder.module, radii)
+        module = self._recorder.module
+        names: dict[Tensor, str] = {param: name for name, param in module.named_parameters()}
+        self._inside = inner_watch(module, radii)
         self._meter = Meter(
-            self._recorder.module, names, self._controller,
+            module, names, self._controller,
             "jvp" if estimator == "auto" else estimator, self._predictor, logits,
             self._inside,
         )  # fmt: skip
