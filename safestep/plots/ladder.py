@@ -42,8 +42,12 @@ def plot_ladder(radii: Mapping[str, Sequence[float] | np.ndarray], ax: Axes | No
     relative = {name: (column / columns[lowest])[order] for name, column in columns.items()}
     ax.hlines(rows, 1, relative[highest], color=INK, alpha=0.25, linewidth=1)
     for name, values in relative.items():
-        color = LADDER_COLORS.get(name, INK)
-        ax.plot(values, rows, "o", color=color, markersize=4, label=name)
+        # The last rung is a ring: often another one reaches it.
+        color, is_ring = LADDER_COLORS.get(name, INK), name == highest
+        ax.plot(
+            values, rows, "o", color=color, markersize=7 if is_ring else 4,
+            fillstyle="none" if is_ring else "full", label=name,
+        )  # fmt: skip
     make_log(ax, "x")
     ax.legend(loc="lower right", frameon=False, labelcolor="linecolor", handletextpad=0.1)
     return ax

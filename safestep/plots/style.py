@@ -28,7 +28,7 @@ COLORS = {
 }
 LADDER_COLORS = {  # from the sure and small to the true and large
     "bound": COLORS["radius"],
-    "closed form": "#0b8a92",
+    "closed form": COLORS["learning_rate"],
     "certified": "#0077bb",
     "exact": INK,
 }
