@@ -1,4 +1,4 @@
-"""L0: how far data-parallel workers disagree before their gradients are averaged."""
+"""Layer 0: how far data-parallel workers disagree before their gradients are averaged."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -214,7 +214,7 @@ def _pairwise_cosine(sums: WorkerSums) -> Tensor:
 
 
 def _noise_scale(sums: WorkerSums, num_examples: int) -> Tensor:
-    """Return tr(S) / |G|^2, both by their unbiased estimates (theory.md, section 4)."""
+    """Return tr(S) / |G|^2, both by their unbiased estimates (arXiv:1812.06162, App. A)."""
     num_workers = len(sums.squared_norms)
     if num_workers == 1:
         return torch.full_like(sums.mean_squared_norm, torch.nan)

@@ -46,7 +46,7 @@ def tree_of(name: str) -> ast.Module:
 def layer_of(name: str) -> int:
     """Return the layer that a module's docstring begins with."""
     docstring = ast.get_docstring(tree_of(name)) or ""
-    match = re.match(r"(?:Layer |L)([0-4])\b", docstring)
+    match = re.match(r"Layer ([0-4])\b", docstring)
     assert match, (
         f"{MODULES[name].relative_to(ROOT)}: expected the module docstring to begin with its "
         f"layer, got {docstring[:40]!r}. Write 'Layer N: what it does', N from 0 (maths) to 4 "

@@ -1,4 +1,4 @@
-"""L1: a worker's own gradient, copied inside backward before a reduction overwrites it."""
+"""Layer 1: a worker's own gradient, copied inside backward before a reduction overwrites it."""
 
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -1,4 +1,4 @@
-"""L3: measure how far the workers of data-parallel training disagree, step by step."""
+"""Layer 3: measure how far the workers of data-parallel training disagree, step by step."""
 
 import logging
 from dataclasses import asdict, dataclass

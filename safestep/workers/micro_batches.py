@@ -1,4 +1,4 @@
-"""L1: the micro-batches of gradient accumulation as virtual workers of a single process."""
+"""Layer 1: the micro-batches of gradient accumulation as virtual workers of a single process."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""L3: the replicas of DistributedDataParallel as workers: their sums, gathered on every rank."""
+"""Layer 3: the replicas of DistributedDataParallel as workers: their sums, on every rank."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""L2: which worker is off? Evidence over ranks and time from the workers' logged numbers.
+"""Layer 2: which worker is off? Evidence over ranks and time from the workers' logged numbers.
 
 Workers that draw from the same data are exchangeable: at each step their order, by loss or by
 gradient norm, is a random permutation, however those numbers are distributed and however training
