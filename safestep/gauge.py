@@ -164,8 +164,12 @@ class Gauge:
         sizes: list[Tensor] = []
         try:
             second = self._row(other, update, lambda rows: reduce(_noting_sizes(rows, sizes)))
-        except Exception:  # the step is measured; what could not be is the check
-            return unchecked
+        except Exception as error:  # the step is measured; what could not be is the check
+            self._agreements = CHECKED_STEPS  # it would fail again at every step
+            return Reading(
+                row, self.estimator,
+                f"r by {self.estimator} could not be checked by {other} ({_first_sentence(error)})",
+            )  # fmt: skip
         r, r_second = (float(found[1]) / math.pi for found in (row, second))
         is_beyond_secant = "secant" in (self.estimator, other) and min(r, r_second) > 1
         if is_beyond_secant or not math.isfinite(r + r_second):

@@ -332,3 +332,30 @@ def test_only_the_first_steps_are_measured_twice():
     take_steps(model, 10)
 
     assert len(runs) == 10 + 2 * CHECKED_STEPS
+
+
+def test_a_check_that_cannot_be_made_is_said_once_and_not_tried_again(monkeypatch):
+    calls = []
+
+    def broken(*_):
+        calls.append(1)
+        raise ValueError("no second opinion. And more")
+
+    monkeypatch.setattr("safestep.gauge.difference", broken)
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 5), torch.randn(16, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    guard = SafeStep(optimizer, model)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), torch.arange(16) % 5).backward()
+        optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"r by jvp could not be checked .*no second opinion\)"):
+        step()
+    step()  # a second warning would be an error
+    step()
+
+    assert guard.last.status == "ok"
+    assert len(calls) == 1
