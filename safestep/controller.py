@@ -132,12 +132,18 @@ def smallest_row(
     """
     radii, spreads = [], []
     for row in rows:
-        radius = ladder_radius(
-            row.logits, row.tangent,
-            mask=row.mask, limit=limit, rung=rung, only_smallest=quantile is None,
-        )  # fmt: skip
+        spread = logit_spread(row.tangent, mask=row.mask)
+        radius = math.pi / spread
+        # Logits that are too many to hold are computed only where the bound leaves a row open.
+        if rung != "bound" and not (limit and bool((radius >= 1 / limit).all())):
+            radius = ladder_radius(
+                row.logits, row.tangent, mask=row.mask, limit=limit, rung=rung,
+                only_smallest=quantile is None, spread=spread,
+            )  # fmt: skip
+            if quantile is None:
+                limit = _raised(limit, float(radius.min()))
         radii.append(radius.flatten().double())
-        spreads.append(logit_spread(row.tangent, mask=row.mask).amax().double())
+        spreads.append(spread.amax().double())
     if not radii:
         raise ValueError("smallest_row: expected at least one set of rows, got none.")
     radius, index = _lower_quantile(torch.cat(radii), quantile)
@@ -291,6 +297,11 @@ def _lower_quantile(radii: Tensor, quantile: float | None) -> tuple[Tensor, Tens
     rank = 1 + math.floor((1.0 - quantile) * max(live - 1, 0))
     radius, index = radii.kthvalue(rank)
     return torch.where(radii.isnan().any(), math.nan, radius), index
+
+
+def _raised(limit: float | None, smallest: float) -> float | None:
+    """Return the limit under which rows cannot have a smaller radius than one that was found."""
+    return max(limit or 0.0, 1 / smallest) if 0 < smallest < math.inf else limit
 
 
 def _reciprocal(radius: float) -> float:

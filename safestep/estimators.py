@@ -36,15 +36,20 @@ class LogitTangent:
 
     Attributes:
         name: Which logits.
-        logits: The logits before the update. Shape ``[*B, C]``.
+        source: The logits before the update, ``[*B, C]``, or what computes them.
         tangent: Their directional derivative. Shape ``[*B, C]``, unit: logits.
         mask: True where a row counts, None if all do. Shape ``[*B]``.
     """
 
     name: str
-    logits: Tensor
+    source: Tensor | Callable[[], Tensor]
     tangent: Tensor
     mask: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits; computed anew each time where they are too many to hold."""
+        return self.source if isinstance(self.source, Tensor) else self.source()
 
 
 def logits_jvp(
@@ -157,7 +162,10 @@ def jvp(
             with nullcontext() if inside is None else inside:
                 heads = find_logits(call, logits)
             for found in heads:
-                values, tangent = _unpacked(found.values)
+                if isinstance(found.source, Tensor):
+                    values, tangent = _unpacked(found.source)
+                else:
+                    values, tangent = found.source, _demanded(found.source.tangent())
                 yield LogitTangent(found.name, values, tangent, found.mask)
 
 
@@ -365,9 +373,13 @@ def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
 
 def _unpacked(values: Tensor) -> tuple[Tensor, Tensor]:
     primal, tangent = forward_ad.unpack_dual(values)
+    return primal.detach(), _demanded(tangent)
+
+
+def _demanded(tangent: Tensor | None) -> Tensor:
     if tangent is None or tangent._is_zerotensor():
         raise MissingTangentError(
             "no tangent reaches the logits: they do not depend on the parameters that moved, or "
             "the model detaches them on the way"
         )
-    return primal.detach(), tangent
+    return tangent

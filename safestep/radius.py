@@ -13,11 +13,13 @@ inputs' common dtype, float32 for half precision. Their common conventions:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from safestep.coarse import BINS, coarse_radius
 from safestep.rows import check_rows, climb_rows, row_spread
 from safestep.scan import dominated_interval, scan_minimum, tilted_moments
 
@@ -106,7 +108,7 @@ def closed_form_radius(
         >>> closed_form_radius(torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.5, -1.5, 0.0]]))
         tensor([2.0439])
     """
-    return climb_rows("closed_form_radius", _closed_form, logits, logit_tangent, mask)
+    return _closed_form_rows(logits, logit_tangent, mask)
 
 
 def strip_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -157,7 +159,7 @@ def certified_radius(
         >>> certified_radius(torch.tensor([[4.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
         tensor([5.0862])
     """
-    return climb_rows("certified_radius", _certified, logits, logit_tangent, mask)
+    return _certified_rows(logits, logit_tangent, mask)
 
 
 def ladder_radius(
@@ -168,6 +170,7 @@ def ladder_radius(
     limit: float | None = None,
     rung: Literal["bound", "certified"] = "certified",
     only_smallest: bool = False,
+    spread: Tensor | None = None,
 ) -> Tensor:
     """Return for each row the radius at the rung that settles whether 1 / radius <= limit.
 
@@ -185,6 +188,7 @@ def ladder_radius(
         rung: The highest rung, "bound" or "certified".
         only_smallest: Whether just the smallest value of the result is wanted: rows that a lower
             rung shows not to hold it do not climb either.
+        spread: ``logit_spread`` of the rows, where it is known already.
 
     Returns:
         The radius. Shape ``[*B]``, in multiples of the tangent. Every value is a proven one; a row
@@ -200,8 +204,10 @@ def ladder_radius(
         >>> ladder_radius(logits, torch.tensor([[1.0, 0.0], [6.0, 0.0]]), limit=1.0)
         tensor([3.1416, 0.8477])
     """
+    if spread is None:
+        spread = logit_spread(logit_tangent, mask=mask)
     if rung == "bound":
-        return radius_bound(logit_tangent, mask=mask)
+        return math.pi / spread
     if rung != "certified":
         raise ValueError(f"ladder_radius: expected `rung` 'bound' or 'certified', got {rung!r}.")
     if logits is None:
@@ -214,45 +220,50 @@ def ladder_radius(
     if limit is None and not only_smallest:
         return certified_radius(logits, logit_tangent, mask=mask)
     check_rows("ladder_radius", logit_tangent, mask, logits)
-    bound = radius_bound(logit_tangent, mask=mask).detach()
+    bound = math.pi / spread.detach()
     radius = bound.to(torch.promote_types(bound.dtype, logits.dtype)).flatten()
     class_mask = mask if mask is not None and mask.ndim == logits.ndim else None
     flat = [None if x is None else x.flatten(0, -2) for x in (logits, logit_tangent, class_mask)]
 
     def climb(rung: Callable[..., Tensor], rows: Tensor) -> None:
-        z, a, live = (None if x is None else x[rows] for x in flat)
-        radius[rows] = rung(z, a, mask=live)
+        radius[rows] = rung(*(None if x is None else x[rows] for x in flat))
 
     threshold = math.inf if limit is None else 1 / limit
-    (_climb_to_smallest if only_smallest else _climb_all)(radius, climb, threshold)
+    if only_smallest:
+        _climb_to_smallest(radius, climb, threshold, logits.shape[-1])
+    else:
+        _climb_all(radius, climb, threshold)
     return radius.view(bound.shape)
 
 
 def _climb_all(radius: Tensor, climb: Climb, threshold: float) -> None:
     """Take the rows below the threshold up the ladder, each as far as it needs."""
-    for rung in (closed_form_radius, certified_radius):
+    for rung in (_closed_form_rows, _certified_rows):
         rows = _unsettled(radius, threshold)
         if rows is not None:
             climb(rung, rows)
 
 
-def _climb_to_smallest(radius: Tensor, climb: Climb, threshold: float) -> None:
+def _climb_to_smallest(radius: Tensor, climb: Climb, threshold: float, classes: int) -> None:
     """Take those rows below the threshold up that may hold the smallest radius of all."""
-    rows = _unsettled(radius, threshold)
+    rows, smallest = _unsettled(radius, threshold), threshold
     if rows is None:
         return
-    # The first few give a value that most others can be seen not to fall below.
-    first = radius[rows].nan_to_num(-math.inf).topk(min(_FEW, len(rows)), largest=False).indices
-    climb(certified_radius, rows[first])
-    smallest = min(float(radius[rows[first]].min()), threshold)
-    rows = _unsettled(radius.index_fill(0, rows[first], math.inf), smallest)
-    if rows is None:
-        return
-    climb(closed_form_radius, rows)
-    for few in rows[radius[rows].argsort()].split(_FEW):
+    lower, count = (_closed_form_rows, _FEW) if classes < 2 * BINS else (_coarse_rows, 1)
+    if lower is _closed_form_rows:
+        # The first few give a value that most others can be seen not to fall below.
+        first = radius[rows].nan_to_num(-math.inf).topk(min(count, len(rows)), largest=False)
+        first = rows[first.indices]
+        climb(_certified_rows, first)
+        smallest = min(float(radius[first].min()), threshold)
+        rows = _unsettled(radius.index_fill(0, first, math.inf), smallest)
+        if rows is None:
+            return
+    climb(lower, rows)
+    for few in rows[radius[rows].argsort()].split(count):
         if not bool((radius[few] < smallest).any()):
             return
-        climb(certified_radius, few)
+        climb(partial(_certified_rows, enough=smallest), few)
         smallest = min(smallest, float(radius[few].min()))
 
 
@@ -260,6 +271,21 @@ def _unsettled(radius: Tensor, threshold: float) -> Tensor | None:
     # NaN is not settled: it may come from a class that does not exist.
     below = ~(radius >= threshold)
     return below.nonzero().squeeze(-1) if below.any() else None
+
+
+def _closed_form_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
+    return climb_rows("closed_form_radius", _closed_form, logits, logit_tangent, mask)
+
+
+def _coarse_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
+    return climb_rows("certified_radius", coarse_radius, logits, logit_tangent, mask)
+
+
+def _certified_rows(
+    logits: Tensor, logit_tangent: Tensor, mask: Tensor | None, enough: float | None = None
+) -> Tensor:
+    # A row that is seen to have no less than `enough` is left at what was seen.
+    return climb_rows("certified_radius", _certified, logits, logit_tangent, mask, enough)
 
 
 def _closed_form(log_weight: Tensor, slope: Tensor) -> Tensor:
@@ -275,10 +301,10 @@ def _closed_form(log_weight: Tensor, slope: Tensor) -> Tensor:
     return torch.where(log_kappa <= math.pi**2 / 2, near, (x * (x + 2)).sqrt())
 
 
-def _certified(log_weight: Tensor, slope: Tensor) -> Tensor:
+def _certified(log_weight: Tensor, slope: Tensor, enough: Tensor | None = None) -> Tensor:
     """Return rung 4 in units of 1 / spread."""
     left, right = dominated_interval(log_weight, slope)
-    outside = scan_minimum(log_weight, slope, left, right, inside=False)
+    outside = scan_minimum(log_weight, slope, left, right, inside=False, enough=enough)
     return torch.maximum(outside, _closed_form(log_weight, slope))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# From log-weights [N, C] (-inf: no such class) and slopes [N, C] in [0, 1] to radii [N].
-Rung = Callable[[Tensor, Tensor], Tensor]
+# From log-weights [N, C] (-inf: no such class), slopes [N, C] in [0, 1] and, where not every row
+# has to be known, the radius [N] that is enough, to radii [N].
+Rung = Callable[..., Tensor]
 
 # Elements of one [rows, classes] work array: bounds memory to some 16 MiB apiece in float32.
 CHUNK_ELEMENTS = 1 << 22
@@ -62,6 +63,7 @@ def climb_rows(
     logits: Tensor,
     logit_tangent: Tensor,
     mask: Tensor | None,
+    enough: float | None = None,
 ) -> Tensor:
     """Return the larger of bound and rung, computed in chunks of rows."""
     check_rows(where, logit_tangent, mask, logits)
@@ -74,11 +76,13 @@ def climb_rows(
     )
     flat = (each.reshape(-1, classes) for each in (logits, logit_tangent, exists))
     chunks = zip(*(each.split(max(1, CHUNK_ELEMENTS // classes)) for each in flat), strict=True)
-    radius = [_climb_chunk(rung, z.to(dtype), a.to(dtype), live) for z, a, live in chunks]
+    radius = [_climb_chunk(rung, z.to(dtype), a.to(dtype), live, enough) for z, a, live in chunks]
     return torch.cat(radius).reshape(logits.shape[:-1])
 
 
-def _climb_chunk(rung: Rung, logits: Tensor, logit_tangent: Tensor, exists: Tensor) -> Tensor:
+def _climb_chunk(
+    rung: Rung, logits: Tensor, logit_tangent: Tensor, exists: Tensor, enough: float | None
+) -> Tensor:
     """Return the larger of bound and rung, which sees rows of spread 1 only."""
     spread = row_spread(logit_tangent, exists)
     broken = (exists & ~(logits < math.inf)).any(dim=-1)
@@ -90,6 +94,7 @@ def _climb_chunk(rung: Rung, logits: Tensor, logit_tangent: Tensor, exists: Tens
         log_weight = log_weight - log_weight.amax(dim=-1, keepdim=True)
         lowest = logit_tangent[rows].masked_fill(absent, math.inf).amin(dim=-1, keepdim=True)
         slope = (logit_tangent[rows] - lowest) / spread[rows].unsqueeze(-1)
-        climbed = rung(log_weight, slope.masked_fill(absent, 0.0)) / spread[rows]
+        aim = () if enough is None else (enough * spread[rows],)
+        climbed = rung(log_weight, slope.masked_fill(absent, 0.0), *aim) / spread[rows]
         radius[rows] = torch.maximum(radius[rows], climbed)
     return radius

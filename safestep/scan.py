@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 # The scan stops once its value is within 0.25 % of the true minimum (twice that in w = log f) ...
 _TOLERANCE = 5e-3
@@ -40,34 +41,51 @@ class Nodes(NamedTuple):
 def tilted_moments(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, log-variance and d(log-variance)/dx of ``slope`` under softmax(log_weight).
 
-    Deviations are taken from the heaviest class and the variance is summed as a logarithm: a class
-    of probability exp(-10000) counts in it, and would be lost in 1 - p.
+    Deviations are taken from the heaviest class. Classes of its slope are one class; the others are
+    weighed against the heaviest of them: those of probability exp(-10000) count in the variance,
+    and would be lost in 1 - p.
     """
     log_probability = log_weight.log_softmax(dim=-1)
     heaviest = slope.gather(-1, log_probability.argmax(dim=-1, keepdim=True))
     offset = slope - heaviest
-    mean_offset = (log_probability.exp() * offset).sum(dim=-1, keepdim=True)
-    deviation = offset - mean_offset
-    log_terms = log_probability + 2 * deviation.abs().log()
-    log_variance = log_terms.logsumexp(dim=-1)
-    skew = ((log_terms - log_variance.unsqueeze(-1)).exp() * deviation).sum(dim=-1)
-    return (heaviest + mean_offset).squeeze(-1), log_variance, skew
+    weight = log_probability.masked_fill_(offset == 0, -math.inf)
+    unit = weight.amax(dim=-1, keepdim=True)  # log-probability of the heaviest of the others
+    weight = weight.sub_(unit).exp_()
+    log_rest = (unit.exp() * weight.sum(dim=-1, keepdim=True)).clamp(max=1).neg().log1p()
+    mean_offset = unit.exp() * vecdot(weight, offset).unsqueeze(-1)
+    deviation = offset.sub_(mean_offset)
+    weighted = weight.mul_(deviation)
+    square = vecdot(weighted, deviation)
+    cube = vecdot(weighted.mul_(deviation), deviation)
+    # Of the heaviest class, with its weight in the same unit.
+    unit, log_ratio, mean_offset = (
+        each.squeeze(-1) for each in (unit, log_rest - unit, mean_offset)
+    )
+    log_deviation = mean_offset.abs().log()
+    square = square + (log_ratio + 2 * log_deviation).exp()
+    cube = cube - mean_offset.sign() * (log_ratio + 3 * log_deviation).exp()
+    return heaviest.squeeze(-1) + mean_offset, square.log() + unit, cube / square
 
 
-def dominated_interval(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+def dominated_interval(
+    log_weight: Tensor, slope: Tensor, margin: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Return the ends (left <= 0 <= right, ``[N]`` each) of the x at which one class is over half.
 
     Only the class that is over half at x = 0 is followed. Both ends are 0 where there is none, an
-    end is infinite where the class stays over half. Rounding apart the interval is never too long.
+    end is infinite where the class stays over half. Rounding apart the interval is never too long,
+    not even if each of the other slopes is off by as much as ``margin``.
     """
     top_log_weight, top = log_weight.max(dim=-1, keepdim=True)
     odds = (log_weight - top_log_weight).scatter(-1, top, -math.inf)
-    gain = slope - slope.gather(-1, top)
     at_zero = odds.logsumexp(dim=-1)
-    right = _parity_point(odds, gain, at_zero)
-    left = -_parity_point(odds, -gain, at_zero)
-    dominated = at_zero < 0
-    return torch.where(dominated, left, 0.0), torch.where(dominated, right, 0.0)
+    left, right = torch.zeros_like(at_zero), torch.zeros_like(at_zero)
+    rows = (at_zero < 0).nonzero().squeeze(-1)
+    if len(rows) > 0:
+        odds, gain = odds[rows], slope[rows] - slope[rows].gather(-1, top[rows])
+        right[rows] = _parity_point(odds, gain + margin, at_zero[rows])
+        left[rows] = -_parity_point(odds, margin - gain, at_zero[rows])
+    return left, right
 
 
 def _parity_point(odds: Tensor, gain: Tensor, at_zero: Tensor) -> Tensor:
@@ -93,7 +111,13 @@ def _parity_point(odds: Tensor, gain: Tensor, at_zero: Tensor) -> Tensor:
 
 
 def scan_minimum(
-    log_weight: Tensor, slope: Tensor, left: Tensor, right: Tensor, *, inside: bool
+    log_weight: Tensor,
+    slope: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    inside: bool,
+    enough: Tensor | None = None,
 ) -> Tensor:
     """Return a lower bound ``[N]`` of sqrt(f) over the x outside (or inside) the interval.
 
@@ -107,6 +131,7 @@ def scan_minimum(
         left: Left end of the interval, shape ``[N]``, <= 0, may be -inf.
         right: Right end of the interval, shape ``[N]``, >= 0, may be inf.
         inside: Whether the inside of the interval is searched, or the two rays outside.
+        enough: Bound of each row, ``[N]``, at which its search may end.
 
     Returns:
         The lower bound, shape ``[N]``; inf where nothing is to be searched.
@@ -116,6 +141,7 @@ def scan_minimum(
     searched = torch.stack([left.isfinite(), torch.zeros_like(left).bool(), right.isfinite()], 1)
     searched = ~searched if inside else searched
     result = torch.full_like(left, math.inf)
+    aim = None if enough is None else 2 * enough.log()
     rows = torch.arange(len(left), device=left.device)
     for _ in range(_MAX_ROUNDS):
         bound, split = _gap_bounds(nodes, searched)
@@ -123,6 +149,8 @@ def scan_minimum(
         result[rows] = lowest
         seen = nodes.value.masked_fill(~(searched[:, 1:] | searched[:, :-1]), math.inf)
         active = lowest < seen.amin(dim=-1) - _TOLERANCE
+        if aim is not None:
+            active &= lowest < aim[rows]
         if not active.all():
             if not active.any():
                 break

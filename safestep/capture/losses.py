@@ -41,17 +41,24 @@ class LinearTile:
         return (len(self.rows), *positions, classes)
 
     def __call__(self) -> Tensor:
-        """Return the logits, with their tangent if the operands have one."""
+        """Return the logits, without a tangent."""
+        operands = (self.rows, self.weight, self.bias)
+        return self._laid_out(torch.nn.functional.linear(*map(_primal, operands)))
+
+    def tangent(self) -> Tensor | None:
+        """Return the tangent of the logits, None if no operand has one."""
         (rows, d_rows), (weight, d_weight) = map(forward_ad.unpack_dual, (self.rows, self.weight))
-        product = torch.nn.functional.linear(rows, weight)
-        if d_rows is not None or d_weight is not None:
-            # By hand, in place: forward-mode AD would hold two more tiles.
-            tangent = torch.zeros_like(product) if d_rows is None else d_rows @ weight.T
-            if d_weight is not None:
-                tangent.addmm_(rows, d_weight.T)
-            product = forward_ad.make_dual(product, tangent)
-        if self.bias is not None:
-            product += self.bias
+        d_bias = None if self.bias is None else forward_ad.unpack_dual(self.bias).tangent
+        if d_rows is None and d_weight is None and d_bias is None:
+            return None
+        # By hand, in place: forward-mode AD would hold three more tiles, the logits among them.
+        d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
+        tangent = d_rows @ weight.T
+        if d_weight is not None:
+            tangent.addmm_(rows, d_weight.T)
+        return self._laid_out(tangent if d_bias is None else tangent.add_(d_bias))
+
+    def _laid_out(self, product: Tensor) -> Tensor:
         return product.unflatten(-1, self.layout).movedim(1, -1)
 
 

@@ -1,0 +1,113 @@
+"""The histogram of a row with many classes bounds its radius from below."""
+
+import math
+
+import pytest
+import torch
+
+from safestep.coarse import coarse_radius
+from safestep.controller import smallest_row
+from safestep.estimators import LogitTangent
+from safestep.radius import certified_radius, ladder_radius
+
+
+def row_of(kind, classes, scale, seed=0):
+    """Return one row of logits and a tangent, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, tangent, other = torch.randn(3, 1, classes, generator=generator, dtype=torch.float64)
+    logits = scale * logits
+    if kind == "heavy-tailed":  # most classes share one bin
+        tangent = tangent / other
+    elif kind == "confident":
+        logits[0, 7] += 30
+    elif kind == "aligned":
+        tangent = tangent + 0.3 * logits
+    return logits, tangent
+
+
+def brute_force_radius(logits, tangent):
+    """Return rung 4 by its definition, on a fine grid of u."""
+    span = tangent.max() - tangent.min()
+    slope = (tangent - tangent.min()) / span
+    u = torch.linspace(-32, 32, 3201, dtype=torch.float64)
+    share = (logits + u[:, None] * slope).softmax(-1)
+    mean = (share * slope).sum(-1, keepdim=True)
+    variance = (share * (slope - mean) ** 2).sum(-1)
+    # Left out: the u around 0 at which the class that holds more than half there still does.
+    start = len(u) // 2
+    rules = share[:, share[start].argmax()] > 0.5
+    right = start + rules[start:].int().cumprod(0).sum()
+    left = start - rules[: start + 1].flip(0).int().cumprod(0).sum()
+    counts = torch.ones(len(u), dtype=torch.bool)
+    counts[left + 1 : right] = False
+    values = (u**2 + math.pi**2 / (4 * variance)).sqrt()[counts]
+    return min([32.0, *values.tolist()])  # what lies beyond the grid is larger
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "confident", "aligned"])
+@pytest.mark.parametrize("scale", [0.0, 2.0, 8.0], ids=str)
+def test_coarse_radius_is_never_above_the_definition_and_close_below(kind, scale):
+    for seed in range(2):
+        logits, tangent = row_of(kind, 3000, scale, seed)
+        least, span = tangent.min(), tangent.max() - tangent.min()
+        truth = brute_force_radius(logits, tangent)
+
+        radius = coarse_radius(logits - logits.max(), (tangent - least) / span).item()
+
+        assert radius <= truth * (1 + 1e-6)
+        if truth < 12:
+            assert radius > 0.97 * truth
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0, 12.0], ids=str)
+@pytest.mark.parametrize("limit", [None, 1e-3], ids=str)
+def test_ladder_finds_the_smallest_radius_of_rows_of_many_classes(scale, limit):
+    rows = [row_of(kind, 2500, scale, seed) for seed in range(4) for kind in ("normal", "aligned")]
+    logits, tangent = (torch.cat(each).float() for each in zip(*rows, strict=True))
+
+    radius = ladder_radius(logits, tangent, limit=limit, only_smallest=True)
+
+    # The scan stops at 0.25 % of the true minimum, wherever its nodes happen to lie.
+    torch.testing.assert_close(
+        radius.min(), certified_radius(logits, tangent).min(), rtol=3e-3, atol=0
+    )
+
+
+def test_broken_row_of_many_classes_stays_nan():
+    logits, tangent = row_of("normal", 2500, 1.0)
+    tangent = torch.cat([tangent, tangent])
+    tangent[1, 3] = math.nan
+
+    radius = ladder_radius(logits.expand(2, -1), tangent, limit=1e-3, only_smallest=True)
+
+    assert radius[1].isnan()
+    assert radius.min().isnan()
+
+
+@pytest.mark.parametrize("limit", [None, 1.0, 1e-2], ids=str)
+def test_rows_in_tiles_have_the_smallest_radius_of_the_whole(limit):
+    rows = [row_of("normal", 2500, 1.0, seed) for seed in range(9)]
+    logits, tangent = (torch.cat(each).float() for each in zip(*rows, strict=True))
+    tiles = [
+        LogitTangent("logits", *tile)
+        for tile in zip(logits.split(2), tangent.split(2), strict=True)
+    ]
+
+    tiled = smallest_row(tiles, rung="certified", limit=limit)
+    whole = smallest_row([LogitTangent("logits", logits, tangent)], rung="certified", limit=limit)
+
+    torch.testing.assert_close(tiled, whole, rtol=1e-6, atol=0)
+
+
+def test_logits_are_not_computed_where_the_bound_settles_every_row():
+    def logits():
+        raise AssertionError("asked for the logits")
+
+    tangent = torch.tensor([[0.0, 1.0], [2.0, 0.5]])
+
+    row = LogitTangent("logits", logits, tangent)
+    radius, *_ = smallest_row([row], rung="certified", limit=1.0).tolist()
+
+    assert radius == pytest.approx(math.pi / 1.5)
+    with pytest.raises(AssertionError, match="asked for the logits"):
+        smallest_row([row], rung="certified", limit=0.1)
