@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safestep.shards import is_sharded, local, tangents_when_gathered
+from safestep.tangent_rules import TangentRules
 
 
 @contextmanager
@@ -68,6 +69,7 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
             stack.enter_context(_without(_MKLDNN))
         if checkpoints := sys.modules.get("torch.utils.checkpoint"):
             stack.enter_context(_plain_calls(checkpoints.CheckpointFunction))
+        stack.enter_context(TangentRules())
         yield
 
 

@@ -1,0 +1,216 @@
+"""Layer 1: forward-mode derivatives by hand, of the operators that most of a model's time goes to.
+
+torch composes them of elementwise operations, each a pass over memory, and knows none for its fused
+attention. Here a layer's tangent takes two products and no further pass; the normalisations use
+that their Jacobian without weight and bias is symmetric, so the fused backward kernel is their
+forward derivative too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+# Half precision and autocast keep torch's rules: theirs decide where to round.
+_DTYPES = (torch.float32, torch.float64)
+
+
+class TangentRules(TorchFunctionMode):
+    """Answer linear, layer_norm, batch_norm and scaled_dot_product_attention on dual tensors.
+
+    Whatever a rule does not cover is left to torch.
+
+    Example:
+        >>> inputs, weight = torch.ones(1, 2), torch.ones(3, 2)
+        >>> with torch.no_grad(), forward_ad.dual_level(), TangentRules():
+        ...     dual = forward_ad.make_dual(weight, 2 * torch.ones(3, 2))
+        ...     output = torch.nn.functional.linear(inputs, dual)
+        ...     forward_ad.unpack_dual(output).tangent
+        tensor([[4., 4., 4.]])
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return what the function returns, with its tangent."""
+        kwargs = kwargs or {}
+        rule = _RULES.get(getattr(func, "__name__", ""))
+        if rule is not None and not torch.is_grad_enabled():
+            given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+            if all(map(_is_plain, given)) and any(_tangent(v) is not None for v in given):
+                dual = rule(*args, **kwargs)
+                if dual is not None:
+                    return forward_ad.make_dual(*dual)
+        return func(*args, **kwargs)
+
+
+Dual = tuple[Tensor, Tensor]
+
+# The rules are called like the torch functions they are named after, so their arguments have
+# torch's names. None: not covered.
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dual | None:
+    (x, dx), (w, dw), (b, db) = map(_unpacked, (input, weight, bias))
+    if x.ndim < 2 or w.ndim != 2:
+        return None
+    output = torch.nn.functional.linear(x, w, b)
+    if dx is not None:
+        tangent = torch.nn.functional.linear(dx, w, db)
+    elif db is not None:
+        tangent = db.expand_as(output).clone()
+    else:
+        tangent = torch.zeros_like(output)
+    if dw is not None:
+        tangent.view(-1, len(w)).addmm_(x.reshape(-1, x.shape[-1]), dw.T)
+    return output, tangent
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> Dual | None:
+    x, dx = _unpacked(input)
+    shape = list(normalized_shape)
+    unit, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+    d_unit = None
+    if dx is not None:
+        d_unit, *_ = torch.ops.aten.native_layer_norm_backward(
+            dx, x, shape, mean, rstd, None, None, [True, False, False]
+        )
+    return _affine(unit, d_unit, _unpacked(weight), _unpacked(bias))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: object,
+) -> Dual | None:
+    x, dx = _unpacked(input)
+    if not training or x.ndim < 2:
+        return None
+    unit, mean, rstd = torch.native_batch_norm(
+        x, None, None, running_mean, running_var, True, momentum, eps
+    )
+    d_unit = None
+    if dx is not None:
+        d_unit, *_ = torch.ops.aten.native_batch_norm_backward(
+            dx, x, None, None, None, mean, rstd, True, eps, [True, False, False]
+        )
+    columns = (-1, *(1 for _ in x.shape[2:]))
+    (w, dw), (b, db) = (
+        tuple(None if each is None else each.view(columns) for each in _unpacked(param))
+        for param in (weight, bias)
+    )
+    return _affine(unit, d_unit, (w, dw), (b, db))
+
+
+def _affine(
+    unit: Tensor,
+    d_unit: Tensor | None,
+    weight: tuple[Tensor | None, Tensor | None],
+    bias: tuple[Tensor | None, Tensor | None],
+) -> Dual:
+    """Return unit * weight + bias and its tangent."""
+    (w, dw), (b, db) = weight, bias
+    output = unit if w is None else unit * w
+    tangent = torch.zeros_like(unit) if d_unit is None else d_unit if w is None else d_unit * w
+    if dw is not None:
+        tangent = tangent.addcmul_(unit, dw)
+    if db is not None:
+        tangent = tangent.add_(db)
+    return (output if b is None else output + b), tangent
+
+
+def _scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Dual | None:
+    if dropout_p or enable_gqa or not query.ndim == key.ndim == value.ndim == 4:
+        return None
+    if query.shape[:2] != key.shape[:2] or query.shape[:2] != value.shape[:2]:
+        return None
+    if attn_mask is not None and (is_causal or _tangent(attn_mask) is not None):
+        return None
+    rows = [tuple(None if t is None else t.flatten(0, 1) for t in _unpacked(each))
+            for each in (query, key, value)]  # fmt: skip
+    (q, dq), (k, dk), (v, dv) = rows
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    score = torch.bmm(q * scale, k.mT).view(*query.shape[:3], -1)
+    hidden = _hidden(attn_mask, is_causal, score)
+    if hidden is not None:
+        score.masked_fill_(hidden, -math.inf)
+    elif attn_mask is not None:
+        score += attn_mask
+    share = torch._safe_softmax(score, -1).flatten(0, 1)
+    output = torch.bmm(share, v)
+    tangent = torch.zeros_like(output) if dv is None else torch.bmm(share, dv)
+    if dq is not None or dk is not None:
+        d_share = score.flatten(0, 1)  # its memory, no longer needed
+        d_share.zero_()
+        for left, right in ((dq, k), (q, dk)):
+            if left is not None and right is not None:
+                d_share.baddbmm_(left, right.mT, alpha=scale)
+        d_share.mul_(share)
+        d_share.addcmul_(share, d_share.sum(-1, keepdim=True), value=-1)
+        tangent.baddbmm_(d_share, v)
+    shape = (*query.shape[:3], value.shape[-1])
+    return output.view(shape), tangent.view(shape)
+
+
+def _hidden(attn_mask: Tensor | None, is_causal: bool, score: Tensor) -> Tensor | None:
+    """Return True where a query must not see a key, None if no boolean mask says so."""
+    if is_causal:
+        return score.new_ones(score.shape[-2:], dtype=torch.bool).triu_(1)
+    return ~attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else None
+
+
+def _unpacked(value: Tensor | None) -> Any:
+    return (
+        (None, None) if value is None else (forward_ad.unpack_dual(value).primal, _tangent(value))
+    )
+
+
+def _tangent(value: Tensor) -> Tensor | None:
+    tangent = forward_ad.unpack_dual(value).tangent
+    return None if tangent is None or tangent._is_zerotensor() else tangent
+
+
+def _is_plain(value: Tensor) -> bool:
+    is_known = value.dtype in _DTYPES or value.dtype == torch.bool
+    is_strided = value.layout is torch.strided and type(value) in (Tensor, torch.nn.Parameter)
+    return is_known and is_strided and not torch.is_autocast_enabled(value.device.type)
+
+
+_RULES: dict[str, Callable[..., Dual | None]] = {
+    "linear": _linear,
+    "layer_norm": _layer_norm,
+    "batch_norm": _batch_norm,
+    "scaled_dot_product_attention": _scaled_dot_product_attention,
+}
