@@ -108,6 +108,7 @@ class _WriteTangents:
     def __init__(self, places: list[tuple[nn.Module, str, Any, Tensor]]) -> None:
         self._places = places
 
+    @torch.no_grad()  # the logits are looked for with gradients on
     def __call__(self, *_: Any) -> None:
         for owner, name, param, tangent in self._places:
             gathered = getattr(owner, name)

@@ -46,8 +46,11 @@ def references(ranks, scenario, dense_normalized_step):
 
 @pytest.mark.parametrize(
     ("scenario", "tolerance"),
-    [("watched", 1e-4), ("auto", 1e-4), ("kept", 1e-4), ("secant", 0.2), ("bfloat16", 0.02)],
-)
+    [
+        ("watched", 1e-4), ("auto", 1e-4), ("kept", 1e-4), ("replicated", 1e-4), ("secant", 0.2),
+        ("bfloat16", 0.02),
+    ],
+)  # fmt: skip
 def test_shards_are_measured_like_whole_parameters(
     ranks, scenario, tolerance, dense_normalized_step
 ):
@@ -58,19 +61,23 @@ def test_shards_are_measured_like_whole_parameters(
         assert measured == pytest.approx(expected, rel=tolerance)
 
 
-def test_shards_are_scaled_to_the_limit(ranks, dense_normalized_step):
-    for applied in references(ranks, "clipped", dense_normalized_step):
+@pytest.mark.parametrize("scenario", ["clipped", "replicated, clipped"])
+def test_shards_are_scaled_to_the_limit(ranks, scenario, dense_normalized_step):
+    for applied in references(ranks, scenario, dense_normalized_step):
         assert applied == pytest.approx(LIMIT, rel=1e-4)  # float32
     for found in ranks:
-        assert {report["status"] for report in found["clipped"]["reports"]} == {"clipped"}
+        assert {report["status"] for report in found[scenario]["reports"]} == {"clipped"}
+        for seen, first in zip(found[scenario]["steps"], ranks[0][scenario]["steps"], strict=True):
+            assert all(map(torch.equal, seen[1].values(), first[1].values()))
 
 
-def test_shards_have_the_step_norm_of_the_whole_update(ranks):
+@pytest.mark.parametrize("scenario", ["watched", "replicated"])
+def test_shards_have_the_step_norm_of_the_whole_update(ranks, scenario):
     for step in range(5):
-        before, after, _ = ranks[0]["watched"]["steps"][step]
+        before, after, _ = ranks[0][scenario]["steps"][step]
         squares = [float((after[name] - before[name]).double().square().sum()) for name in before]
         for found in ranks:
-            report = found["watched"]["reports"][step]
+            report = found[scenario]["reports"][step]
             assert report["step_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from safestep.capture.evidence import GradientEvidence
 from safestep.capture.losses import LinearTile, LossWatch
@@ -157,16 +159,23 @@ def _watched(call: Call, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
 
 def _plan(call: Call, output: Any, watch: LossWatch) -> Plan:
     if not call.gradients:
-        with torch.enable_grad():
+        with _graph_alone():
             output, watch = _watched(call, None)
         return plan_of_losses(output, watch.seen)
     forms = examine_outputs(output, call.gradients)
     known = {name: form for name, form in forms.items() if form is not None}
     if len(known) == len(forms) == 1:
         return Plan(frozenset(), known)
-    with torch.enable_grad():
+    with _graph_alone():
         output, watch = _watched(call, None)
     return plan_of_outputs(output, forms, watch.seen)
+
+
+@contextmanager
+def _graph_alone() -> Iterator[None]:
+    # With both a graph and a tangent, the functions of fully_shard's own hooks would raise.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(False):
+        yield
 
 
 def _planned(plan: Plan, call: Call, output: Any, watch: LossWatch) -> list[Logits]:

@@ -34,15 +34,20 @@ def main(rank, output):
         "unguarded": train(rank, lr=0.01, action=None),
         "bfloat16": train(rank, **watched, mp_policy=half),
         "kept": train(rank, **watched, reshard_after_forward=False),
+        "replicated": train(rank, **watched, num_replicas=2),
+        "replicated, clipped": train(rank, lr=3.0, num_replicas=2),
         "flattened": flattened(),
     }
     torch.save(found, f"{output}/rank{rank}.pt")
 
 
-def train(rank, *, lr, action="clip", estimator="jvp", spoiled=None, **sharding):
+def train(rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replicas=None, **sharding):
     torch.manual_seed(0)
     model = network()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if num_replicas is not None:
+        shape = (num_replicas, dist.get_world_size() // num_replicas)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     fully_shard(model[2], mesh=mesh, **sharding)
     fully_shard(model, mesh=mesh, **sharding)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -75,7 +80,8 @@ def flattened():
 
 
 def gathered(model):
-    return {name: param.detach().full_tensor() for name, param in model.named_parameters()}
+    whole = {name: param.detach().full_tensor() for name, param in model.named_parameters()}
+    return {name: param.clone() for name, param in whole.items()}
 
 
 if __name__ == "__main__":

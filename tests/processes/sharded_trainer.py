@@ -1,0 +1,133 @@
+"""StepSafety under ModelParallelStrategy: ``sharded_trainer.py OUTPUT NUM_RANKS SCENARIO...``."""
+
+import os
+import sys
+from dataclasses import asdict
+
+import torch
+from launch import run
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from safestep.callbacks import StepSafety
+
+SCENARIOS = {
+    "clipped": {"lr": 3.0},
+    "replicated": {"lr": 3.0, "is_replicated": True},
+    "manual": {"lr": 3.0, "is_manual": True},
+    "accumulated": {"lr": 3.0, "accumulate_grad_batches": 2},
+    "bf16-true": {"lr": 0.01, "action": "monitor", "precision": "bf16-true"},
+    "watched": {"lr": 0.05, "action": "monitor"},
+    "unguarded": {"lr": 0.05, "action": None},
+}
+
+
+class Sharded(LightningModule):
+    """A classifier, with layers whose sizes do not divide, that shards itself."""
+
+    def __init__(self, lr, is_manual, is_replicated):
+        super().__init__()
+        self.lr, self.is_replicated = lr, is_replicated
+        self.automatic_optimization = not is_manual
+        self.net = None
+
+    def configure_model(self):
+        if self.net is not None:
+            return
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(7, 7), nn.LayerNorm(7), nn.Tanh())
+        self.net = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), block, nn.Linear(7, 4, bias=False))
+        mesh = self.device_mesh["data_parallel"]
+        if self.is_replicated:
+            mesh = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("copy", "shard"))
+        fully_shard(self.net[2], mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+    def training_step(self, batch, batch_idx):
+        inputs, classes = batch
+        loss = functional.cross_entropy(self.net(inputs), classes)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class Watch(Callback):
+    """Keeps what this rank saw: parameters around each batch, inputs, reports."""
+
+    def __init__(self, safety):
+        self.safety, self.batches, self.reports = safety, [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = gathered(pl_module.net)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append((self.before, gathered(pl_module.net), batch[0]))
+        if self.safety and self.safety.last[0] not in [None, *self.reports]:
+            self.reports.append(self.safety.last[0])
+
+
+def gathered(net):
+    whole = {name: param.detach().full_tensor() for name, param in net.named_parameters()}
+    return {name: param.clone() for name, param in whole.items()}
+
+
+def fit(
+    path, *, lr, action="clip", is_manual=False, is_replicated=False, ckpt_path=None, **options
+):
+    seed_everything(0, verbose=False)
+    inputs = torch.randn(64, 8)
+    loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
+    safety = StepSafety(action=action) if action else None
+    watch = Watch(safety)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=int(sys.argv[2]),
+        strategy=ModelParallelStrategy(data_parallel_size=int(sys.argv[2]), tensor_parallel_size=1),
+        default_root_dir=path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*([safety] if safety else []), watch],
+        **{"max_epochs": 1, **options},
+    )
+    trainer.fit(Sharded(lr, is_manual, is_replicated), loader, ckpt_path=ckpt_path)
+    return trainer, watch
+
+
+def resumed(path):
+    """Return the batches of the second epoch, of one run and of one resumed from a checkpoint."""
+    trainer, _ = fit(path, lr=3.0)
+    trainer.save_checkpoint(path / "checkpoint")
+    _, whole = fit(path, lr=3.0, max_epochs=2)
+    _, resumed = fit(path, lr=3.0, max_epochs=2, ckpt_path=path / "checkpoint")
+    return {"whole": seen(whole), "resumed": seen(resumed)}
+
+
+def seen(watch):
+    return {"batches": watch.batches, "reports": list(map(asdict, watch.reports))}
+
+
+def main(rank, output, names):
+    os.environ["LOCAL_RANK"] = str(rank)  # as torchrun does: the Trainer starts no processes
+    for name in names:
+        found = resumed(output) if name == "resumed" else seen(fit(output, **SCENARIOS[name])[1])
+        torch.save(found, f"{output}/{name} {rank}.pt")
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    run(main, int(sys.argv[2]), Path(sys.argv[1]), sys.argv[3:])
