@@ -33,7 +33,10 @@ def train(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(train):
     """What each rank saw in every scenario; one start for those of two ranks."""
-    two = ["clipped", "manual", "accumulated", "bf16-true", "watched", "unguarded", "resumed"]
+    two = [
+        "clipped", "manual", "accumulated", "bf16-true", "watched", "unguarded", "resumed",
+        "tensor parallel", "flattened", "flattened, unguarded",
+    ]  # fmt: skip
     return train(2, *two) | train(4, "replicated")
 
 
@@ -109,3 +112,21 @@ def test_sharded_modules_resume_bitwise_from_a_sharded_checkpoint(found):
         assert [r["step"] for r in resumed["reports"]] == list(range(number, 2 * number))
         for one, two in zip(whole["batches"][-number:], resumed["batches"], strict=True):
             assert all(map(torch.equal, one[1].values(), two[1].values()))
+
+
+def test_flattened_modules_are_unmeasured_and_say_what_to_use(found):
+    for guarded, plain in zip(found["flattened"], found["flattened, unguarded"], strict=True):
+        assert {report["status"] for report in guarded["reports"]} == {"unmeasured"}
+        for report in guarded["reports"]:
+            assert "shard with torch.distributed.fsdp.fully_shard" in report["reason"]
+            assert report["step_norm"] > 0
+        for one, two in zip(guarded["batches"], plain["batches"], strict=True):
+            assert all(map(torch.equal, one[1].values(), two[1].values()))
+
+
+def test_tensor_parallel_modules_are_unmeasured_and_named_so(found):
+    for rank in found["tensor parallel"]:
+        assert len(rank["reports"]) == len(rank["batches"]) > 0
+        for report in rank["reports"]:
+            assert report["status"] == "unmeasured"
+            assert "(tensor parallelism), for which the radius is not measured" in report["reason"]

@@ -1,4 +1,4 @@
-"""StepSafety under ModelParallelStrategy: ``sharded_trainer.py OUTPUT NUM_RANKS SCENARIO...``."""
+"""StepSafety on sharded modules: ``sharded_trainer.py OUTPUT NUM_RANKS SCENARIO...``."""
 
 import os
 import sys
@@ -7,10 +7,12 @@ from dataclasses import asdict
 import torch
 from launch import run
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,21 +20,24 @@ from safestep.callbacks import StepSafety
 
 SCENARIOS = {
     "clipped": {"lr": 3.0},
-    "replicated": {"lr": 3.0, "is_replicated": True},
+    "replicated": {"lr": 3.0, "kind": "replicated"},
     "manual": {"lr": 3.0, "is_manual": True},
     "accumulated": {"lr": 3.0, "accumulate_grad_batches": 2},
     "bf16-true": {"lr": 0.01, "action": "monitor", "precision": "bf16-true"},
     "watched": {"lr": 0.05, "action": "monitor"},
     "unguarded": {"lr": 0.05, "action": None},
+    "tensor parallel": {"lr": 0.05, "kind": "tensor parallel"},
+    "flattened": {"lr": 0.05, "kind": "flattened"},
+    "flattened, unguarded": {"lr": 0.05, "kind": "flattened", "action": None},
 }
 
 
 class Sharded(LightningModule):
     """A classifier, with layers whose sizes do not divide, that shards itself."""
 
-    def __init__(self, lr, is_manual, is_replicated):
+    def __init__(self, lr, is_manual, kind):
         super().__init__()
-        self.lr, self.is_replicated = lr, is_replicated
+        self.lr, self.kind = lr, kind
         self.automatic_optimization = not is_manual
         self.net = None
 
@@ -42,11 +47,20 @@ class Sharded(LightningModule):
         torch.manual_seed(0)
         block = nn.Sequential(nn.Linear(7, 7), nn.LayerNorm(7), nn.Tanh())
         self.net = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), block, nn.Linear(7, 4, bias=False))
-        mesh = self.device_mesh["data_parallel"]
-        if self.is_replicated:
-            mesh = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("copy", "shard"))
-        fully_shard(self.net[2], mesh=mesh)
-        fully_shard(self.net, mesh=mesh)
+        if self.kind == "flattened":
+            self.net = FullyShardedDataParallel(
+                self.net, device_id=torch.device("cpu"), use_orig_params=True
+            )
+        elif self.kind == "tensor parallel":
+            plan = {"0": ColwiseParallel(output_layouts=Replicate())}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        else:
+            mesh = self.device_mesh["data_parallel"]
+            if self.kind == "replicated":
+                shape = (2, mesh.size() // 2)
+                mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+            fully_shard(self.net[2], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
 
     def training_step(self, batch, batch_idx):
         inputs, classes = batch
@@ -60,7 +74,7 @@ class Sharded(LightningModule):
         return None
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+        return torch.optim.Adam(self.parameters(), lr=self.lr, foreach=False)
 
 
 class Watch(Callback):
@@ -78,14 +92,25 @@ class Watch(Callback):
             self.reports.append(self.safety.last[0])
 
 
+class FSDPOnCpu(FSDPStrategy):
+    """The Trainer refuses FSDPStrategy itself without a GPU."""
+
+
+def strategy_for(kind):
+    sizes = [int(sys.argv[2]), 1]
+    if kind == "flattened":
+        return FSDPOnCpu()
+    return ModelParallelStrategy(*(reversed(sizes) if kind == "tensor parallel" else sizes))
+
+
 def gathered(net):
-    whole = {name: param.detach().full_tensor() for name, param in net.named_parameters()}
+    """Return whole parameters; of those that FullyShardedDataParallel flattened, the own part."""
+    held = {name: param.detach() for name, param in net.named_parameters()}
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in held.items()}
     return {name: param.clone() for name, param in whole.items()}
 
 
-def fit(
-    path, *, lr, action="clip", is_manual=False, is_replicated=False, ckpt_path=None, **options
-):
+def fit(path, *, lr, action="clip", is_manual=False, kind="sharded", ckpt_path=None, **options):
     seed_everything(0, verbose=False)
     inputs = torch.randn(64, 8)
     loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
@@ -94,7 +119,7 @@ def fit(
     trainer = Trainer(
         accelerator="cpu",
         devices=int(sys.argv[2]),
-        strategy=ModelParallelStrategy(data_parallel_size=int(sys.argv[2]), tensor_parallel_size=1),
+        strategy=strategy_for(kind),
         default_root_dir=path,
         logger=False,
         enable_checkpointing=False,
@@ -103,7 +128,7 @@ def fit(
         callbacks=[*([safety] if safety else []), watch],
         **{"max_epochs": 1, **options},
     )
-    trainer.fit(Sharded(lr, is_manual, is_replicated), loader, ckpt_path=ckpt_path)
+    trainer.fit(Sharded(lr, is_manual, kind), loader, ckpt_path=ckpt_path)
     return trainer, watch
 
 
