@@ -118,6 +118,7 @@ class Recorder:
         self._watches = watches
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
         self._opened: Call | None = None
+        self._backward = -1  # torch's number of the backward pass that queued the latest call
         self._step_start: tuple[int, ...] | None = None
         self._class_axes: dict[str, int] = {}
         target = without_data_parallel(model)
@@ -178,9 +179,7 @@ class Recorder:
             return
         if self._step_start is not None and self._step_start != _versions(self._params()):
             return
-        if self._calls and all(param.grad is None for param in self._params()):
-            # Gradients were cleared without a step (GradScaler found inf): those calls are void.
-            self._calls.clear()
+        self._void_cleared()
         self._opened = Call.of(self.module, args, kwargs, self.module)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -199,7 +198,8 @@ class Recorder:
         self, call: Call, name: str, output: Tensor | None
     ) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
-            if not call.gradients:
+            if call not in self._calls:
+                self._void_cleared()
                 self._queue(call)
             evidence = GradientEvidence.of(gradient, self._class_axes.get(name), output)
             if evidence.class_axis is not None:
@@ -209,6 +209,15 @@ class Recorder:
                 call.signals.append(torch.linalg.vector_norm(gradient, 1))
 
         return look
+
+    def _void_cleared(self) -> None:
+        """Forget calls whose gradients were cleared without a step: by a GradScaler that found inf,
+        or by an optimizer that was left with those of another one's loss."""
+        backward = torch._C._current_graph_task_id()  # its gradients come when it ends; -1 outside
+        is_new = backward != self._backward or backward == -1
+        self._backward = backward
+        if is_new and self._calls and all(param.grad is None for param in self._params()):
+            self._calls.clear()
 
     def _queue(self, call: Call) -> None:
         if len(self._calls) == MAX_RECORDED_CALLS:

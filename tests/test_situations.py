@@ -282,3 +282,24 @@ def test_a_compiled_optimizer_step_is_guarded(backend, model, batch, dense_norma
 
         assert (guard.last.step, guard.last.status) == (index, "clipped")
         assert dense_normalized_step(before, model, batch[0]) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_gradient_that_was_cleared_does_not_count(dense_normalized_step):
+    """A generator's loss leaves a gradient in the discriminator, which clears it before its own."""
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(2, 4), nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, discriminator, action="monitor", logits=lambda output: output)
+    cross_entropy(
+        discriminator(generator(100 * torch.randn(3, 2))), torch.ones(3).long()
+    ).backward()
+
+    halves = [torch.randn(3, 4), torch.randn(3, 4)]
+    outputs = [discriminator(half) for half in halves]  # both before the gradient is cleared
+    optimizer.zero_grad()
+    before = copy.deepcopy(discriminator)
+    sum(cross_entropy(output, torch.tensor([0, 1, 0])) for output in outputs).backward()
+    optimizer.step()
+
+    expected = dense_normalized_step(before, discriminator, *halves)
+    assert guard.last.normalized_step == pytest.approx(expected, rel=1e-4)  # float32
