@@ -13,7 +13,7 @@ from safestep.optim import SafeStep, StepReport
 
 from .run_dir import default_run_dir
 from .submodule import modules_to_watch
-from .training_step import announce_training_step, takes_iterator
+from .training_step import announce_training_step, quiet, takes_iterator
 
 
 class StepSafety(Callback):
@@ -24,6 +24,10 @@ class StepSafety(Callback):
     A ``training_step`` that makes the optimizer steps itself (manual optimization) or fetches its
     batch itself (``dataloader_iter``) cannot be run again: there, the forward calls of a submodule
     are: the smallest that holds all trained parameters, or those of one optimizer.
+
+    Where an optimizer's logits are the output of yet another module, as a GAN's generator is
+    trained through its discriminator, the step is "unmeasured" until ``training_step`` tells what
+    computes the loss, just before it does: ``step_safety.record(0, self.generator_loss, noise)``.
 
     Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
     bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and
@@ -89,22 +93,39 @@ class StepSafety(Callback):
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0
         self._put_back: Callable[[], None] = _nothing
+        self._quietly: Callable[[Callable[..., Any]], Callable[..., Any]] = _unchanged
         self._is_told = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach a SafeStep to every optimizer; searches for a learning rate are over by now."""
         run_dir = default_run_dir(trainer) if self._run_dir is None else self._run_dir
         self._detach()
+        self._quietly = lambda function: quiet(trainer, pl_module)(function)
         self._is_told = pl_module.automatic_optimization and not takes_iterator(pl_module)
-        models: list[nn.Module] = [pl_module for _ in trainer.optimizers]
+        parts: list[nn.Module] = [pl_module for _ in trainer.optimizers]
         if not self._is_told:
-            models = modules_to_watch(pl_module, trainer.optimizers)
-        for optimizer, model in zip(trainer.optimizers, models, strict=True):
-            guard = SafeStep(optimizer, model, run_dir=run_dir, **self._options)
+            parts = modules_to_watch(pl_module, trainer.optimizers)
+        for optimizer, part in zip(trainer.optimizers, parts, strict=True):
+            guard = SafeStep(optimizer, pl_module, part=part, run_dir=run_dir, **self._options)
             guard.enabled = False
             self.guards.append(guard)
         self.last = [None for _ in self.guards]
         self._load_states()
+
+    def record(self, index: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Tell which call the next step of an optimizer is computed from, just before it happens.
+
+        For manual optimization. `function` is run again to measure, as ``SafeStep.record`` does,
+        and may log: only its first run is heard. While the trainer does not fit, nothing happens.
+
+        Args:
+            index: Which optimizer, in the order of ``configure_optimizers``.
+            function: What is called; it returns the loss.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+        """
+        if self.guards and self.guards[index].enabled:
+            self.guards[index].record(self._quietly(function), *args, **kwargs)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -187,6 +208,7 @@ class StepSafety(Callback):
     def _detach(self) -> None:
         self._put_back()
         self._put_back = _nothing
+        self._quietly = _unchanged
         self.state_dict()
         for guard in self.guards:
             guard.detach()
@@ -207,3 +229,7 @@ class StepSafety(Callback):
 
 def _nothing() -> None:
     pass
+
+
+def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function

@@ -32,7 +32,7 @@ def announce_training_step(
     training_step = module.training_step
 
     def replay(*args: Any, **kwargs: Any) -> Any:
-        with _quiet(trainer, module), trainer.precision_plugin.train_step_context():
+        with quiet(trainer, module), trainer.precision_plugin.train_step_context():
             return training_step(*args, **kwargs)
 
     def put_back() -> None:
@@ -58,8 +58,16 @@ def takes_iterator(module: LightningModule) -> bool:
 
 
 @contextmanager
-def _quiet(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Let ``self.log``, ``self.print`` and the loggers do nothing inside."""
+def quiet(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Let ``self.log``, ``self.print`` and the loggers do nothing inside.
+
+    Args:
+        trainer: The trainer, whose loggers are silent.
+        module: The module that is silent, and every LightningModule within it.
+
+    Yields:
+        Nothing.
+    """
     loggers = trainer.loggers
     speakers = [child for child in module.modules() if isinstance(child, LightningModule)]
     saved = [dict(vars(speaker)) for speaker in speakers]

@@ -62,6 +62,8 @@ class SafeStep:
         process_group: The workers that must take the same step; by default all of them, if
             ``torch.distributed`` is initialized.
         max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
+        part: The submodule whose forward calls are recorded and run again, by default all of
+            `model`. All of `model` is left without a trace of it either way.
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
@@ -104,6 +106,7 @@ class SafeStep:
         run_dir: str | Path | None = None,
         process_group: ProcessGroup | None = None,
         max_consecutive_skips: int = 25,
+        part: nn.Module | None = None,
     ) -> None:
         self.optimizer = innermost_optimizer(optimizer)
         _check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
@@ -121,7 +124,7 @@ class SafeStep:
         # "set" needs the exact r at every step, so there is nothing to predict.
         is_sparing = estimator == "auto" and action != "set"
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
-        self._recorder = Recorder(model, self._trained, watches=is_sparing)
+        self._recorder = Recorder(model, self._trained, part=part, watches=is_sparing)
         module = self._recorder.module
         names: dict[Tensor, str] = {param: name for name, param in module.named_parameters()}
         self._inside = inner_watch(module, radii)
@@ -150,8 +153,11 @@ class SafeStep:
         to measure, and the logits are what it hands to its loss function. Once told, the guard no
         longer looks at forward calls of the model.
 
+        So the logits may be another model's output, as those of a GAN's generator are: `function`
+        then returns ``loss(discriminator(generator(noise)))``, and `model` is what holds both.
+
         Args:
-            function: What is called, for instance ``training_step``.
+            function: What is called, for instance ``training_step``; it returns the loss.
             *args: Its positional arguments.
             **kwargs: Its keyword arguments.
         """

@@ -98,22 +98,29 @@ class Call:
 
 
 class Recorder:
-    """Keep the grad-enabled forward calls of a module that the next update is computed from.
+    """Keep the grad-enabled forward calls that the next update is computed from.
 
     A call enters the queue when a gradient flows back through its output, so that a forward pass
     for logging or evaluation is neither re-run nor kept in memory.
 
     Args:
-        model: The module whose forward calls are recorded. A DistributedDataParallel wrapper is
-            looked through: a re-run must not broadcast buffers.
+        model: The module that runs again. A DistributedDataParallel wrapper is looked through: a
+            re-run must not broadcast buffers.
         params: Trained parameters; where all their gradients are None, a new update begins.
+        part: The submodule whose forward calls are recorded, by default `model` itself.
         watches: Whether to note the sizes of outputs and of their gradients with each call.
     """
 
     def __init__(
-        self, model: nn.Module, params: Callable[[], list[Tensor]], *, watches: bool = False
+        self,
+        model: nn.Module,
+        params: Callable[[], list[Tensor]],
+        *,
+        part: nn.Module | None = None,
+        watches: bool = False,
     ) -> None:
         self.module = eager_module(model)
+        self._part = self.module if part is None else eager_module(part)
         self._params = params
         self._watches = watches
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
@@ -121,7 +128,7 @@ class Recorder:
         self._backward = -1  # torch's number of the backward pass that queued the latest call
         self._step_start: tuple[int, ...] | None = None
         self._class_axes: dict[str, int] = {}
-        target = without_data_parallel(model)
+        target = without_data_parallel(model if part is None else part)
         if isinstance(target, torch.jit.ScriptModule):
             raise TypeError(
                 "SafeStep: expected a `model` that takes forward hooks, got a ScriptModule. Put it "
@@ -180,7 +187,7 @@ class Recorder:
         if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         self._void_cleared()
-        self._opened = Call.of(self.module, args, kwargs, self.module)
+        self._opened = Call.of(self._part, args, kwargs, self.module)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call, self._opened = self._opened, None
@@ -211,8 +218,10 @@ class Recorder:
         return look
 
     def _void_cleared(self) -> None:
-        """Forget calls whose gradients were cleared without a step: by a GradScaler that found inf,
-        or by an optimizer that was left with those of another one's loss."""
+        """Forget calls whose gradients were cleared without a step.
+
+        A GradScaler found inf, or the gradients were those of another optimizer's loss.
+        """
         backward = torch._C._current_graph_task_id()  # its gradients come when it ends; -1 outside
         is_new = backward != self._backward or backward == -1
         self._backward = backward

@@ -18,7 +18,8 @@ from safestep.capture.output_form import OutputForm, examine
 _LAST_WORD = frozenset({"cross_entropy", "binary_cross_entropy_with_logits"})
 _HOW_TO_TELL = (
     "Pass logits=lambda output: ... to SafeStep, or tell it the whole training step, "
-    "guard.record(step, *args), where step returns the loss"
+    "guard.record(step, *args), just before it runs, where step returns the loss; in Lightning's "
+    "manual optimization StepSafety.record(i, step, *args) for optimizer i"
 )
 
 

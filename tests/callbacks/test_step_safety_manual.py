@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.nn import functional
 
@@ -43,33 +43,67 @@ class Manual(LightningModule):
 class Adversarial(LightningModule):
     """A generator and a discriminator, each with its own optimizer and its own steps."""
 
-    def __init__(self):
+    def __init__(self, safety=None):
         super().__init__()
         self.automatic_optimization = False
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8))
-            self.discriminator = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+            self.generator = nn.Sequential(
+                nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8)
+            )
+            self.discriminator = nn.Sequential(
+                nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)
+            )
+        self.safety, self.steps = safety, []
+
+    def fake(self, noise):
+        """Return what the generator makes of noise, changed by what is not a module."""
+        return self.generator(noise).flip(1) * 0.5
+
+    def generator_loss(self, noise):
+        logits = self.discriminator(self.fake(noise))
+        self.log("generated", float(len(noise)), on_epoch=True, reduce_fx="sum")
+        return functional.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
 
     def training_step(self, batch, batch_idx):
         real = batch[0]
-        fake = self.generator(torch.randn(len(real), 2))
         of_generator, of_discriminator = self.optimizers()
-        pair = torch.cat([real, fake.detach()])
-        is_fake = torch.arange(len(pair)) >= len(real)
-        loss = functional.cross_entropy(self.discriminator(pair), is_fake.long())
+        pair = torch.cat([real, self.fake(torch.randn(len(real), 2)).detach()])
+        is_real = (torch.arange(len(pair)) < len(real)).float()[:, None]
+        loss = functional.binary_cross_entropy_with_logits(self.discriminator(pair), is_real)
         of_discriminator.zero_grad()
         self.manual_backward(loss)
-        of_discriminator.step()
+        self.step(of_discriminator, self.discriminator, pair)
         if batch_idx % 2:
-            loss = -self.discriminator(fake).log_softmax(1)[:, 0].mean()
+            noise = torch.randn(len(real), 2)
+            if self.safety is not None:
+                self.safety.record(0, self.generator_loss, noise)
             of_generator.zero_grad()
-            self.manual_backward(loss)
-            of_generator.step()
+            self.manual_backward(self.generator_loss(noise))
+            self.step(of_generator, Chained(self), noise)
+
+    def step(self, optimizer, model, inputs):
+        before = copy.deepcopy(model)
+        optimizer.step()
+        self.steps.append((before, copy.deepcopy(model), inputs))
 
     def configure_optimizers(self):
         parts = (self.generator, self.discriminator)
-        return [torch.optim.Adam(part.parameters(), lr=1e-2) for part in parts]
+        return [torch.optim.Adam(part.parameters(), lr=self.lr) for part in parts]
+
+    lr = 1e-2
+
+
+class Chained(nn.Module):
+    """The two networks of a GAN as one function, whose logits are of two classes."""
+
+    def __init__(self, gan):
+        super().__init__()
+        self.generator, self.discriminator = gan.generator, gan.discriminator
+
+    def forward(self, noise):
+        logit = self.discriminator(self.generator(noise).flip(1) * 0.5)
+        return torch.cat([logit, torch.zeros_like(logit)], 1)
 
 
 def test_step_safety_measures_manual_steps(fit, dense_normalized_step):
@@ -131,9 +165,72 @@ def test_step_safety_guards_each_optimizer_of_a_gan_at_its_own_steps(fit, tmp_pa
     assert discriminator.status == "ok"
     # What enters the generator's loss is the discriminator's output, outside of the generator.
     assert generator.status == "unmeasured"
+    assert "StepSafety.record(i, step, *args) for optimizer i" in generator.reason
     run = read_run(tmp_path / "run")
     assert sorted(set(run.steps["optimizer"])) == [0, 1]
     assert list(run.steps["optimizer"]).count(1) == 8
+
+
+class Reports(Callback):
+    """Keeps every report of two guards, in the order of the steps."""
+
+    def __init__(self, safety):
+        self.safety, self.seen = safety, []
+
+    def on_train_batch_end(self, *_):
+        generator, discriminator = self.safety.last
+        new = [discriminator, *([generator] if generator not in [None, *self.seen] else [])]
+        self.seen += new
+
+
+def test_step_safety_measures_a_generator_it_was_told_of(fit, dense_normalized_step):
+    safety = StepSafety(action="monitor")
+    module, reports = Adversarial(safety), Reports(safety)
+
+    fit(module, safety, reports)
+
+    assert len(reports.seen) == len(module.steps) == 12
+    for report, (before, after, inputs) in zip(reports.seen, module.steps, strict=True):
+        if not isinstance(before, Chained):
+            before, after = as_two_classes(before), as_two_classes(after)
+        assert report.status == "ok"
+        expected = dense_normalized_step(before, after, inputs)
+        assert report.normalized_step == pytest.approx(expected, rel=1e-4)  # float32
+
+
+def test_step_safety_clips_a_generator_it_was_told_of(fit, dense_normalized_step):
+    safety = StepSafety()
+    module = Adversarial(safety)
+    module.lr = 3.0
+
+    fit(module, safety, max_epochs=1)
+
+    assert {report.status for report in safety.last} == {"clipped"}
+    before, after, inputs = module.steps[-1]
+    assert dense_normalized_step(before, after, inputs) == pytest.approx(1.0, rel=1e-4)  # float32
+
+
+def test_step_safety_leaves_a_gan_bitwise_alone_while_it_only_watches(fit):
+    """The discriminator's BatchNorm is run again for the generator's step, and put back."""
+    safety = StepSafety(action="monitor")
+    guarded, plain = Adversarial(safety), Adversarial()
+
+    guarded_metrics = fit(guarded, safety).callback_metrics
+    metrics = fit(plain).callback_metrics
+
+    assert float(guarded_metrics["generated_epoch"]) == float(metrics["generated_epoch"]) == 32
+    states = guarded.state_dict(), plain.state_dict()
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+
+
+def test_step_safety_is_told_in_vain_while_nothing_is_trained():
+    StepSafety().record(0, pytest.fail)
+
+
+def as_two_classes(discriminator):
+    head = nn.Linear(1, 2, bias=False)
+    head.weight = nn.Parameter(torch.tensor([[1.0], [0.0]]))
+    return nn.Sequential(discriminator, head)
 
 
 def test_smallest_submodule_holds_every_use_of_a_tied_weight():
