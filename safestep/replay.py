@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from safestep.capture.evidence import GradientEvidence
 from safestep.capture.plan import named_tensors
+from safestep.shards import is_sharded
 from safestep.untraced import RandomState
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
@@ -225,7 +226,7 @@ class Recorder:
         backward = torch._C._current_graph_task_id()  # its gradients come when it ends; -1 outside
         is_new = backward != self._backward or backward == -1
         self._backward = backward
-        if is_new and self._calls and all(param.grad is None for param in self._params()):
+        if is_new and self._calls and not any(_has_gradient(p) for p in self._params()):
             self._calls.clear()
 
     def _queue(self, call: Call) -> None:
@@ -280,6 +281,11 @@ def eager_module(model: nn.Module) -> nn.Module:
     while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
         model = without_data_parallel(original)
     return model
+
+
+def _has_gradient(param: Tensor) -> bool:
+    # fully_shard holds a gradient that is not reduced yet elsewhere: there may be one.
+    return param.grad is not None or is_sharded(param)
 
 
 def _detached(value: Any) -> Any:

@@ -36,12 +36,16 @@ def main(rank, output):
         "kept": train(rank, **watched, reshard_after_forward=False),
         "replicated": train(rank, **watched, num_replicas=2),
         "replicated, clipped": train(rank, lr=3.0, num_replicas=2),
+        "accumulated": train(rank, **watched, num_batches=2),
         "flattened": flattened(),
     }
     torch.save(found, f"{output}/rank{rank}.pt")
 
 
-def train(rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replicas=None, **sharding):
+def train(
+    rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replicas=None, num_batches=1,
+    **sharding,
+):  # fmt: skip
     torch.manual_seed(0)
     model = network()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -55,11 +59,14 @@ def train(rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replica
     generator = torch.Generator().manual_seed(rank)
     steps, reports = [], []
     for step in range(STEPS):
-        inputs = torch.randn(8, 6, generator=generator)
+        inputs = torch.randn(8 * num_batches, 6, generator=generator)
+        inputs[:8] *= num_batches  # the first of several has the longest rows
         if spoiled == rank and step == 1:
             inputs[0] = torch.nan
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), torch.arange(8) % 5).backward()
+        for index, batch in enumerate(inputs.split(8)):
+            model.set_requires_gradient_sync(index == num_batches - 1)
+            nn.functional.cross_entropy(model(batch), torch.arange(8) % 5).backward()
         before = gathered(model)
         optimizer.step()
         steps.append((before, gathered(model), inputs))
