@@ -10,7 +10,15 @@ import torch
 from safestep import read_run
 
 SCRIPT = Path(__file__).parents[1] / "processes" / "guarded_trainer.py"
-WATCHED = ["plain", "find_unused_parameters", "static_graph", "accumulated", "manual", "bf16"]
+WATCHED = [
+    "plain",
+    "find_unused_parameters",
+    "static_graph",
+    "accumulated",
+    "manual",
+    "bf16",
+    "scaled",
+]
 
 
 def train(output, num_ranks, *names):
@@ -63,3 +71,37 @@ def test_step_safety_that_only_watches_leaves_ranks_bitwise_alone(watched, scena
     for guarded, unguarded in zip(watched[scenario], watched[f"{scenario} unguarded"], strict=True):
         assert {report["status"] for report in guarded["reports"]} == {"ok"}
         assert_same_bits(guarded["after"], unguarded["after"])
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """What the ranks saw where rank 1 has a fault; one start for all faults."""
+    names = ["raises", "raises while clipped", "spoiled"]
+    return train(tmp_path_factory.mktemp("faulty"), 2, *names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["raises", "raises while clipped", "spoiled"])
+def test_step_safety_decides_alike_on_all_ranks_where_one_has_a_fault(faulty, scenario):
+    first, second = faulty[scenario]
+    for field in ("status", "scale", "reason"):
+        assert [r[field] for r in first["reports"]] == [r[field] for r in second["reports"]]
+    assert_same_bits(first["after"], second["after"], but=["running"])
+
+
+@pytest.mark.slow
+def test_step_safety_names_the_rank_that_cannot_run_its_step_again(faulty):
+    for scenario, status in (("raises", "unmeasured"), ("raises while clipped", "clipped")):
+        reports = faulty[scenario][0]["reports"]
+        assert len(reports) == 4
+        assert {report["status"] for report in reports} == {status}
+        assert {r["reason"] for r in reports} == {"rank 1: KeyError: 'labels are gone'"}
+
+
+@pytest.mark.slow
+def test_step_safety_undoes_a_step_on_all_ranks_after_a_nan_on_one(faulty):
+    reports = faulty["spoiled"][0]["reports"]
+
+    assert [report["status"] for report in reports] == ["ok", "skipped", "ok", "ok"]
+    weights = faulty["spoiled"][0]["after"]
+    assert all(value.isfinite().all() for name, value in weights.items() if "running" not in name)

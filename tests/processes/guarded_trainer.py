@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # noqa: F401  once before the fork, not in every rank
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional
@@ -16,10 +17,13 @@ from safestep.callbacks import StepSafety, WorkerConsistency
 
 
 class Classifier(LightningModule):
-    def __init__(self, lr, is_manual=False, has_unused=False):
+    """A classifier with BatchNorm and dropout; on rank 1, a planted fault."""
+
+    def __init__(self, lr, is_manual=False, has_unused=False, fault=None):
         super().__init__()
         torch.manual_seed(0)
         self.lr, self.automatic_optimization = lr, not is_manual
+        self.fault, self.calls = fault, 0
         self.net = nn.Sequential(
             nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4)
         )
@@ -27,6 +31,12 @@ class Classifier(LightningModule):
 
     def training_step(self, batch, batch_idx):
         inputs, classes = batch
+        self.calls += 1  # when the step runs again, that is undone afterwards
+        if self.fault is not None and self.global_rank == 1:
+            if self.fault == "raises" and self.calls > batch_idx + 1:
+                raise KeyError("labels are gone")
+            if self.fault == "spoiled" and batch_idx == 1:
+                inputs = inputs * torch.nan
         loss = functional.cross_entropy(self.net(inputs), classes)
         self.log("loss", loss)
         if self.automatic_optimization:
@@ -69,6 +79,12 @@ WATCHED = {
     "accumulated": {"accumulate_grad_batches": 2},
     "manual": {"is_manual": True},
     "bf16": {"precision": "bf16-mixed"},
+    "scaled": {"is_scaled": True},
+}
+FAULTY = {
+    "raises": {"lr": 0.05, "fault": "raises"},
+    "raises while clipped": {"lr": 3.0, "fault": "raises"},
+    "spoiled": {"lr": 0.05, "fault": "spoiled"},
 }
 
 
@@ -77,6 +93,8 @@ def main(output, num_ranks, *names):
     for name in names:
         if name == "clipped":
             fit(output / name, num_ranks, WorkerConsistency(), lr=3.0, logger=True)
+        elif name in FAULTY:
+            fit(output / name, num_ranks, **FAULTY[name])
         else:
             options = {"lr": 0.05, **WATCHED[name]}
             fit(output / name, num_ranks, action="monitor", **options)
@@ -84,13 +102,14 @@ def main(output, num_ranks, *names):
 
 
 def fit(
-    path, num_ranks, *callbacks, lr, action="clip", is_manual=False, has_unused=False, logger=False,
-    find_unused_parameters=False, static_graph=False, **options,
+    path, num_ranks, *callbacks, lr, action="clip", is_manual=False, has_unused=False, fault=None,
+    is_scaled=False, logger=False, find_unused_parameters=False, static_graph=False, **options,
 ):  # fmt: skip
     seed_everything(0, verbose=False)
     inputs = torch.randn(64, 8)
     loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
     safety = StepSafety(action=action) if action else None
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if is_scaled else None
     Trainer(
         accelerator="cpu",
         devices=num_ranks,
@@ -107,8 +126,9 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*([safety] if safety else []), *callbacks, Save(path, safety)],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if is_scaled else None,
         **options,
-    ).fit(Classifier(lr, is_manual, has_unused), loader)
+    ).fit(Classifier(lr, is_manual, has_unused, fault), loader)
 
 
 if __name__ == "__main__":
