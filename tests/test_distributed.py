@@ -141,6 +141,13 @@ def test_ranks_train_bitwise_as_without_a_guard_that_only_watches(ranks, scenari
         assert_same_bits(found[scenario]["after"], found[scenario]["unguarded"])
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_leaves_the_other_no_longer_than_the_group_timeout(tmp_path):
+    run_script("dying_rank.py", tmp_path, "guard")
+
+    assert float((tmp_path / "raised").read_text()) < 5 + 2
+
+
 def test_agree_without_a_process_group_returns_the_measurement():
     measurement = Measurement(Finding.UNMEASURED, float("nan"), 1.0, -1, 2.0, "why")
 

@@ -138,7 +138,7 @@ def test_a_rank_with_a_scaled_loss_is_named_alone(found):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_leaves_the_other_no_longer_than_the_group_timeout(tmp_path):
-    run_script("dying_rank.py", tmp_path)
+    run_script("dying_rank.py", tmp_path, "metrics")
 
     assert float((tmp_path / "raised").read_text()) < 5 + 2
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional
 
@@ -130,13 +131,23 @@ def test_step_safety_clips_manual_steps(fit, dense_normalized_step):
     assert applied == pytest.approx(1.0, rel=1e-4)  # float32
 
 
-def test_step_safety_leaves_manual_training_bitwise_alone(fit):
+def scaler():
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"plugins": scaler}],
+    ids=["float32", "bf16-mixed", "bf16-true", "16-mixed"],
+)
+def test_step_safety_leaves_manual_training_bitwise_alone(fit, options):
     safety = StepSafety(action="monitor")
     guarded, plain = Manual(num_optimizers=2), Manual(num_optimizers=2)
 
-    fit(guarded, safety)
-    fit(plain)
+    for module, callbacks in ((guarded, [safety]), (plain, [])):
+        fit(module, *callbacks, **{k: v() if callable(v) else v for k, v in options.items()})
 
+    assert {report.status for report in safety.last} == {"ok"}
     assert all(map(torch.equal, guarded.net.parameters(), plain.net.parameters()))
 
 
@@ -221,6 +232,32 @@ def test_step_safety_leaves_a_gan_bitwise_alone_while_it_only_watches(fit):
     assert float(guarded_metrics["generated_epoch"]) == float(metrics["generated_epoch"]) == 32
     states = guarded.state_dict(), plain.state_dict()
     assert all(map(torch.equal, states[0].values(), states[1].values()))
+
+
+def test_step_safety_resumes_a_gan_bitwise(fit, tmp_path):
+    def gan(safety):
+        module = Adversarial(safety)
+        module.lr = 3.0  # every step is clipped
+        return module
+
+    whole, first, second = StepSafety(), StepSafety(), StepSafety()
+    uninterrupted, resumed = gan(whole), gan(second)
+    fit(uninterrupted, whole, Seeded(), max_epochs=3)
+    halted = fit(gan(first), first, Seeded(), max_epochs=1)
+    halted.save_checkpoint(tmp_path / "first.ckpt")
+    fit(resumed, second, Seeded(), max_epochs=3, ckpt_path=tmp_path / "first.ckpt")
+
+    assert [report.step for report in second.last] == [5, 11]
+    assert [r.normalized_step for r in second.last] == [r.normalized_step for r in whole.last]
+    states = resumed.state_dict(), uninterrupted.state_dict()
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+
+
+class Seeded(Callback):
+    """Seeds every batch, since a checkpoint of Lightning does not hold the random state."""
+
+    def on_train_batch_start(self, trainer, *_):
+        torch.manual_seed(trainer.global_step)
 
 
 def test_step_safety_is_told_in_vain_while_nothing_is_trained():
