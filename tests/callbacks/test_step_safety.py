@@ -1,8 +1,7 @@
-"""StepSafety under automatic optimization: what it measures, what it leaves alone, what it logs."""
+"""StepSafety under automatic optimization: what it measures and what it leaves alone."""
 
 import copy
 import inspect
-import json
 import math
 
 import pytest
@@ -14,7 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn import functional
 
-from safestep import SafeStep, read_run
+from safestep import SafeStep
 from safestep.callbacks import StepSafety
 
 TEMPERATURE = 0.5
@@ -294,60 +293,6 @@ def test_step_safety_undoes_a_step_that_is_not_finite(fit):
 
     assert statuses == ["ok", "ok", "skipped", "ok"]
     assert all(value.isfinite().all() for value in state_of(trainer))
-
-
-def test_step_safety_logs_its_names_and_the_run(fit, tmp_path):
-    safety = StepSafety()
-    logger = CSVLogger(tmp_path, name="logs")
-
-    trainer = fit(Classifier(), safety, logger=logger)
-
-    names = {"normalized_step", "radius", "step_norm", "scale", "effective_lr"}
-    assert {f"safestep/{name}" for name in names} <= set(trainer.logged_metrics)
-    assert "r" in trainer.progress_bar_metrics
-    assert "r" not in trainer.logged_metrics
-    run = read_run(trainer.log_dir)
-    assert len(run.steps["normalized_step"]) == 8
-    last = safety.last[0].normalized_step
-    assert run.steps["normalized_step"][-1] == last
-    assert float(trainer.logged_metrics["safestep/normalized_step"]) == pytest.approx(last)
-
-
-def test_step_safety_logs_at_every_n_steps_only(fit, tmp_path):
-    logger = CSVLogger(tmp_path, name="logs", flush_logs_every_n_steps=1000)
-    rows = []
-    logger.log_metrics = lambda metrics, step: rows.append((step, metrics))
-
-    fit(Classifier(), StepSafety(), logger=logger, log_every_n_steps=3)
-
-    assert [step for step, metrics in rows if "safestep/scale" in metrics] == [2, 5]
-
-
-@pytest.mark.parametrize("plugins", [None, scaler], ids=["float32", "scaled"])
-def test_step_safety_writes_the_mean_loss_of_accumulated_batches(fit, tmp_path, plugins):
-    class Remembering(Classifier):
-        losses = ()
-
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            Remembering.losses += (outputs["loss"].item(),)  # divided by accumulate_grad_batches
-
-    safety = StepSafety(run_dir=tmp_path / "run")
-    plugins = plugins() if plugins else None
-
-    fit(Remembering(), safety, accumulate_grad_batches=2, max_epochs=1, plugins=plugins)
-
-    lines = (tmp_path / "run" / "run.jsonl").read_text().splitlines()
-    records = map(json.loads, lines)
-    written = [record["loss"] for record in records if record["kind"] == "step"]
-    first, second, third, fourth = Remembering.losses
-    expected = [first + second, third + fourth]
-    assert written == pytest.approx(expected, rel=1e-3)  # float16 autocast: the loss is rounded
-
-
-def test_step_safety_writes_no_run_log_without_a_logger(fit, tmp_path):
-    fit(Classifier(), StepSafety(), max_epochs=1)
-
-    assert not list(tmp_path.rglob("run.jsonl"))
 
 
 def test_step_safety_resumes_bitwise(fit, tmp_path):
