@@ -116,6 +116,10 @@ def test_training_is_bitwise_unchanged(found, name):
     assert torch.equal(found[0][name]["with"], found[0][name]["without"])
 
 
+def test_a_backward_pass_waits_for_no_number(found):
+    assert [backward for backward, _ in found[0]["waiting"]] == [0, 0, 0]
+
+
 def test_intervals_choose_the_measured_steps_and_the_pairs(found):
     first, second, third, fourth, fifth = found[0]["intervals"]
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from safestep.workers.metrics import WorkerMetrics
 
@@ -235,6 +236,30 @@ def hook_after(setup):
     return steps(setup)
 
 
+class CountScalars(TorchDispatchMode):
+    """Counts what waits for a number, as ``.item()`` does."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def waiting(setup):
+    """How often a backward pass over many buckets, and the record after it, wait for a number."""
+    counts = []
+    for _ in range(STEPS):
+        loss = setup.loss(setup.ddp, setup.batch())
+        setup.optimizer.zero_grad()
+        with CountScalars() as backward:
+            loss.backward()
+        with CountScalars() as record:
+            setup.metrics.record(loss)
+        counts.append((backward.count, record.count))
+    return counts
+
+
 def hooks_left(setup):
     setup.metrics.detach()
     return sum(len(p._post_accumulate_grad_hooks) for p in setup.ddp.parameters())
@@ -273,6 +298,7 @@ SCENARIOS = {
     "fp16 hook, registered later": (3, hook_after, {}),
     "scaled loss": (4, scaled_loss, {}),
     "hooks left": (2, hooks_left, {}),
+    "waiting": (2, waiting, {}),
     "non-finite": (3, non_finite, {}),
 }
 
