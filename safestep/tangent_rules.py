@@ -89,9 +89,9 @@ def _layer_norm(
     unit, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
     d_unit = None
     if dx is not None:
-        d_unit, *_ = torch.ops.aten.native_layer_norm_backward(
+        d_unit = torch.ops.aten.native_layer_norm_backward(
             dx, x, shape, mean, rstd, None, None, [True, False, False]
-        )
+        )[0]
     return _affine(unit, d_unit, _unpacked(weight), _unpacked(bias))
 
 
@@ -114,13 +114,14 @@ def _batch_norm(
     )
     d_unit = None
     if dx is not None:
-        d_unit, *_ = torch.ops.aten.native_batch_norm_backward(
+        d_unit = torch.ops.aten.native_batch_norm_backward(
             dx, x, None, None, None, mean, rstd, True, eps, [True, False, False]
-        )
+        )[0]
     columns = (-1, *(1 for _ in x.shape[2:]))
-    (w, dw), (b, db) = (
-        tuple(None if each is None else each.view(columns) for each in _unpacked(param))
+    w, dw, b, db = (
+        None if each is None else each.view(columns)
         for param in (weight, bias)
+        for each in _unpacked(param)
     )
     return _affine(unit, d_unit, (w, dw), (b, db))
 
@@ -158,9 +159,13 @@ def _scaled_dot_product_attention(
         return None
     if attn_mask is not None and (is_causal or _tangent(attn_mask) is not None):
         return None
-    rows = [tuple(None if t is None else t.flatten(0, 1) for t in _unpacked(each))
-            for each in (query, key, value)]  # fmt: skip
-    (q, dq), (k, dk), (v, dv) = rows
+    (q, dq), (k, dk), (v, dv) = (
+        [None if each is None else each.flatten(0, 1) for each in _unpacked(operand)]
+        for operand in (query, key, value)
+    )
+    assert q is not None
+    assert k is not None
+    assert v is not None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     score = torch.bmm(q * scale, k.mT).view(*query.shape[:3], -1)
     hidden = _hidden(attn_mask, is_causal, score)
@@ -191,10 +196,10 @@ def _hidden(attn_mask: Tensor | None, is_causal: bool, score: Tensor) -> Tensor 
     return ~attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else None
 
 
-def _unpacked(value: Tensor | None) -> Any:
-    return (
-        (None, None) if value is None else (forward_ad.unpack_dual(value).primal, _tangent(value))
-    )
+def _unpacked(value: Tensor | None) -> tuple[Any, Any]:
+    if value is None:
+        return None, None
+    return forward_ad.unpack_dual(value).primal, _tangent(value)
 
 
 def _tangent(value: Tensor) -> Tensor | None:

@@ -112,7 +112,7 @@ def test_autocast_regions_keep_torch_rules():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_fused_attention_has_a_tangent():
-    """torch has none for its fused kernels: the rule is what answers here."""
+    """Torch itself has none for its fused kernels: the rule is what answers here."""
     with torch.no_grad(), forward_ad.dual_level(), TangentRules():
         dual = forward_ad.make_dual(QUERY, QUERY.cos())
         output = functional.scaled_dot_product_attention(dual, KEY, VALUE)
