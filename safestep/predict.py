@@ -9,6 +9,7 @@ from typing import Any
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
 AUDIT_INTERVAL = 40  # a JVP costs about one step: 1/40 of it keeps an audit at 2.5 %
+LONGEST_INTERVAL = 160  # where r may grow by 8 before it is over the limit
 WINDOW = 32  # steps that say what is usual
 JUMP = 1.5  # times the window's maximum: minibatch noise stays below
 MARGIN = 1.75  # growth of r per unit of distance that is always allowed for between measurements
@@ -23,7 +24,8 @@ class Predictor:
     distance of this step, times a margin that grows with every prediction that fell short. An
     exact measurement is called for
 
-    - in the first steps, and after at most 40 steps without one;
+    - in the first steps, and after at most 40 steps without one, or as many more, up to 160, as
+      the bound lies below half the limit;
     - where the bound is over the limit;
     - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)
       exceeds what was usual: another direction or other data;
@@ -62,11 +64,11 @@ class Predictor:
         is_unusual = self._is_unusual(signals) or options != self._options
         self._usual.append(signals)
         self._options = options
-        is_due = self._steps <= FIRST_STEPS or self._since >= self._interval
-        if is_unusual or is_due or not self._factors:
+        if is_unusual or self._steps <= FIRST_STEPS or not self._factors:
             return None
         predicted = max(self._factors) * step_norm
-        return predicted if predicted * self._margin <= self.limit else None
+        bound = predicted * self._margin
+        return predicted if bound <= self.limit and not self._is_due(bound) else None
 
     def learn(self, step_norm: float, normalized_step: float) -> None:
         """Take an exact measurement.
@@ -81,7 +83,7 @@ class Predictor:
         growth = factor / max(self._factors) if self._factors and max(self._factors) > 0 else 1.0
         # A prediction that held makes the next ones last longer; one that fell short, shorter.
         held = growth <= self._margin
-        self._interval = min(2 * self._interval, AUDIT_INTERVAL) if held else 1
+        self._interval = min(2 * self._interval, LONGEST_INTERVAL) if held else 1
         self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
         self._factors.append(factor)
         self._since = 0
@@ -109,6 +111,11 @@ class Predictor:
         self._interval = state["interval"]
         self._since = state["since"]
         self._usual = deque((tuple(signals) for signals in state["usual"]), maxlen=WINDOW)
+
+    def _is_due(self, bound: float) -> bool:
+        headroom = self.limit / (2 * bound) if bound > 0 else math.inf
+        longest = min(AUDIT_INTERVAL * max(1.0, headroom), LONGEST_INTERVAL)
+        return self._since >= min(self._interval, longest)
 
     def _is_unusual(self, signals: tuple[float, ...]) -> bool:
         if any(len(usual) != len(signals) for usual in self._usual):

@@ -174,34 +174,45 @@ def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
 
 def _modules_within(module: nn.Module) -> Iterator[nn.Module]:
     """Walk through registered submodules and those kept in plain lists, such as a teacher."""
+    return (child for child, _ in _walk(module))
+
+
+def _own_generators(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    for _, leaves in _walk(module):
+        for leaf in leaves:
+            if type(leaf) in _GENERATORS:
+                yield leaf, _GENERATORS[type(leaf)][0](leaf)
+
+
+def _walk(module: nn.Module) -> Iterator[tuple[nn.Module, list[Any]]]:
+    """Walk through every module within, with what it holds as attributes."""
     seen: set[int] = set()
     queue = [module]
     while queue:
         for child in queue.pop().modules():
             if id(child) not in seen:
                 seen.add(id(child))
-                queue += (leaf for leaf in _held(child) if isinstance(leaf, nn.Module))
-                yield child
+                leaves = _held(child)
+                queue += (leaf for leaf in leaves if isinstance(leaf, nn.Module))
+                yield child, leaves
 
 
-def _own_generators(module: nn.Module) -> Iterator[tuple[Any, Any]]:
-    for child in _modules_within(module):
-        for leaf in _held(child):
-            if type(leaf) in _GENERATORS:
-                yield leaf, _GENERATORS[type(leaf)][0](leaf)
-
-
-def _held(child: nn.Module) -> Iterator[Any]:
-    """Walk through the attributes of a module, into containers."""
+def _held(child: nn.Module) -> list[Any]:
+    """Return the attributes of a module that are not plain numbers, and those in containers."""
+    attributes = vars(child)
+    queue = [attributes[name] for name in attributes.keys() - _MODULE_TABLES]
+    if _PLAIN.issuperset(map(type, queue)):  # most modules: this runs in every forward pass
+        return []
+    leaves = []
     seen: set[int] = set()
-    queue = [value for name, value in vars(child).items() if name not in _MODULE_TABLES]
     while queue:
         value = queue.pop()
         if not isinstance(value, _CONTAINERS):
-            yield value
+            leaves.append(value)
         elif id(value) not in seen:
             seen.add(id(value))
             queue += _changeable(value.values() if isinstance(value, dict) else value)
+    return leaves
 
 
 def _changeable(items: Any) -> Any:

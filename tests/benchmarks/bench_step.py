@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from safestep import SafeStep
-from safestep.predict import AUDIT_INTERVAL, FIRST_STEPS
+from safestep.predict import FIRST_STEPS, LONGEST_INTERVAL
 
 GUARDS = {
     "plain": "nothing",
@@ -178,7 +178,7 @@ _ESTIMATORS = ("auto", "jvp", "secant", "difference")
 def _skip_the_first_steps(guard: SafeStep) -> None:
     # Audits are rare only once a run has gone well for a while; that state is what is timed.
     state = guard.state_dict()
-    state["predictor"] |= {"steps": FIRST_STEPS, "interval": AUDIT_INTERVAL}
+    state["predictor"] |= {"steps": FIRST_STEPS, "interval": LONGEST_INTERVAL}
     guard.load_state_dict(state)
 
 
