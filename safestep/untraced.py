@@ -174,7 +174,8 @@ def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
 
 def _modules_within(module: nn.Module) -> Iterator[nn.Module]:
     """Walk through registered submodules and those kept in plain lists, such as a teacher."""
-    return (child for child, _ in _walk(module))
+    for child, _ in _walk(module):
+        yield child
 
 
 def _own_generators(module: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -1,0 +1,93 @@
+"""When the exact radius is spared, and when it is not."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from safestep.predict import (
+    AUDIT_INTERVAL,
+    FIRST_STEPS,
+    JUMP,
+    LONGEST_INTERVAL,
+    MARGIN,
+    Predictor,
+)
+
+OPTIONS = (3, 1.0)
+
+
+def train(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
+    """Make steps of one length and r, and return the numbers of those that were measured."""
+    measured = []
+    for step in range(steps):
+        if predictor.predict(step_norm, [signal], options) is None:
+            predictor.learn(step_norm, r)
+            measured.append(step)
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("r", "longest"), [(0.45, AUDIT_INTERVAL), (0.1, 115), (0.01, LONGEST_INTERVAL)], ids=str
+)
+def test_measurements_grow_rare_as_far_as_r_is_from_the_limit(r, longest):
+    predictor = Predictor(1.0)
+
+    measured = train(predictor, r, 2000)
+
+    gaps = [later - earlier for earlier, later in pairwise(measured)]
+    assert measured[:FIRST_STEPS] == list(range(FIRST_STEPS))
+    assert max(gaps) == gaps[-1] == longest
+
+
+def test_prediction_is_in_proportion_to_the_step_distance():
+    predictor = Predictor(1.0)
+    train(predictor, 0.2, 100)
+
+    assert predictor.predict(0.12, [1.0], OPTIONS) == pytest.approx(0.24)
+
+
+@pytest.mark.parametrize(
+    ("step_norm", "signal", "options"),
+    [
+        (0.1 * JUMP * 1.01, 1.0, OPTIONS),
+        (0.1, JUMP * 1.01, OPTIONS),
+        (0.1, float("nan"), OPTIONS),
+        (0.1, 1.0, (2, 1.0)),
+    ],
+    ids=["longer step", "larger gradient", "gradient not finite", "frozen parameters"],
+)
+def test_unusual_step_is_measured(step_norm, signal, options):
+    predictor = Predictor(1.0)
+    train(predictor, 0.01, 100)
+
+    assert predictor.predict(0.1, [1.0], OPTIONS) is not None
+    assert predictor.predict(step_norm, [signal], options) is None
+
+
+def test_step_that_the_margin_puts_over_the_limit_is_measured():
+    predictor = Predictor(1.0)
+
+    assert len(train(predictor, 1.01 / MARGIN, 100)) == 100
+
+
+def test_prediction_that_fell_short_is_followed_by_measurements_and_a_wider_margin():
+    predictor = Predictor(1.0)
+    train(predictor, 0.05, 400)
+
+    predictor.learn(0.1, 0.2)
+
+    assert predictor.predict(0.1, [1.0], OPTIONS) is None
+    assert predictor.state_dict()["margin"] > 4
+
+
+def test_state_survives_json_and_the_first_step_after_it_is_measured():
+    one, other = Predictor(1.0), Predictor(1.0)
+    train(one, 0.2, 123)
+
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+
+    assert other.state_dict() == one.state_dict()
+    assert other.predict(0.1, [1.0], OPTIONS) is None
+    other.learn(0.1, 0.2)
+    assert other.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.2)
