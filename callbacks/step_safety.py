@@ -47,6 +47,7 @@ class StepSafety(Callback):
         radii: What to log beside the output's radius; see SafeStep.
         run_dir: Directory for ``run.jsonl``; by default beside the files of the first logger.
         max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
+        copy: False copies neither parameters nor optimizer state; see SafeStep.
 
     Attributes:
         guards: One SafeStep for each optimizer while the trainer fits, else empty.
@@ -76,6 +77,7 @@ class StepSafety(Callback):
         radii: Collection[Literal["output", "attention", "ffn"]] = ("output",),
         run_dir: str | Path | None = None,
         max_consecutive_skips: int = 25,
+        copy: bool = True,
     ) -> None:
         self.guards: list[SafeStep] = []
         self.last: list[StepReport | None] = []
@@ -89,6 +91,7 @@ class StepSafety(Callback):
             "quantile": quantile,
             "radii": radii,
             "max_consecutive_skips": max_consecutive_skips,
+            "copy": copy,
         }
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0

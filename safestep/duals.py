@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -36,16 +36,21 @@ def tangents_in_place(
         Nothing.
     """
     _load_forward_ad()
-    pairs = list(zip(params, tangents, strict=True))
-    whole = [(param, tangent) for param, tangent in pairs if not is_sharded(param)]
-    sharded = [(param, local(tangent)) for param, tangent in pairs if is_sharded(param)]
+    whole = tuple(param for param in params if not is_sharded(param))
+    shards: dict[Tensor, Tensor] = {}
     with (
         forward_ad.dual_level(),
-        torch.autograd._unsafe_preserve_version_counter(tuple(param for param, _ in whole)),
-        tangents_when_gathered(module, dict(sharded)) if module and sharded else nullcontext(),
+        torch.autograd._unsafe_preserve_version_counter(whole),
+        ExitStack() as stack,
     ):
-        for param, tangent in whole:
-            param.copy_(forward_ad.make_dual(param.detach(), tangent.to(param)))
+        # One at a time: the copy takes the tangent too, and those given may be made as they come.
+        for param, tangent in zip(params, tangents, strict=True):
+            if is_sharded(param):
+                shards[param] = local(tangent)
+            else:
+                param.copy_(forward_ad.make_dual(param.detach(), tangent.to(param)))
+        if module is not None and shards:
+            stack.enter_context(tangents_when_gathered(module, shards))
         yield
 
 

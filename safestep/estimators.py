@@ -175,6 +175,7 @@ def difference(
     params: Sequence[Tensor],
     tangents: Sequence[Tensor],
     logits: LogitsFn | LogitFinder | None = None,
+    scale: float | None = None,
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls and a one-sided difference quotient along the update.
 
@@ -193,6 +194,7 @@ def difference(
             to and put back, bit for bit.
         tangents: The update of each of them.
         logits: The user's way from an output to its logits.
+        scale: eps, if not the usual one; at 1 this is the secant, before the update is made.
 
     Yields:
         Every set of logits found, with its tangent.
@@ -201,12 +203,13 @@ def difference(
         MissingTangentError: If the logits do not change though the parameters do.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    scale = difference_scale(calls, params, tangents)
+    scale = difference_scale(calls, params, tangents) if scale is None else scale
+    places = list(map(local, params))
     has_changed = not any(p.any() for p in tangents)  # nothing is asked of an update of zero
     with torch.no_grad():
         for call in calls:
             before = _run(call, module, logits)
-            displaced = [q + scale * p.to(q) for q, p in zip(params, tangents, strict=True)]
+            displaced = [q + scale * p.to(q) for q, p in zip(places, tangents, strict=True)]
             with moved_back(params, displaced):
                 after = _run(call, module, logits)
             for old, new in zip(before, after, strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Literal
 
 import torch
@@ -26,8 +27,9 @@ from safestep.estimators import (
     working_dtype,
 )
 from safestep.inner_watch import InnerWatch
+from safestep.norms import joint_norm
 from safestep.replay import Call
-from safestep.shards import is_sharded, refuse_flattened
+from safestep.shards import counted_here, is_sharded, refuse_flattened
 
 EstimatorName = Literal["jvp", "difference", "secant"]
 Reduce = Callable[[Iterable[LogitTangent]], Tensor]
@@ -46,12 +48,18 @@ class Update:
         params: The trained parameters, after the update.
         start: Their values before it.
         change: The update of each of them.
+        is_made: False where the update is still to come: `params` are at the start.
     """
 
     calls: Sequence[Call]
     params: Sequence[Tensor]
     start: Sequence[Tensor]
     change: Sequence[Tensor]
+    is_made: bool = True
+
+    def step_norm(self) -> Tensor:
+        """Return the 2-norm of the update, a float64 scalar; of this rank's part if sharded."""
+        return joint_norm(list(compress(self.change, counted_here(self.params))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +148,13 @@ class Gauge:
     def _row(self, estimator: EstimatorName, update: Update, reduce: Reduce) -> Tensor:
         calls, params, start = update.calls, update.params, update.start
         rows: Generator[LogitTangent, None, None]
-        if estimator == "secant":
+        if estimator == "secant" and update.is_made:
             with closing(secant(calls, self._module, params, start, self.finder)) as rows:
                 return reduce(rows)
-        estimate = self._jvp if estimator == "jvp" else difference
+        ahead = partial(difference, scale=1.0)  # the secant, before the update is made
+        estimate = {"jvp": self._jvp, "difference": difference, "secant": ahead}[estimator]
         with (
-            moved_back(params, start),
+            moved_back(params, start) if update.is_made else nullcontext(),
             closing(estimate(calls, self._module, params, update.change, self.finder)) as rows,
         ):
             return reduce(rows)

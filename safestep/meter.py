@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress
 from math import inf, nan, pi
 
 import torch
@@ -16,7 +15,7 @@ from safestep.gauge import EstimatorName, Gauge, Reading, Update
 from safestep.inner_watch import InnerWatch
 from safestep.norms import joint_norm
 from safestep.predict import Predictor
-from safestep.shards import counted_here, is_sharded, local
+from safestep.shards import is_sharded, local
 
 
 class Meter:
@@ -63,8 +62,7 @@ class Meter:
             The measurement, and the reading that it comes from.
         """
         gradients = [local(param.grad) for param in update.params if param.grad is not None]
-        change = list(compress(update.change, counted_here(update.params)))
-        norms = [joint_norm(change), joint_norm(gradients)]
+        norms = [update.step_norm(), joint_norm(gradients)]
         is_partial = any(map(is_sharded, update.params))
         if self._predictor is not None and not is_partial:
             predicted = self._predict(self._predictor, norms, update, options)

@@ -13,17 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from safestep.binding import radii_of_step
 from safestep.capture import LogitsFn
 from safestep.controller import Action, Rung, StepController, StepReport
 from safestep.distributed import agree
-from safestep.gauge import Reading, Update
+from safestep.gauge import Reading
 from safestep.inner_watch import RadiusName, inner_watch
 from safestep.journal import Journal
 from safestep.meter import Meter
 from safestep.predict import Predictor
+from safestep.rehearsal import Rehearsal
 from safestep.replay import DetachableHook, Recorder
 from safestep.snapshot import Snapshot
 
@@ -64,6 +65,11 @@ class SafeStep:
         max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
         part: The submodule whose forward calls are recorded and run again, by default all of
             `model`. All of `model` is left without a trace of it either way.
+        copy: Whether parameters and optimizer state are copied while the optimizer steps. False
+            needs no copy: the update is computed just before the step, which is then scaled by its
+            learning rate or does not happen. For SGD, Adam, AdamW and Muon of torch, whose
+            gradients must be final when they step (or when the closure returns). See
+            ``safestep.rehearsal``.
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
@@ -72,8 +78,8 @@ class SafeStep:
 
     Raises:
         TypeError: If `optimizer` or `model` is none.
-        ValueError: If an option has a value that is not listed here, or another SafeStep is already
-            attached to this optimizer.
+        ValueError: If an option has a value that is not listed here, another SafeStep is already
+            attached to this optimizer, or `copy` is False and the optimizer is another one.
 
     Reference:
         Ghosts of Softmax: Complex Singularities That Limit Safe Step Sizes in Cross-Entropy,
@@ -107,6 +113,7 @@ class SafeStep:
         process_group: ProcessGroup | None = None,
         max_consecutive_skips: int = 25,
         part: nn.Module | None = None,
+        copy: bool = True,
     ) -> None:
         self.optimizer = innermost_optimizer(optimizer)
         _check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
@@ -117,7 +124,9 @@ class SafeStep:
         self._estimator = estimator
         self._group = process_group
         self._max_consecutive_skips = max_consecutive_skips
-        self._snapshot = Snapshot(self.optimizer)
+        self._is_ahead = not copy
+        self._change = Snapshot(self.optimizer) if copy else Rehearsal(self.optimizer)
+        self._verdict: tuple[StepReport, Reading] | None = None
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()
         self._journal = Journal(run_dir, {**self._settings(), "radii": list(radii)}, process_group)
@@ -176,6 +185,7 @@ class SafeStep:
         for handle in self._handles:
             handle.remove()
         self._recorder.detach()
+        self._change.release()
         self._journal.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,20 +217,42 @@ class SafeStep:
             "optimizer. Save guard.state_dict() and attach a new SafeStep."
         )
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._seconds is not None and _is_within_step(self.optimizer):
             self._inner_steps += 1
-            return
-        self._seconds, self._inner_steps = None, 0  # of a step that raised
+            return None
+        self._seconds, self._inner_steps, self._verdict = None, 0, None  # of a step that raised
+        self._change.release()
         if not self.enabled:
-            return
+            return None
         begin = perf_counter()
-        self._snapshot.take()
-        if any(map(callable, (*args, *kwargs.values()))):  # a closure: forward calls in the step
+        self._change.take()
+        has_closure = any(map(callable, (*args, *kwargs.values())))
+        if has_closure:  # forward calls in the step, and the gradients
             self._recorder.begin_step()
+        elif self._is_ahead:
+            self._judge()
         self._seconds = perf_counter() - begin
+        if not (has_closure and self._is_ahead):
+            return None
+        return tuple(map(self._judged, args)), {k: self._judged(v) for k, v in kwargs.items()}
 
-    @torch.no_grad()
+    def _judged(self, argument: Any) -> Any:
+        """Return a closure after which the step is judged, before the optimizer makes it."""
+        if not callable(argument):
+            return argument
+
+        def closure() -> Any:
+            loss = argument()
+            begin = perf_counter()
+            self._judge()
+            self._seconds = (self._seconds or 0.0) + perf_counter() - begin
+            return loss
+
+        return closure
+
     def _after_step(self, *_: Any) -> None:
         if self._seconds is None:
             return
@@ -229,10 +261,21 @@ class SafeStep:
             return
         begin = perf_counter() - self._seconds
         self._seconds = None
-        params, shards, start = self._snapshot.params, self._snapshot.shards, self._snapshot.start
-        update = list(torch._foreach_sub(shards, start)) if params else []
-        move = Update(self._recorder.take(), params, start, update)
-        measurement, reading = self._meter.measure(move, self._direction_options())
+        if not self._is_ahead:
+            self._judge()
+        assert self._verdict is not None
+        report, reading = self._verdict
+        self._change.release()
+        self._note_radii(reading, report.step_norm)
+        self.last = replace(report, seconds=perf_counter() - begin)
+        self._journal.publish(self.last)
+        self._give_up_if_stuck(self.last)
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        """Measure the update, made or still to come, and scale it or keep it from counting."""
+        update = self._change.update(self._recorder.take())
+        measurement, reading = self._meter.measure(update, self._direction_options())
         self._journal.introduce(self._meter.logits_found, self._controller.step)
         if reading.warning is not None:
             self._journal.warn_once(reading.warning)
@@ -243,14 +286,10 @@ class SafeStep:
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr, reading.estimator)
         if report.status == "skipped":
-            self._snapshot.restore()
+            self._change.restore()
         elif report.scale != 1.0:
-            self._rescale(update, report.scale)
-        self._snapshot.release()
-        self._note_radii(reading, report.step_norm)
-        self.last = replace(report, seconds=perf_counter() - begin)
-        self._journal.publish(self.last)
-        self._give_up_if_stuck(self.last)
+            self._change.rescale(report.scale)
+        self._verdict = report, reading
 
     def _note_radii(self, reading: Reading, step_norm: float) -> None:
         if self._inside is None:
@@ -260,19 +299,11 @@ class SafeStep:
         for kind, reason in self.last_radii.get("radii_reason", {}).items():
             self._journal.warn_once(f"the {kind} radius is not measured: {reason}")
 
-    def _rescale(self, update: list[Tensor], scale: float) -> None:
-        torch._foreach_copy_(self._snapshot.shards, self._snapshot.start)
-        torch._foreach_add_(self._snapshot.shards, update, alpha=scale)
-        if isinstance(self.optimizer, LBFGS):
-            # It would pair the move it believes in with the next gradient: its steps then grow
-            # without end (measured: r to 1e19 within 60 steps).
-            self.optimizer.state.clear()
-
     def _direction_options(self) -> tuple[float, ...]:
         """Return what turns the direction of an update: which parameters move, and how far."""
         rates = [float(group.get("lr", nan)) for group in self.optimizer.param_groups]
         shares = [round(rate / rates[0], 1) if rates[0] else rate for rate in rates]
-        return (len(self._snapshot.params), *shares)
+        return (len(self._change.params), *shares)
 
     def _give_up_if_stuck(self, report: StepReport) -> None:
         skips = self._controller.skips_in_a_row
