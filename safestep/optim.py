@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from math import nan
@@ -21,6 +20,7 @@ from safestep.controller import Action, Rung, StepController, StepReport
 from safestep.distributed import agree
 from safestep.gauge import Reading
 from safestep.inner_watch import RadiusName, inner_watch
+from safestep.innermost import innermost_optimizer, is_within_step
 from safestep.journal import Journal
 from safestep.meter import Meter
 from safestep.predict import Predictor
@@ -220,7 +220,7 @@ class SafeStep:
     def _before_step(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._seconds is not None and _is_within_step(self.optimizer):
+        if self._seconds is not None and is_within_step(self.optimizer):
             self._inner_steps += 1
             return None
         self._seconds, self._inner_steps, self._verdict = None, 0, None  # of a step that raised
@@ -333,38 +333,6 @@ class SafeStep:
 
 class _StepHook(DetachableHook):
     """Marks an optimizer that a SafeStep is attached to."""
-
-
-# The code of torch's wrapper around every step(), which calls the hooks.
-_HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
-
-
-def _is_within_step(optimizer: Optimizer) -> bool:
-    """Return whether the hook that asks belongs to a step called by a step of `optimizer`."""
-    frame, steps = sys._getframe(), 0
-    while frame is not None:
-        if frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer:
-            steps += 1
-        frame = frame.f_back
-    return steps > 1
-
-
-def innermost_optimizer(optimizer: Any) -> Any:
-    """Return the torch optimizer whose hooks fire, inside wrappers such as Accelerate's.
-
-    Args:
-        optimizer: An optimizer or a wrapper that holds one in ``.optimizer``.
-
-    Returns:
-        The innermost of them.
-    """
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        # Fabric's wrapper shows the hooks of the optimizer inside as its own.
-        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-        if hooks is not None and hooks is not getattr(inner, "_optimizer_step_pre_hooks", None):
-            break
-        optimizer = inner
-    return optimizer
 
 
 def _check_arguments(

@@ -48,7 +48,8 @@ def references(ranks, scenario, dense_normalized_step):
     ("scenario", "tolerance"),
     [
         ("watched", 1e-4), ("auto", 1e-4), ("kept", 1e-4), ("replicated", 1e-4),
-        ("accumulated", 1e-4), ("secant", 0.2), ("bfloat16", 0.02),
+        ("accumulated", 1e-4), ("secant", 0.2), ("bfloat16", 0.02), ("ahead", 1e-4),
+        ("ahead-secant", 0.2),
     ],
 )  # fmt: skip
 def test_shards_are_measured_like_whole_parameters(
@@ -61,7 +62,7 @@ def test_shards_are_measured_like_whole_parameters(
         assert measured == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("scenario", ["clipped", "replicated, clipped"])
+@pytest.mark.parametrize("scenario", ["clipped", "replicated, clipped", "ahead-clipped"])
 def test_shards_are_scaled_to_the_limit(ranks, scenario, dense_normalized_step):
     for applied in references(ranks, scenario, dense_normalized_step):
         assert applied == pytest.approx(LIMIT, rel=1e-4)  # float32
@@ -81,22 +82,24 @@ def test_shards_have_the_step_norm_of_the_whole_update(ranks, scenario):
             assert report["step_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
 
 
-def test_shards_train_bitwise_as_without_a_guard_that_only_watches(ranks):
+@pytest.mark.parametrize("scenario", ["watched", "ahead"])
+def test_shards_train_bitwise_as_without_a_guard_that_only_watches(ranks, scenario):
     for found in ranks:
         for guarded, plain in zip(
-            found["watched"]["steps"], found["unguarded"]["steps"], strict=True
+            found[scenario]["steps"], found["unguarded"]["steps"], strict=True
         ):
             assert all(map(torch.equal, guarded[1].values(), plain[1].values()))
-        assert all(map(torch.equal, found["watched"]["moments"], found["unguarded"]["moments"]))
+        assert all(map(torch.equal, found[scenario]["moments"], found["unguarded"]["moments"]))
 
 
-def test_shards_are_put_back_after_a_gradient_that_is_not_finite(ranks):
+@pytest.mark.parametrize("scenario", ["skipped", "ahead-skipped"])
+def test_shards_are_put_back_after_a_gradient_that_is_not_finite(ranks, scenario):
     for found in ranks:
-        before, after, _ = found["skipped"]["steps"][1]
-        report = found["skipped"]["reports"][1]
+        before, after, _ = found[scenario]["steps"][1]
+        report = found[scenario]["reports"][1]
         assert (report["status"], report["scale"]) == ("skipped", 0.0)
         assert all(map(torch.equal, before.values(), after.values()))
-        assert all(moment.isfinite().all() for moment in found["skipped"]["moments"])
+        assert all(moment.isfinite().all() for moment in found[scenario]["moments"])
 
 
 def test_shards_are_unmeasured_by_a_finite_difference(ranks):

@@ -33,7 +33,9 @@ GUARDS = {
     "clip_grad_norm_": "gradient norm",
     "StableAdamW": "update over gradient, per tensor",
     "auto": "every step, by prediction, JVP where in doubt",
+    "auto, no copy": "every step, by prediction, JVP where in doubt",
     "jvp": "every step, exactly",
+    "jvp, no copy": "every step, exactly",
     "secant": "every step, near r = 1",
     "difference": "every step, to a few percent",
 }
@@ -156,8 +158,11 @@ def variant(
     optimizer_class = _stable_adamw() if kind == "StableAdamW" else torch.optim.AdamW
     optimizer = optimizer_class(model.parameters(), lr=LR)
     inputs, targets = (tensor.to(device) for tensor in data(name, shape))
-    guard = SafeStep(optimizer, model, estimator=kind) if kind in _ESTIMATORS else None
-    if kind == "auto":
+    estimator, _, suffix = kind.partition(", ")
+    guard = None
+    if estimator in _ESTIMATORS:
+        guard = SafeStep(optimizer, model, estimator=estimator, copy=suffix != "no copy")
+    if guard is not None and estimator == "auto":
         _skip_the_first_steps(guard)
 
     def step() -> None:

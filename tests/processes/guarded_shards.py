@@ -37,6 +37,10 @@ def main(rank, output):
         "replicated": train(rank, **watched, num_replicas=2),
         "replicated, clipped": train(rank, lr=3.0, num_replicas=2),
         "accumulated": train(rank, **watched, num_batches=2),
+        "ahead": train(rank, **watched, copy=False),
+        "ahead-secant": train(rank, lr=0.01, estimator="secant", copy=False),
+        "ahead-clipped": train(rank, lr=3.0, copy=False),
+        "ahead-skipped": train(rank, lr=0.01, spoiled=1, copy=False),
         "flattened": flattened(),
     }
     torch.save(found, f"{output}/rank{rank}.pt")
@@ -44,7 +48,7 @@ def main(rank, output):
 
 def train(
     rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replicas=None, num_batches=1,
-    **sharding,
+    copy=True, **sharding,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = network()
@@ -55,7 +59,8 @@ def train(
     fully_shard(model[2], mesh=mesh, **sharding)
     fully_shard(model, mesh=mesh, **sharding)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    guard = SafeStep(optimizer, model, action=action, estimator=estimator) if action else None
+    options = {"action": action, "estimator": estimator, "copy": copy}
+    guard = SafeStep(optimizer, model, **options) if action else None
     generator = torch.Generator().manual_seed(rank)
     steps, reports = [], []
     for step in range(STEPS):
