@@ -12,6 +12,7 @@ AUDIT_INTERVAL = 40  # a JVP costs about one step: 1/40 of it keeps an audit at 
 LONGEST_INTERVAL = 160  # where r may grow by 8 before it is over the limit
 WINDOW = 32  # steps that say what is usual
 JUMP = 1.5  # times the window's maximum: minibatch noise stays below
+DRIFT = 2.0  # times the largest at the last measurements: a warm-up goes there without a jump
 MARGIN = 1.75  # growth of r per unit of distance that is always allowed for between measurements
 _RECENT = 4  # exact measurements whose largest is carried forward
 
@@ -28,7 +29,8 @@ class Predictor:
       the bound lies below half the limit;
     - where the bound is over the limit;
     - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)
-      exceeds what was usual: another direction or other data;
+      exceeds what was usual: another direction or other data; or where it has crept to twice
+      what it was at the last exact measurements;
     - where an option of the optimizer changed that turns the direction.
 
     Args:
@@ -43,6 +45,7 @@ class Predictor:
         self._interval = 1
         self._since = 0
         self._usual: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
+        self._measured: deque[tuple[float, ...]] = deque(maxlen=_RECENT)
         self._options: tuple[Any, ...] = ()
 
     def predict(
@@ -86,6 +89,7 @@ class Predictor:
         self._interval = min(2 * self._interval, LONGEST_INTERVAL) if held else 1
         self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
         self._factors.append(factor)
+        self._measured.append(self._usual[-1] if self._usual else ())
         self._since = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,6 +101,7 @@ class Predictor:
             "interval": self._interval,
             "since": self._since,
             "usual": [list(signals) for signals in self._usual],
+            "measured": [list(signals) for signals in self._measured],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -110,7 +115,8 @@ class Predictor:
         self._steps = state["steps"]
         self._interval = state["interval"]
         self._since = state["since"]
-        self._usual = deque((tuple(signals) for signals in state["usual"]), maxlen=WINDOW)
+        self._usual = deque(map(tuple, state["usual"]), maxlen=WINDOW)
+        self._measured = deque(map(tuple, state["measured"]), maxlen=_RECENT)
 
     def _is_due(self, bound: float) -> bool:
         headroom = self.limit / (2 * bound) if bound > 0 else math.inf
@@ -118,7 +124,11 @@ class Predictor:
         return self._since >= min(self._interval, longest)
 
     def _is_unusual(self, signals: tuple[float, ...]) -> bool:
-        if any(len(usual) != len(signals) for usual in self._usual):
+        if any(len(past) != len(signals) for past in (*self._usual, *self._measured)):
             self._usual.clear()
-        highest = map(max, zip(*self._usual, strict=True))
-        return not all(now <= JUMP * most for now, most in zip(signals, highest, strict=False))
+            self._measured.clear()
+        return not all(
+            now <= factor * most
+            for factor, past in ((JUMP, self._usual), (DRIFT, self._measured))
+            for now, most in zip(signals, map(max, zip(*past, strict=True)), strict=False)
+        )

@@ -65,6 +65,19 @@ def test_unusual_step_is_measured(step_norm, signal, options):
     assert predictor.predict(step_norm, [signal], options) is None
 
 
+def test_signal_that_creeps_up_is_measured_at_every_doubling():
+    predictor, measured = Predictor(1.0), []
+    train(predictor, 0.01, 400)
+
+    for step in range(300):
+        signal = 1.01**step
+        if predictor.predict(0.1, [signal], OPTIONS) is None:
+            predictor.learn(0.1, 0.01)
+            measured.append(signal)
+
+    assert all(later <= 2.05 * earlier for earlier, later in pairwise([1.0, *measured]))
+
+
 def test_step_that_the_margin_puts_over_the_limit_is_measured():
     predictor = Predictor(1.0)
 
