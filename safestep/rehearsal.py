@@ -19,7 +19,7 @@ from safestep.shards import counted_here, is_sharded, local
 # Proportional to lr, with a state that does not depend on it: a step is scaled by scaling lr.
 _NAMES = ("SGD", "Adam", "AdamW", "Muon")
 _SUPPORTED = tuple(getattr(optim, name) for name in _NAMES if hasattr(optim, name))
-_PIECE = 2**16  # smallest number of elements that is worth a run of the optimizer
+_PIECE = 2**14  # smallest number of elements that is worth a run of the optimizer
 _PIECES = 64  # so small that the copies of one stay below an eighth of the parameters
 
 
@@ -135,7 +135,9 @@ class Rehearsal:
         double, state = self._double, self._optimizer.state
         moved = [piece.of(piece.param).clone() for piece in pieces]
         for piece, copy in zip(pieces, moved, strict=True):
-            copy.grad = piece.of(piece.param.grad).clone()  # type: ignore[arg-type]
+            gradient = piece.of(piece.param.grad)  # type: ignore[arg-type]
+            # SGD writes to it, foreach with nesterov and fused with a scaler; Muon does not.
+            copy.grad = gradient.clone() if self._by_rows else gradient
         double.param_groups = [{**group, "params": moved}]
         double.state = defaultdict(
             dict, {copy: piece.copied(state[piece.param])
@@ -217,10 +219,10 @@ class _Proposal(Update):
     def step_norm(self) -> Tensor:
         counts = counted_here(self.params)
         rehearsal = self.change._rehearsal  # type: ignore[attr-defined]
-        norms = [
-            joint_norm([piece.update for piece in pieces if counts[piece.index]])
-            for pieces in rehearsal.pieces()
-        ]
+        norms = []
+        for pieces in rehearsal.pieces():
+            norms.append(joint_norm([piece.update for piece in pieces if counts[piece.index]]))
+            pieces.clear()  # before the next ones are made
         return joint_norm(norms)
 
 
