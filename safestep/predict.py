@@ -25,8 +25,8 @@ class Predictor:
     distance of this step, times a margin that grows with every prediction that fell short. An
     exact measurement is called for
 
-    - in the first steps, and after at most 40 steps without one, or as many more, up to 160, as
-      the bound lies below half the limit;
+    - in the first steps, and after at most 40 steps without one, up to 160 as the bound lies below
+      half the limit, down to 5 as it comes from there to the limit;
     - where the bound is over the limit;
     - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)
       exceeds what was usual: another direction or other data; or where it has crept to twice
@@ -120,7 +120,9 @@ class Predictor:
 
     def _is_due(self, bound: float) -> bool:
         headroom = self.limit / (2 * bound) if bound > 0 else math.inf
-        longest = min(AUDIT_INTERVAL * max(1.0, headroom), LONGEST_INTERVAL)
+        # Close to the limit r may be twice what it was before any signal shows it.
+        share = headroom if headroom > 1 else headroom**3
+        longest = min(AUDIT_INTERVAL * share, LONGEST_INTERVAL)
         return self._since >= min(self._interval, longest)
 
     def _is_unusual(self, signals: tuple[float, ...]) -> bool:

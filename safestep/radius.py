@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safestep.coarse import BINS, coarse_radius
+from safestep.coarse import BINS, coarse_radius, histogram
 from safestep.rows import check_rows, climb_rows, row_spread
 from safestep.scan import dominated_interval, scan_minimum, tilted_moments
 
@@ -226,7 +226,8 @@ def ladder_radius(
     flat = [None if x is None else x.flatten(0, -2) for x in (logits, logit_tangent, class_mask)]
 
     def climb(rung: Callable[..., Tensor], rows: Tensor) -> None:
-        radius[rows] = rung(*(None if x is None else x[rows] for x in flat))
+        is_part = len(rows) < len(radius)  # a copy of many classes takes as long as a scan
+        radius[rows] = rung(*(x[rows] if is_part and x is not None else x for x in flat))
 
     threshold = math.inf if limit is None else 1 / limit
     if only_smallest:
@@ -282,7 +283,10 @@ def _closed_form_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None
 def _coarse_rows(
     logits: Tensor, logit_tangent: Tensor, mask: Tensor | None, enough: float
 ) -> Tensor:
-    return climb_rows("certified_radius", coarse_radius, logits, logit_tangent, mask, enough)
+    # A row is left at its histogram's bound, or where that is seen to have `enough`.
+    return climb_rows(
+        "certified_radius", coarse_radius, logits, logit_tangent, mask, enough, histogram
+    )
 
 
 def _certified_rows(
