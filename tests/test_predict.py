@@ -28,7 +28,9 @@ def train(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
 
 
 @pytest.mark.parametrize(
-    ("r", "longest"), [(0.45, AUDIT_INTERVAL), (0.1, 115), (0.01, LONGEST_INTERVAL)], ids=str
+    ("r", "longest"),
+    [(0.45, 11), (0.286, AUDIT_INTERVAL), (0.1, 115), (0.01, LONGEST_INTERVAL)],
+    ids=str,
 )
 def test_measurements_grow_rare_as_far_as_r_is_from_the_limit(r, longest):
     predictor = Predictor(1.0)
