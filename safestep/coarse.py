@@ -17,71 +17,87 @@ import math
 import torch
 from torch import Tensor
 
-from safestep.scan import dominated_interval, scan_minimum
+from safestep.scan import gap_bounds, nodes_at
 
 BINS = 1024
-# Weights under exp(-87) vanish in float32. Up to this radius a tilt cannot raise what they add to
+_SCALE = BINS * (1 - 1e-5)  # a slope of 1, and one a little over by rounding, is in the last bin
+_WIDTH = 1.01 / BINS  # d, with room for rounding and for vanished weights:
+# those under exp(-87) vanish in float32. Up to the last node a tilt cannot raise what they add to
 # the variance over 1e-10, and (d / 2)^2 is 2e-7.
-_LARGEST = 30.0
+_REACH = 16.0
+_NODES = 129  # so near to each other that the bound of a gap is 0.1 % below its ends
+# Variance that raw moments in float64 may miss, and that below which their third one says nothing.
+_ROUNDING, _TOO_SMALL = 1e-13, 1e-9
 
 
 def histogram(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows of fewer classes: one that may hold over half, if any does, and bins of the rest.
+    """Return the weights of a class that may hold over half, if any does, and of bins of the rest.
 
     Args:
         log_weight: Logits of rows, 0 for the heaviest class, -inf for a dead one. Shape ``[N, C]``.
         slope: Tangent in units of its spread, in [0, 1]. Shape ``[N, C]``.
 
     Returns:
-        Their log-weights and slopes. Shape ``[N, 1 + BINS]`` each.
+        Weights, that of the one class first, ``[N, 1 + BINS]``; and its slope, ``[N, 1]``.
     """
     weight = log_weight.exp()
-    top_slope = slope.new_zeros(len(slope), 1)
-    top_weight = torch.full_like(top_slope, -math.inf)  # none
+    top_weight, top_slope = slope.new_zeros(2, len(slope), 1).unbind()
     if (weight.sum(dim=-1) < 2).any():
         top = log_weight.argmax(dim=-1, keepdim=True)
-        top_weight, top_slope = log_weight.gather(-1, top), slope.gather(-1, top)
+        top_weight, top_slope = weight.gather(-1, top), slope.gather(-1, top)
         weight.scatter_(-1, top, 0.0)
-    scale = BINS * (1 - 1e-5)  # a slope of 1, and one a little over by rounding, is in the last bin
-    bins = (slope * scale).to(torch.int64)
-    weight = slope.new_zeros(len(slope), BINS).scatter_add_(-1, bins, weight)
-    middles = (torch.arange(BINS, device=slope.device, dtype=slope.dtype) + 0.5) / scale
-    return (
-        torch.cat([top_weight, weight.log()], dim=-1),
-        torch.cat([top_slope, middles.expand_as(weight)], dim=-1),
-    )
+    bins = (slope * _SCALE).to(torch.int64)
+    binned = slope.new_zeros(len(slope), BINS).scatter_add_(-1, bins, weight)
+    return torch.cat([top_weight, binned], dim=-1), top_slope
 
 
-def coarse_radius(log_weight: Tensor, slope: Tensor, enough: Tensor | None = None) -> Tensor:
-    """Return a lower bound of rung 4, in units of 1 / spread, from the histograms of rows.
+def coarse_radius(weight: Tensor, top_slope: Tensor) -> Tensor:
+    """Return a lower bound of rung 4 in units of 1 / spread.
+
+    The bins have the same slopes in every row, so that the moments of all rows at all nodes of a
+    fixed grid are one product of matrices. Gaps between nodes are bounded as in a scan.
 
     Args:
-        log_weight: From ``histogram``. Shape ``[N, 1 + BINS]``.
-        slope: From ``histogram``. Shape ``[N, 1 + BINS]``.
-        enough: Bound of each row, ``[N]``, that need not be improved upon.
+        weight: From ``histogram``, ``[N, 1 + BINS]``.
+        top_slope: From ``histogram``, ``[N, 1]``.
 
     Returns:
-        The bound, at most 30. Shape ``[N]``.
+        The bound, at most 16. Shape ``[N]``.
 
     Example:
         >>> slope = torch.linspace(0, 1, 5000)[None]
         >>> coarse_radius(*histogram(torch.zeros(1, 5000), slope)) > math.pi
         tensor([True])
     """
-    width = 1.01 / BINS  # more than a bin's, for rounding and vanished weights
-    # A bin that holds more than half may be many classes: only one class can rule out zeros.
-    is_class = log_weight.argmax(dim=-1) == 0
-    left, right = (
-        torch.where(is_class, end, 0.0)
-        for end in dominated_interval(log_weight, slope, margin=width / 2)
-    )
-    if enough is not None:
-        enough = enough.clamp(max=_LARGEST)
-        enough = 1.001 * enough.square() / _shrunk(enough, width)  # what a histogram has to have
-    radius = scan_minimum(log_weight, slope, left, right, inside=False, enough=enough)
-    return _shrunk(radius.clamp(max=_LARGEST), width)
+    wide = {"dtype": torch.float64, "device": weight.device}
+    power = torch.arange(4, **wide)
+    x = torch.linspace(-_REACH, _REACH, _NODES, **wide)
+    # Slopes from the middle of the row, so that little is lost in the variance.
+    offset = ((torch.arange(BINS, **wide) + 0.5) / _SCALE - 0.5).unsqueeze(-1)
+    tilted = (offset**power).unsqueeze(-1) * (offset * x).exp().unsqueeze(1)  # [BINS, 4, M]
+    sums = (weight[:, 1:].double() @ tilted.flatten(1)).unflatten(-1, (4, _NODES))
+    top_offset = top_slope.double() - 0.5
+    top = weight[:, :1] * (top_offset * x).exp()
+    searched = ~_ruled(sums[:, 0] * (x.abs() * _WIDTH / 2).exp() < top)
+    sums = sums + (top_offset**power).unsqueeze(-1) * top.unsqueeze(1)
+    mean, second, third = (sums[:, 1:] / sums[:, :1]).unbind(1)
+    variance = (second - mean.square()).clamp(min=0) + _ROUNDING
+    skew = (third - 3 * mean * second + 2 * mean**3) / variance
+    skew = skew.masked_fill(variance < _TOO_SMALL, math.nan)
+    nodes = nodes_at(x.expand_as(mean), mean + 0.5, variance.log(), skew)
+    bound, _ = gap_bounds(nodes, searched)
+    radius = (bound.amin(dim=-1) / 2).exp()
+    shrunk = radius * (-radius * _WIDTH / 2).exp() / (1 + radius * _WIDTH / math.pi)
+    return shrunk.to(weight.dtype)
 
 
-def _shrunk(radius: Tensor, width: float) -> Tensor:
-    """Return the radius that a histogram of this radius proves for its row."""
-    return radius * (-radius * width / 2).exp() / (1 + radius * width / math.pi)
+def _ruled(over_half: Tensor) -> Tensor:
+    """Return for each gap and the two rays, ``[N, M + 1]``, whether the class rules all of it.
+
+    From 0 outwards; the logarithm of its odds is concave in x, so that both ends tell.
+    """
+    middle = over_half.shape[-1] // 2
+    left, right = over_half[:, : middle + 1], over_half[:, middle:]
+    left = left.flip(-1).cumprod(dim=-1)[:, 1:].flip(-1)
+    ray = left.new_zeros(len(left), 1)
+    return torch.cat([ray, left, right.cumprod(dim=-1)[:, 1:], ray], dim=-1).bool()

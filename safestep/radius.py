@@ -252,7 +252,7 @@ def _climb_to_smallest(radius: Tensor, climb: Climb, threshold: float, classes: 
         return
     lower, count = (_closed_form_rows, _FEW)
     if classes >= 2 * BINS:
-        lower, count = partial(_coarse_rows, enough=threshold), 1
+        lower, count = _coarse_rows, 1
     else:
         # The first few give a value that most others can be seen not to fall below.
         first = radius[rows].nan_to_num(-math.inf).topk(min(count, len(rows)), largest=False)
@@ -280,12 +280,9 @@ def _closed_form_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None
     return climb_rows("closed_form_radius", _closed_form, logits, logit_tangent, mask)
 
 
-def _coarse_rows(
-    logits: Tensor, logit_tangent: Tensor, mask: Tensor | None, enough: float
-) -> Tensor:
-    # A row is left at its histogram's bound, or where that is seen to have `enough`.
+def _coarse_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
     return climb_rows(
-        "certified_radius", coarse_radius, logits, logit_tangent, mask, enough, histogram
+        "certified_radius", coarse_radius, logits, logit_tangent, mask, condense=histogram
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 # has to be known, the radius [N] that is enough, to radii [N].
 Rung = Callable[..., Tensor]
 
-# From log-weights and slopes to those of fewer classes.
+# From log-weights and slopes [N, C] to something smaller in place of them.
 Condense = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Elements of one [rows, classes] work array: bounds memory to some 16 MiB apiece in float32.
@@ -71,8 +71,8 @@ def climb_rows(
 ) -> Tensor:
     """Return the larger of bound and rung, computed in chunks of rows.
 
-    ``condense`` makes shorter rows of rows of many classes, of which the rung then sees many at
-    once; it is given a few at a time, so that what is computed on the way stays in a cache.
+    ``condense`` makes something smaller of rows of many classes, which the rung then sees many of
+    at once; it is given a few at a time, so that what is computed on the way stays in a cache.
     """
     check_rows(where, logit_tangent, mask, logits)
     classes = logits.shape[-1]
@@ -85,8 +85,8 @@ def climb_rows(
     z, a = (each.reshape(-1, classes).split(size) for each in (logits, logit_tangent))
     masks = [None] * len(z) if mask is None else mask.reshape(-1, classes).split(size)
     radius = [
-        _climb_chunk(rung, *(each.to(dtype) for each in pair), exists, enough, condense)
-        for *pair, exists in zip(z, a, masks, strict=True)
+        _climb_chunk(rung, each.to(dtype), tangent.to(dtype), exists, enough, condense)
+        for each, tangent, exists in zip(z, a, masks, strict=True)
     ]
     return torch.cat(radius).reshape(logits.shape[:-1])
 

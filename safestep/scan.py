@@ -67,14 +67,11 @@ def tilted_moments(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
     return heaviest.squeeze(-1) + mean_offset, square.log() + unit, cube / square
 
 
-def dominated_interval(
-    log_weight: Tensor, slope: Tensor, margin: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def dominated_interval(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ends (left <= 0 <= right, ``[N]`` each) of the x at which one class is over half.
 
     Only the class that is over half at x = 0 is followed. Both ends are 0 where there is none, an
-    end is infinite where the class stays over half. Rounding apart the interval is never too long,
-    not even if each of the other slopes is off by as much as ``margin``.
+    end is infinite where the class stays over half. Rounding apart the interval is never too long.
     """
     top_log_weight, top = log_weight.max(dim=-1, keepdim=True)
     odds = (log_weight - top_log_weight).scatter(-1, top, -math.inf)
@@ -83,8 +80,8 @@ def dominated_interval(
     rows = (at_zero < 0).nonzero().squeeze(-1)
     if len(rows) > 0:
         odds, gain = odds[rows], slope[rows] - slope[rows].gather(-1, top[rows])
-        right[rows] = _parity_point(odds, gain + margin, at_zero[rows])
-        left[rows] = -_parity_point(odds, margin - gain, at_zero[rows])
+        right[rows] = _parity_point(odds, gain, at_zero[rows])
+        left[rows] = -_parity_point(odds, -gain, at_zero[rows])
     return left, right
 
 
@@ -144,7 +141,7 @@ def scan_minimum(
     aim = None if enough is None else 2 * enough.log()
     rows = torch.arange(len(left), device=left.device)
     for _ in range(_MAX_ROUNDS):
-        bound, split = _gap_bounds(nodes, searched)
+        bound, split = gap_bounds(nodes, searched)
         lowest, gap = bound.min(dim=-1)
         result[rows] = lowest
         seen = nodes.value.masked_fill(~(searched[:, 1:] | searched[:, :-1]), math.inf)
@@ -174,14 +171,25 @@ def _insert(old: Tensor, position: Tensor, new: Tensor) -> Tensor:
 def _evaluate(log_weight: Tensor, slope: Tensor, x: Tensor) -> Nodes:
     """Return the nodes at ``x`` ``[N, M]``, one column at a time to keep memory at ``[N, C]``."""
     columns = [tilted_moments(log_weight + slope * at.unsqueeze(-1), slope) for at in x.unbind(1)]
-    mean, log_variance, skew = (torch.stack(field, dim=1) for field in zip(*columns, strict=True))
+    return nodes_at(x, *(torch.stack(field, dim=1) for field in zip(*columns, strict=True)))
+
+
+def nodes_at(x: Tensor, mean: Tensor, log_variance: Tensor, skew: Tensor) -> Nodes:
+    """Return the nodes with these moments of the tilted slopes, each ``[N, M]``.
+
+    Args:
+        x: Where the nodes are.
+        mean: Of the slopes.
+        log_variance: log s^2.
+        skew: d(log s^2)/dx.
+    """
     log_strip = _LOG_QUARTER_PI_SQUARED - log_variance
     value = torch.logaddexp(2 * x.abs().log(), log_strip)
     rate = 2 * x * (-value).exp() - (log_strip - value).exp() * skew
     return Nodes(x, value, rate, mean, log_variance)
 
 
-def _gap_bounds(nodes: Nodes, searched: Tensor) -> tuple[Tensor, Tensor]:
+def gap_bounds(nodes: Nodes, searched: Tensor) -> tuple[Tensor, Tensor]:
     """Return a lower bound of w in each gap and the point to split it at, both ``[N, M + 1]``.
 
     The first and last gap are the rays; gaps that are not searched are bounded by inf.

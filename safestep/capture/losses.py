@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 
 from safestep.capture.loss_graph import Node
 
-# Logits of one tile of a linear_cross_entropy: 20 MiB in float32.
-_TILE_ELEMENTS = 5 << 20
+# Logits of one tile of a linear_cross_entropy: 16 MiB in float32.
+_TILE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
