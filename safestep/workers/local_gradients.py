@@ -49,19 +49,19 @@ class LocalGradients:
         Returns:
             ||g_i||^2, <g_i, g> and this worker's share of ||g||^2. float64, shape ``[3]``.
         """
-        own, mixed, mean = [], [], []
+        flat = self._own()
+        mixed, mean = [], []
         for index, parameter in enumerate(self._parameters):
             # A parameter frozen meanwhile may still hold an old gradient.
-            grad = parameter.grad if parameter.requires_grad else None
-            reduced = None if grad is None else _dense(grad)
+            if parameter.grad is None or not parameter.requires_grad:
+                continue
+            reduced = _dense(parameter.grad)
             if index in self._kept:
-                own += _products(self._views[index], self._views[index])
-            if index in self._kept and reduced is not None:
                 mixed += _products(self._views[index], reduced)
-            if index % num_shares == share and reduced is not None:
+            if index % num_shares == share:
                 mean += _products(reduced, reduced)
-        device = self._parameters[0].device
-        return torch.stack([_total(products, device) for products in (own, mixed, mean)])
+        own = _products(flat, flat)
+        return torch.stack([_total(products, flat.device) for products in (own, mixed, mean)])
 
     def take_unit(self, norm: Tensor) -> Tensor:
         """Return the kept gradient over its norm, flat, as a buffer that the caller may change.
@@ -72,11 +72,7 @@ class LocalGradients:
         Returns:
             The unit gradient. Shape ``[P]``.
         """
-        flat = self._flat if self._flat is not None else self._allocate()
-        for index, view in enumerate(self._views):
-            if index not in self._kept:
-                view.zero_()
-        return flat.div_(norm)
+        return self._own().div_(norm)
 
     def clear(self) -> None:
         """Forget what was kept."""
@@ -95,6 +91,14 @@ class LocalGradients:
             self._allocate()
         self._views[index].copy_(_dense(parameter.grad))
         self._kept.add(index)
+
+    def _own(self) -> Tensor:
+        """Return this worker's gradient, flat; zero where this step has none."""
+        flat = self._allocate() if self._flat is None else self._flat
+        for index, view in enumerate(self._views):
+            if index not in self._kept:
+                view.zero_()
+        return flat
 
     def _allocate(self) -> Tensor:
         dtype = torch.float32
