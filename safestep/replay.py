@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class Call:
         gradients: What the loss's gradient showed about each output tensor, by its name.
         signals: Smallest and largest output and 1-norm of the loss's gradient there, where a
             Recorder watches them: scalars on the device, which tell unusual data from usual.
+        is_fresh: Whether every gradient was zero when its backward pass began: a boolean on the
+            device, or None where that is known without a look at the numbers.
     """
 
     function: Callable[..., Any]
@@ -48,6 +52,7 @@ class Call:
     modes: tuple[tuple[nn.Module, bool], ...] = ()
     gradients: dict[str, GradientEvidence] = field(default_factory=dict)
     signals: list[Tensor] = field(default_factory=list)
+    is_fresh: Tensor | None = None
 
     @classmethod
     def of(
@@ -170,7 +175,7 @@ class Recorder:
 
     def take(self) -> list[Call]:
         """Return the queued calls and forget them."""
-        calls = list(self._calls)
+        calls = _since_cleared(list(self._calls))
         self._calls.clear()
         self._step_start = None
         return calls
@@ -207,7 +212,7 @@ class Recorder:
     ) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
             if call not in self._calls:
-                self._void_cleared()
+                call.is_fresh = self._void_cleared()
                 self._queue(call)
             evidence = GradientEvidence.of(gradient, self._class_axes.get(name), output)
             if evidence.class_axis is not None:
@@ -218,16 +223,29 @@ class Recorder:
 
         return look
 
-    def _void_cleared(self) -> None:
+    def _void_cleared(self) -> Tensor | None:
         """Forget calls whose gradients were cleared without a step.
 
         A GradScaler found inf, or the gradients were those of another optimizer's loss.
+
+        Returns:
+            Whether the gradients are all zero, as ``zero_grad(set_to_none=False)`` leaves them: a
+            boolean on the device, since to wait for it would hold up the backward pass. None where
+            nothing is to be voided, and for sharded and sparse gradients, which are not looked at.
         """
         backward = torch._C._current_graph_task_id()  # its gradients come when it ends; -1 outside
         is_new = backward != self._backward or backward == -1
         self._backward = backward
-        if is_new and self._calls and not any(_has_gradient(p) for p in self._params()):
+        if not is_new or not self._calls:
+            return None
+        params = self._params()
+        if not any(_has_gradient(p) for p in params):
             self._calls.clear()
+            return None
+        grads = [p.grad for p in params if p.grad is not None and p.grad.numel()]
+        if backward == -1 or any(is_sharded(grad) or grad.is_sparse for grad in grads):
+            return None
+        return _are_zero(grads) if grads else None
 
     def _queue(self, call: Call) -> None:
         if len(self._calls) == MAX_RECORDED_CALLS:
@@ -286,6 +304,21 @@ def eager_module(model: nn.Module) -> nn.Module:
 def _has_gradient(param: Tensor) -> bool:
     # fully_shard holds a gradient that is not reduced yet elsewhere: there may be one.
     return param.grad is not None or is_sharded(param)
+
+
+@torch.no_grad()
+def _are_zero(grads: list[Tensor]) -> Tensor:
+    largest = torch._foreach_norm(grads, math.inf)  # a 2-norm of tiny numbers would underflow
+    return torch.stack([value.to(grads[0].device) == 0 for value in largest]).all()
+
+
+def _since_cleared(calls: list[Call]) -> list[Call]:
+    """Return the calls from the last one on whose backward began with zero gradients."""
+    starts = [index for index, call in enumerate(calls) if call.is_fresh is not None]
+    if not starts:
+        return calls
+    flags = torch.stack([calls[index].is_fresh for index in starts]).tolist()  # type: ignore[arg-type]
+    return calls[max(compress(starts, flags), default=0) :]
 
 
 def _detached(value: Any) -> Any:

@@ -303,3 +303,26 @@ def test_a_gradient_that_was_cleared_does_not_count(dense_normalized_step):
 
     expected = dense_normalized_step(before, discriminator, *halves)
     assert guard.last.normalized_step == pytest.approx(expected, rel=1e-4)  # float32
+
+
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["none", "zeros"])
+@pytest.mark.parametrize("num_batches", [1, 2], ids=["one batch", "accumulated"])
+def test_a_backward_pass_that_was_given_up_does_not_count(
+    set_to_none, num_batches, dense_normalized_step
+):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, model, action="monitor")
+    labels = torch.tensor([0, 1, 2])
+    given_up, *batches = [100 * torch.randn(3, 4), *torch.randn(num_batches, 3, 4)]
+    cross_entropy(model(given_up), labels).backward()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    before = copy.deepcopy(model)
+
+    for batch in batches:
+        cross_entropy(model(batch), labels).backward()
+    optimizer.step()
+
+    expected = dense_normalized_step(before, model, *batches)
+    assert guard.last.normalized_step == pytest.approx(expected, rel=1e-4)  # float32
