@@ -4,8 +4,9 @@
 
 The logits and their tangent take three products of hidden states and weights. The time is given
 as a multiple of three plain products (in tiles of 256 rows, interleaved). The loss that runs again
-before the first tile is there is not counted, and neither is the tangent of that tile. Memory is the growth of the peak resident size in a process of its own, where the
-tangent of the weights, which is as large as they are, takes its part.
+before the first tile is there is not counted, and neither is the tangent of that tile. Memory is
+the growth of the peak resident size in a process of its own, where the tangent of the weights,
+which is as large as they are, takes its part.
 """
 
 from __future__ import annotations
