@@ -33,6 +33,8 @@ _ROUNDING, _TOO_SMALL = 1e-13, 1e-9
 def histogram(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weights of a class that may hold over half, if any does, and of bins of the rest.
 
+    What is given is overwritten, so that less has to be in the cache.
+
     Args:
         log_weight: Logits of rows, 0 for the heaviest class, -inf for a dead one. Shape ``[N, C]``.
         slope: Tangent in units of its spread, in [0, 1]. Shape ``[N, C]``.
@@ -40,13 +42,13 @@ def histogram(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Weights, that of the one class first, ``[N, 1 + BINS]``; and its slope, ``[N, 1]``.
     """
-    weight = log_weight.exp()
+    weight = log_weight.exp_()
     top_weight, top_slope = slope.new_zeros(2, len(slope), 1).unbind()
     if (weight.sum(dim=-1) < 2).any():
-        top = log_weight.argmax(dim=-1, keepdim=True)
+        top = weight.argmax(dim=-1, keepdim=True)
         top_weight, top_slope = weight.gather(-1, top), slope.gather(-1, top)
         weight.scatter_(-1, top, 0.0)
-    bins = (slope * _SCALE).to(torch.int64)
+    bins = slope.mul_(_SCALE).to(torch.int64)
     binned = slope.new_zeros(len(slope), BINS).scatter_add_(-1, bins, weight)
     return torch.cat([top_weight, binned], dim=-1), top_slope
 
