@@ -18,6 +18,7 @@ WATCHED = [
     "manual",
     "bf16",
     "scaled",
+    "compiled",
 ]
 
 
@@ -71,6 +72,18 @@ def test_step_safety_that_only_watches_leaves_ranks_bitwise_alone(watched, scena
     for guarded, unguarded in zip(watched[scenario], watched[f"{scenario} unguarded"], strict=True):
         assert {report["status"] for report in guarded["reports"]} == {"ok"}
         assert_same_bits(guarded["after"], unguarded["after"])
+
+
+@pytest.mark.slow
+def test_step_safety_measures_a_compiled_module_on_ranks_like_an_eager_one(watched):
+    for compiled, eager in zip(watched["compiled"], watched["plain"], strict=True):
+        found = [report["normalized_step"] for report in compiled["reports"]]
+        expected = [report["normalized_step"] for report in eager["reports"]]
+        # Compiled arithmetic may round differently, and the weights drift apart by that.
+        assert found == pytest.approx(expected, rel=1e-4)
+        # Only the eager step logs its loss: the other one really was compiled.
+        assert "loss" in eager["logged"]
+        assert "loss" not in compiled["logged"]
 
 
 @pytest.fixture(scope="module")

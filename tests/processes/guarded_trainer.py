@@ -31,14 +31,15 @@ class Classifier(LightningModule):
 
     def training_step(self, batch, batch_idx):
         inputs, classes = batch
-        self.calls += 1  # when the step runs again, that is undone afterwards
         if self.fault is not None and self.global_rank == 1:
+            self.calls += 1  # when the step runs again, that is undone afterwards
             if self.fault == "raises" and self.calls > batch_idx + 1:
                 raise KeyError("labels are gone")
             if self.fault == "spoiled" and batch_idx == 1:
                 inputs = inputs * torch.nan
         loss = functional.cross_entropy(self.net(inputs), classes)
-        self.log("loss", loss)
+        if not torch.compiler.is_compiling():  # dynamo fails to trace self.log, guarded or not
+            self.log("loss", loss)
         if self.automatic_optimization:
             return loss
         optimizer = self.optimizers()
@@ -80,6 +81,7 @@ WATCHED = {
     "manual": {"is_manual": True},
     "bf16": {"precision": "bf16-mixed"},
     "scaled": {"is_scaled": True},
+    "compiled": {"is_compiled": True},
 }
 FAULTY = {
     "raises": {"lr": 0.05, "fault": "raises"},
@@ -103,12 +105,16 @@ def main(output, num_ranks, *names):
 
 def fit(
     path, num_ranks, *callbacks, lr, action="clip", is_manual=False, has_unused=False, fault=None,
-    is_scaled=False, logger=False, find_unused_parameters=False, static_graph=False, **options,
+    is_scaled=False, is_compiled=False, logger=False, find_unused_parameters=False,
+    static_graph=False, **options,
 ):  # fmt: skip
     seed_everything(0, verbose=False)
     inputs = torch.randn(64, 8)
     loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
     safety = StepSafety(action=action) if action else None
+    module = Classifier(lr, is_manual, has_unused, fault)
+    if is_compiled:
+        module = torch.compile(module, backend="aot_eager")
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if is_scaled else None
     Trainer(
         accelerator="cpu",
@@ -128,7 +134,7 @@ def fit(
         callbacks=[*([safety] if safety else []), *callbacks, Save(path, safety)],
         plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if is_scaled else None,
         **options,
-    ).fit(Classifier(lr, is_manual, has_unused, fault), loader)
+    ).fit(module, loader)
 
 
 if __name__ == "__main__":
