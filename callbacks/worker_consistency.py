@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from safestep.warn import warn_user
 from safestep.workers.metrics import WorkerMetrics, WorkerReport
 
 from .run_dir import default_run_dir
@@ -179,7 +179,7 @@ def _check_strategy(trainer: Trainer) -> None:
             "callback out."
         )
     if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
-        rank_zero_warn(
+        warn_user(
             "WorkerConsistency: one process without accumulate_grad_batches has one worker; "
             "nothing is measured."
         )

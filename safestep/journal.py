@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.distributed import ProcessGroup
 from safestep.controller import StepReport
 from safestep.distributed import rank, world_size
 from safestep.runlog.writer import RunLog
+from safestep.warn import warn_user
 
 _logger = logging.getLogger("safestep")
 
@@ -79,7 +79,7 @@ class Journal:
         if text in self._warned or not self._is_writer:
             return
         self._warned.add(text)
-        warnings.warn(f"SafeStep: {text}.", stacklevel=2)
+        warn_user(f"SafeStep: {text}.")
 
     def close(self) -> None:
         """Close the run log."""

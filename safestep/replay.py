@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from safestep.capture.evidence import GradientEvidence
 from safestep.capture.plan import named_tensors
 from safestep.shards import is_sharded
 from safestep.untraced import RandomState
+from safestep.warn import warn_user
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
 MAX_RECORDED_CALLS = 1024
@@ -248,11 +248,10 @@ class Recorder:
 
     def _queue(self, call: Call) -> None:
         if len(self._calls) == MAX_RECORDED_CALLS:
-            warnings.warn(
+            warn_user(
                 f"SafeStep: {MAX_RECORDED_CALLS} forward passes were recorded and the optimizer it "
                 "is attached to never stepped. A copied or re-created optimizer has lost its "
-                "hooks: attach SafeStep to the optimizer whose step() is called.",
-                stacklevel=2,
+                "hooks: attach SafeStep to the optimizer whose step() is called."
             )
             self._calls.clear()
         self._calls.append(call)

@@ -1,7 +1,6 @@
 """Layer 3: read a run back, from ``run.jsonl`` or a Lightning ``metrics.csv``, as numpy columns."""
 
 import json
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from safestep.runlog.columns import ColumnBuilder
 from safestep.runlog.metrics_csv import read_metrics_csv
 from safestep.runlog.writer import FILE_NAME, check_header
+from safestep.warn import warn_user
 
 Columns = dict[str, np.ndarray]
 
@@ -142,7 +142,7 @@ def _read_jsonl(path: Path) -> Run:
                     steps.start_segment()
                     workers.start_segment()
     if torn:
-        warnings.warn(f"read_run: skipped the torn last line of {path}.", stacklevel=3)
+        warn_user(f"read_run: skipped the torn last line of {path}.")
     return Run(path, header, steps.build(), workers.build(), events, torn)
 
 

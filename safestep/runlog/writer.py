@@ -10,11 +10,12 @@ and its like in other languages parse. ``safestep.read_run`` reads it back.
 import json
 import math
 import os
-import warnings
 import weakref
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safestep.warn import warn_user
 
 SCHEMA_VERSION = 1
 FILE_NAME = "run.jsonl"
@@ -107,9 +108,8 @@ class RunLog:
         except OSError as error:
             self._file.close()
             self._file = None
-            warnings.warn(
-                f"safestep: no more records in {self.path}: {error}. Training goes on unlogged.",
-                stacklevel=3,
+            warn_user(
+                f"safestep: no more records in {self.path}: {error}. Training goes on unlogged."
             )
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from safestep.callbacks import StepSafety
+from safestep.callbacks import StepSafety, WorkerConsistency
 
 
 class Classifier(LightningModule):
@@ -211,6 +211,27 @@ def test_step_safety_guards_a_bare_bones_trainer():
         trainer.fit(module)
 
     assert safety.last[0].status == "clipped"
+
+
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings(r"ignore:You are trying to `self.log\(\)`")
+@pytest.mark.parametrize("callback", [StepSafety, WorkerConsistency])
+def test_callbacks_warn_at_the_line_that_starts_the_training(callback):
+    class NoSecondRun(Classifier):
+        def training_step(self, batch, batch_idx):
+            if not torch.is_grad_enabled():
+                raise ValueError("not without gradients")
+            return super().training_step(batch, batch_idx)
+
+    trainer = Trainer(barebones=True, accelerator="cpu", max_epochs=1, callbacks=[callback()])
+
+    with pytest.warns(UserWarning, match=r"ValueError: not without|nothing is measured") as found:
+        trainer.fit(NoSecondRun())
+
+    messages = ("SafeStep: ", "WorkerConsistency: ")
+    (warning,) = [one for one in found if str(one.message).startswith(messages)]
+    assert warning.filename == __file__
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
