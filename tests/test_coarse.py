@@ -111,3 +111,20 @@ def test_logits_are_not_computed_where_the_bound_settles_every_row():
     assert radius == pytest.approx(math.pi / 1.5)
     with pytest.raises(AssertionError, match="asked for the logits"):
         smallest_row([row], rung="certified", limit=0.1)
+
+
+def test_classes_and_rows_that_do_not_count_are_left_out_of_a_histogram():
+    rows = [row_of(kind, 2500, 2.0, seed) for seed in range(3) for kind in ("normal", "confident")]
+    logits, tangent = (torch.cat(each).float() for each in zip(*rows, strict=True))
+    logits[1, 40:90] = -math.inf
+    tangent[1, 40:90] = 1e4
+    tangent[2] = 0.0
+    mask = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)) < 0.8
+    mask[3] = False
+
+    radius = ladder_radius(logits, tangent, mask=mask, limit=1e-3, only_smallest=True)
+
+    exact = certified_radius(logits, tangent, mask=mask)
+    assert torch.isinf(radius[[2, 3]]).all()
+    assert (radius <= exact * (1 + 1e-5)).all()
+    torch.testing.assert_close(radius.min(), exact.min(), rtol=3e-3, atol=0)
