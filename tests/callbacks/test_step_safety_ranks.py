@@ -30,6 +30,7 @@ def train(output, num_ranks, *names):
     return {
         folder.name: [torch.load(folder / f"rank{rank}.pt") for rank in range(num_ranks)]
         for folder in output.iterdir()
+        if folder.name != "checkpoints"
     }
 
 
@@ -86,6 +87,20 @@ def test_step_safety_measures_a_compiled_module_on_ranks_like_an_eager_one(watch
         assert "loss" not in compiled["logged"]
 
 
+@pytest.mark.slow
+def test_step_safety_resumes_bitwise_on_ranks(tmp_path):
+    found = train(tmp_path, 2, "resumed")
+
+    for resumed, whole in zip(found["resumed"], found["uninterrupted"], strict=True):
+        assert [report["step"] for report in resumed["reports"]] == [4, 5, 6, 7]
+        later, expected = (
+            [report | {"seconds": 0.0} for report in run["reports"]] for run in (resumed, whole)
+        )
+        assert later == expected[4:]
+        assert "clipped" in {report["status"] for report in resumed["reports"]}
+        assert_same_bits(resumed["after"], whole["after"], but=["running"])  # saved by rank 0 alone
+
+
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
     """What the ranks saw where rank 1 has a fault; one start for all faults."""
@@ -118,3 +133,24 @@ def test_step_safety_undoes_a_step_on_all_ranks_after_a_nan_on_one(faulty):
     assert [report["status"] for report in reports] == ["ok", "skipped", "ok", "ok"]
     weights = faulty["spoiled"][0]["after"]
     assert all(value.isfinite().all() for name, value in weights.items() if "running" not in name)
+
+
+@pytest.mark.slow
+def test_a_rank_that_went_nan_is_skipped_and_named_in_the_shared_run_log(tmp_path):
+    reports = train(tmp_path, 2, "named")["named"][0]["reports"]
+
+    assert [report["status"] for report in reports] == ["ok", "skipped", "ok", "ok"]
+    (path,) = tmp_path.rglob("run.jsonl")
+    events = [event for event in read_run(path).events if event["name"] == "worker"]
+    assert [event["message"] for event in events] == ["rank 1: loss not finite since step 1"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_at_once(tmp_path):
+    """The group would wait half an hour; the time limit is that of a start of the processes."""
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "2", "dies"]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode != 0
+    assert "process 1 terminated with exit code 1" in done.stderr

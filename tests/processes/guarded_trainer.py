@@ -1,5 +1,6 @@
 """StepSafety on the ranks of a Trainer: ``guarded_trainer.py OUTPUT NUM_RANKS SCENARIO...``."""
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # noqa: F401  once before the fork, not in every rank
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -19,13 +21,13 @@ from safestep.callbacks import StepSafety, WorkerConsistency
 class Classifier(LightningModule):
     """A classifier with BatchNorm and dropout; on rank 1, a planted fault."""
 
-    def __init__(self, lr, is_manual=False, has_unused=False, fault=None):
+    def __init__(self, lr, is_manual=False, has_unused=False, fault=None, dropout=0.2):
         super().__init__()
         torch.manual_seed(0)
         self.lr, self.automatic_optimization = lr, not is_manual
         self.fault, self.calls = fault, 0
         self.net = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4)
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 4)
         )
         self.unused = nn.Linear(2, 2) if has_unused else None
 
@@ -35,6 +37,8 @@ class Classifier(LightningModule):
             self.calls += 1  # when the step runs again, that is undone afterwards
             if self.fault == "raises" and self.calls > batch_idx + 1:
                 raise KeyError("labels are gone")
+            if self.fault == "dies" and batch_idx == 1:
+                os._exit(1)
             if self.fault == "spoiled" and batch_idx == 1:
                 inputs = inputs * torch.nan
         loss = functional.cross_entropy(self.net(inputs), classes)
@@ -87,6 +91,7 @@ FAULTY = {
     "raises": {"lr": 0.05, "fault": "raises"},
     "raises while clipped": {"lr": 3.0, "fault": "raises"},
     "spoiled": {"lr": 0.05, "fault": "spoiled"},
+    "dies": {"lr": 0.05, "fault": "dies"},
 }
 
 
@@ -95,6 +100,15 @@ def main(output, num_ranks, *names):
     for name in names:
         if name == "clipped":
             fit(output / name, num_ranks, WorkerConsistency(), lr=3.0, logger=True)
+        elif name == "named":
+            options = {"static_graph": True, "logger": True}
+            fit(output / name, num_ranks, WorkerConsistency(), **FAULTY["spoiled"], **options)
+        elif name == "resumed":
+            whole, options = output / "uninterrupted", {"lr": 3.0, "dropout": 0.0, "max_epochs": 2}
+            checkpoints = ModelCheckpoint(output / "checkpoints", "{epoch}", save_top_k=-1)
+            fit(whole, num_ranks, checkpoints, enable_checkpointing=True, **options)
+            ckpt_path = output / "checkpoints" / "epoch=0.ckpt"
+            fit(output / name, num_ranks, ckpt_path=ckpt_path, **options)
         elif name in FAULTY:
             fit(output / name, num_ranks, **FAULTY[name])
         else:
@@ -106,13 +120,13 @@ def main(output, num_ranks, *names):
 def fit(
     path, num_ranks, *callbacks, lr, action="clip", is_manual=False, has_unused=False, fault=None,
     is_scaled=False, is_compiled=False, logger=False, find_unused_parameters=False,
-    static_graph=False, **options,
+    static_graph=False, dropout=0.2, ckpt_path=None, **options,
 ):  # fmt: skip
     seed_everything(0, verbose=False)
     inputs = torch.randn(64, 8)
     loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
     safety = StepSafety(action=action) if action else None
-    module = Classifier(lr, is_manual, has_unused, fault)
+    module = Classifier(lr, is_manual, has_unused, fault, dropout)
     if is_compiled:
         module = torch.compile(module, backend="aot_eager")
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if is_scaled else None
@@ -124,17 +138,15 @@ def fit(
             find_unused_parameters=find_unused_parameters,
             static_graph=static_graph,
         ),
-        max_epochs=1,
         log_every_n_steps=1,
         default_root_dir=path,
         logger=logger,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*([safety] if safety else []), *callbacks, Save(path, safety)],
         plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if is_scaled else None,
-        **options,
-    ).fit(module, loader)
+        **{"max_epochs": 1, "enable_checkpointing": False, **options},
+    ).fit(module, loader, ckpt_path=ckpt_path)
 
 
 if __name__ == "__main__":
