@@ -1,7 +1,7 @@
 """Layer 0: rung 4 from below, at the cost of one look at a row of many classes.
 
 A row in units of its spread (see ``safestep.scan``) is replaced by a histogram: the classes whose
-slopes share a bin of width d become one class at its middle; the heaviest class stays as it is.
+slopes share a bin of width d become one class at its middle; one that may be over half stays.
 With s and h the standard deviations of the slope in the row and in the histogram, both tilted by u,
 a bin's share of the row is at most exp(|u| d) times its share of the histogram; by Minkowski,
 

@@ -226,7 +226,8 @@ def ladder_radius(
     flat = [None if x is None else x.flatten(0, -2) for x in (logits, logit_tangent, class_mask)]
 
     def climb(rung: Callable[..., Tensor], rows: Tensor) -> None:
-        is_part = len(rows) < len(radius)  # a copy of many classes takes as long as a scan
+        # Rows ascend, so that as many as there are is all of them: a copy takes as long as a scan.
+        is_part = len(rows) < len(radius)
         radius[rows] = rung(*(x[rows] if is_part and x is not None else x for x in flat))
 
     threshold = math.inf if limit is None else 1 / limit
@@ -256,7 +257,7 @@ def _climb_to_smallest(radius: Tensor, climb: Climb, threshold: float, classes: 
     else:
         # The first few give a value that most others can be seen not to fall below.
         first = radius[rows].nan_to_num(-math.inf).topk(min(count, len(rows)), largest=False)
-        first = rows[first.indices]
+        first = rows[first.indices].sort().values
         climb(_certified_rows, first)
         smallest = min(float(radius[first].min()), threshold)
         rows = _unsettled(radius.index_fill(0, first, math.inf), smallest)
@@ -266,7 +267,7 @@ def _climb_to_smallest(radius: Tensor, climb: Climb, threshold: float, classes: 
     for few in rows[radius[rows].argsort()].split(count):
         if not bool((radius[few] < smallest).any()):
             return
-        climb(partial(_certified_rows, enough=smallest), few)
+        climb(partial(_certified_rows, enough=smallest), few.sort().values)
         smallest = min(smallest, float(radius[few].min()))
 
 

@@ -132,3 +132,17 @@ def test_ladder_keeps_a_broken_row_nan_when_only_the_smallest_is_wanted():
 
     assert radius[33].isnan()
     assert radius.min().isnan()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 40])
+@pytest.mark.parametrize("classes", [7, 2500])
+def test_the_smallest_radius_stands_at_the_row_that_has_it(num_rows, classes):
+    for seed in range(3):
+        logits, tangent = rows_of("random", seed, classes, num_rows)
+
+        radius = ladder_radius(logits, tangent, limit=1e-3, only_smallest=True)
+
+        certified = certified_radius(logits, tangent)
+        assert radius.argmin() == certified.argmin()
+        torch.testing.assert_close(radius.min(), certified.min(), rtol=3e-3, atol=0)
+        assert (radius <= certified * (1 + 3e-3)).all()
