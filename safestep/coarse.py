@@ -13,9 +13,11 @@ is at least sqrt(k) r: within 0.5 % of the histogram's for the radii that matter
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from safestep.scan import gap_bounds, nodes_at
 
@@ -24,6 +26,8 @@ _SCALE = BINS * (1 - 1e-5)  # a slope of 1, and one a little over by rounding, i
 _WIDTH = 1.01 / BINS  # d, with room for rounding and for vanished weights:
 # those under exp(-87) vanish in float32. Up to the last node a tilt cannot raise what they add to
 # the variance over 1e-10, and (d / 2)^2 is 2e-7.
+_LOG2_E = math.log2(math.e)
+_INDEX = torch.int32 if TorchVersion(torch.__version__) >= "2.8" else torch.int64
 _REACH = 16.0
 _NODES = 129  # so near to each other that the bound of a gap is 0.1 % below its ends
 # Variance that raw moments in float64 may miss, and that below which their third one says nothing.
@@ -42,13 +46,16 @@ def histogram(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Weights, that of the one class first, ``[N, 1 + BINS]``; and its slope, ``[N, 1]``.
     """
-    weight = log_weight.exp_()
+    weight = log_weight.mul_(_LOG2_E).exp2_()  # in half the time of exp on a CPU
     top_weight, top_slope = slope.new_zeros(2, len(slope), 1).unbind()
-    if (weight.sum(dim=-1) < 2).any():
-        top = weight.argmax(dim=-1, keepdim=True)
-        top_weight, top_slope = weight.gather(-1, top), slope.gather(-1, top)
-        weight.scatter_(-1, top, 0.0)
-    bins = slope.mul_(_SCALE).to(torch.int64)
+    is_ruled = weight.sum(dim=-1) < 2
+    if is_ruled.any():
+        # There one weight alone is 1. Its place is found sooner than by argmax.
+        row, top = (weight == 1).nonzero().unbind(-1)
+        row, top = row[is_ruled[row]], top[is_ruled[row]]
+        top_weight[row, 0], top_slope[row, 0] = 1.0, slope[row, top]
+        weight[row, top] = 0.0
+    bins = slope.mul_(_SCALE).to(_INDEX)
     binned = slope.new_zeros(len(slope), BINS).scatter_add_(-1, bins, weight)
     return torch.cat([top_weight, binned], dim=-1), top_slope
 
@@ -71,13 +78,8 @@ def coarse_radius(weight: Tensor, top_slope: Tensor) -> Tensor:
         >>> coarse_radius(*histogram(torch.zeros(1, 5000), slope)) > math.pi
         tensor([True])
     """
-    wide = {"dtype": torch.float64, "device": weight.device}
-    power = torch.arange(4, **wide)
-    x = torch.linspace(-_REACH, _REACH, _NODES, **wide)
-    # Slopes from the middle of the row, so that little is lost in the variance.
-    offset = ((torch.arange(BINS, **wide) + 0.5) / _SCALE - 0.5).unsqueeze(-1)
-    tilted = (offset**power).unsqueeze(-1) * (offset * x).exp().unsqueeze(1)  # [BINS, 4, M]
-    sums = (weight[:, 1:].double() @ tilted.flatten(1)).unflatten(-1, (4, _NODES))
+    power, x, tilted = _grid(weight.device)
+    sums = (weight[:, 1:].double() @ tilted).unflatten(-1, (4, _NODES))
     top_offset = top_slope.double() - 0.5
     top = weight[:, :1] * (top_offset * x).exp()
     searched = ~_ruled(sums[:, 0] * (x.abs() * _WIDTH / 2).exp() < top)
@@ -91,6 +93,21 @@ def coarse_radius(weight: Tensor, top_slope: Tensor) -> Tensor:
     radius = (bound.amin(dim=-1) / 2).exp()
     shrunk = radius * (-radius * _WIDTH / 2).exp() / (1 + radius * _WIDTH / math.pi)
     return shrunk.to(weight.dtype)
+
+
+@cache
+def _grid(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return powers ``[4]``, nodes ``[M]`` and what sums all bins' moments, ``[BINS, 4 M]``.
+
+    The moments are those of slopes from the middle of the row, so that little is lost in the
+    variance.
+    """
+    wide = {"dtype": torch.float64, "device": device}
+    power = torch.arange(4, **wide)
+    x = torch.linspace(-_REACH, _REACH, _NODES, **wide)
+    offset = ((torch.arange(BINS, **wide) + 0.5) / _SCALE - 0.5).unsqueeze(-1)
+    tilted = (offset**power).unsqueeze(-1) * (offset * x).exp().unsqueeze(1)
+    return power, x, tilted.flatten(1)
 
 
 def _ruled(over_half: Tensor) -> Tensor:

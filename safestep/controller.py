@@ -136,12 +136,17 @@ def smallest_row(
         radius = math.pi / spread
         # Logits that are too many to hold are computed only where the bound leaves a row open.
         if rung != "bound" and not (limit and bool((radius >= 1 / limit).all())):
-            radius = ladder_radius(
-                row.logits, row.tangent, mask=row.mask, limit=limit, rung=rung,
-                only_smallest=quantile is None, spread=spread,
-            )  # fmt: skip
-            if quantile is None:
-                limit = _raised(limit, float(radius.min()))
+            climbed = []
+            for part in row.parts():
+                climbed.append(
+                    ladder_radius(
+                        part.logits, part.tangent, mask=part.mask, limit=limit, rung=rung,
+                        only_smallest=quantile is None,
+                    )
+                )  # fmt: skip
+                if quantile is None:
+                    limit = _raised(limit, float(climbed[-1].min()))
+            radius = torch.cat(climbed)
         radii.append(radius.flatten().double())
         spreads.append(spread.amax().double())
     if not radii:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class LogitTangent:
     """
 
     name: str
-    source: Tensor | Callable[[], Tensor]
+    source: Tensor | Callable[..., Tensor]
     tangent: Tensor
     mask: Tensor | None = None
 
@@ -50,6 +51,17 @@ class LogitTangent:
     def logits(self) -> Tensor:
         """The logits; computed anew each time where they are too many to hold."""
         return self.source if isinstance(self.source, Tensor) else self.source()
+
+    def parts(self) -> Iterator[LogitTangent]:
+        """Yield the rows in parts whose logits can be held beside the tangent of all."""
+        if isinstance(self.source, Tensor):
+            yield self
+            return
+        size = math.ceil(len(self.tangent) / 2)
+        for begin in range(0, len(self.tangent), size):
+            rows = slice(begin, begin + size)
+            mask = None if self.mask is None else self.mask[rows]
+            yield LogitTangent(self.name, partial(self.source, rows), self.tangent[rows], mask)
 
 
 def logits_jvp(

@@ -100,7 +100,7 @@ def test_rows_in_tiles_have_the_smallest_radius_of_the_whole(limit):
 
 
 def test_logits_are_not_computed_where_the_bound_settles_every_row():
-    def logits():
+    def logits(rows):
         raise AssertionError("asked for the logits")
 
     tangent = torch.tensor([[0.0, 1.0], [2.0, 0.5]])
@@ -111,6 +111,21 @@ def test_logits_are_not_computed_where_the_bound_settles_every_row():
     assert radius == pytest.approx(math.pi / 1.5)
     with pytest.raises(AssertionError, match="asked for the logits"):
         smallest_row([row], rung="certified", limit=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_rows_whose_logits_are_computed_are_measured_like_rows_that_are_held(count):
+    logits, tangent = torch.randn(2, count, 3, 40, dtype=torch.float64).unbind()
+    mask = torch.rand(count, 3) < 0.7
+    mask[0, 0] = True
+    held = LogitTangent("logits", logits, 5 * tangent, mask)
+    computed = LogitTangent("logits", lambda rows: logits[rows], 5 * tangent, mask)
+
+    for limit in (None, 1.0):
+        expected = smallest_row([held], rung="certified", limit=limit)
+        torch.testing.assert_close(
+            smallest_row([computed], rung="certified", limit=limit), expected
+        )
 
 
 def test_classes_and_rows_that_do_not_count_are_left_out_of_a_histogram():

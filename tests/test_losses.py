@@ -146,6 +146,7 @@ def test_watch_computes_the_logits_of_a_linear_cross_entropy_when_asked(options,
     assert isinstance(tile, LinearTile)
     assert tile.shape == expected.shape
     torch.testing.assert_close(tile(), expected)
+    torch.testing.assert_close(tile(slice(2, 5)), expected[2:5])
     assert torch.equal(mask, labels != 2)
 
 
