@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from safestep.absent import without_absent
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
 from safestep.duals import differentiable_kernels, tangents_in_place
 from safestep.inner_watch import InnerWatch
@@ -176,6 +177,7 @@ def jvp(
             for found in heads:
                 if isinstance(found.source, Tensor):
                     values, tangent = _unpacked(found.source)
+                    tangent = without_absent(values, tangent)
                 else:
                     values, tangent = found.source, _demanded(found.source.tangent())
                 yield LogitTangent(found.name, values, tangent, found.mask)
@@ -371,7 +373,7 @@ def _values(found: Logits, place: Callable[[], AbstractContextManager] = nullcon
 
 def _quotient(before: Tensor, after: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(before.dtype, torch.float32)
-    return (after.to(wide) - before.to(wide)) / scale
+    return without_absent(before, (after.to(wide) - before.to(wide)) / scale)
 
 
 def _demand_change(has_changed: bool) -> None:

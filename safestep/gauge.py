@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from safestep.absent import absent_classes
 from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
 from safestep.estimators import (
     LogitTangent,
@@ -241,6 +242,10 @@ def _first_sentence(error: BaseException) -> str:
 
 def _noting_sizes(rows: Iterable[LogitTangent], sizes: list[Tensor]) -> Iterator[LogitTangent]:
     for row in rows:
-        finite = row.logits.nan_to_num(neginf=0.0, posinf=0.0)  # -inf is a masked class
+        logits = row.logits
+        absent = absent_classes(logits)  # a mask of -1e9 is no number that anything is rounded by
+        finite = (logits if absent is None else logits.masked_fill(absent, 0.0)).nan_to_num(
+            neginf=0.0, posinf=0.0
+        )
         sizes.append(finite.abs().amax().double())
         yield row

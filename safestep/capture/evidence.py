@@ -102,7 +102,8 @@ def label_temperature(logits: Tensor, gradient: Tensor) -> float | None:
     """
     tolerance = _FIT_TOLERANCE.get(gradient.dtype, _FIT_TOLERANCE_HALF)
     logits, gradient = logits.detach().double().cpu(), gradient.detach().double().cpu()
-    live = gradient.ne(0).any(-1) & logits.isfinite().all(-1) & gradient.isfinite().all(-1)
+    live = gradient.ne(0).any(-1) & (logits < math.inf).all(-1) & gradient.isfinite().all(-1)
+    live &= (logits.isfinite() | gradient.eq(0)).all(-1)  # a class at -inf is none
     logits, gradient = logits[live], gradient[live]
     if len(logits) == 0:
         return None
