@@ -217,18 +217,19 @@ def difference(
         MissingTangentError: If the logits do not change though the parameters do.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    scale = difference_scale(calls, params, tangents) if scale is None else scale
+    finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
     places = list(map(local, params))
     has_changed = not any(p.any() for p in tangents)  # nothing is asked of an update of zero
     with torch.no_grad():
         for call in calls:
-            before = _run(call, module, logits)
-            displaced = [q + scale * p.to(q) for q, p in zip(places, tangents, strict=True)]
+            before = _run(call, module, finder)  # shows in which precision the call computes
+            eps = difference_scale(calls, params, tangents, finder) if scale is None else scale
+            displaced = [q + eps * p.to(q) for q, p in zip(places, tangents, strict=True)]
             with moved_back(params, displaced):
-                after = _run(call, module, logits)
+                after = _run(call, module, finder)
             for old, new in zip(before, after, strict=True):
                 values = _values(new, partial(moved_back, params, displaced))
-                tangent = _quotient(_values(old), values, scale)
+                tangent = _quotient(_values(old), values, eps)
                 has_changed |= bool(tangent.any())
                 yield LogitTangent(old.name, _values(old), tangent, old.mask)
     _demand_change(has_changed)
@@ -280,7 +281,10 @@ def secant(
 
 @torch.no_grad()
 def difference_scale(
-    calls: Sequence[Call], params: Sequence[Tensor], tangents: Sequence[Tensor]
+    calls: Sequence[Call],
+    params: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    finder: LogitFinder,
 ) -> float:
     """Return eps, the share of the update that ``difference`` goes.
 
@@ -288,6 +292,7 @@ def difference_scale(
         calls: The calls: their autocast regions set the precision.
         params: The trained parameters.
         tangents: The update of each of them.
+        finder: Has seen the calls run.
 
     Returns:
         A distance for the precision of the calls, relative to the length of the update; 1 where
@@ -301,7 +306,7 @@ def difference_scale(
             "the distance of a finite difference would depend on each rank's shard of the "
             "parameters; use estimator='jvp' or 'secant'"
         )
-    distance = _DISTANCE.get(working_dtype(calls, params), _DISTANCE_HALF)
+    distance = _DISTANCE.get(working_dtype(calls, params, finder), _DISTANCE_HALF)
     total, step = (
         torch.linalg.vector_norm(torch.stack([t.norm(dtype=torch.float64) for t in tensors]))
         for tensors in (params, tangents)
@@ -309,9 +314,11 @@ def difference_scale(
     return float(distance * total / step) if bool(step * total > 0) else 1.0
 
 
-def working_dtype(calls: Sequence[Call], params: Sequence[Tensor]) -> torch.dtype:
+def working_dtype(
+    calls: Sequence[Call], params: Sequence[Tensor], finder: LogitFinder
+) -> torch.dtype:
     """Return the coarsest precision that the calls compute in."""
-    dtypes = {param.dtype for param in params}
+    dtypes = finder.dtypes | {param.dtype for param in params}
     dtypes |= {dtype for call in calls for _, dtype in call.autocast}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 

@@ -192,9 +192,9 @@ class Gauge:
 
     def _noise(self, update: Update, sizes: Sequence[Tensor], other: EstimatorName) -> float:
         """Return how far rounding alone may put the r of a difference off."""
-        eps = torch.finfo(working_dtype(update.calls, update.params)).eps
+        eps = torch.finfo(working_dtype(update.calls, update.params, self.finder)).eps
         size = float(torch.stack(list(sizes)).max()) if sizes else 0.0
-        scale = difference_scale(update.calls, update.start, update.change)
+        scale = difference_scale(update.calls, update.start, update.change, self.finder)
         if "secant" in (self.estimator, other):
             scale = min(1.0, scale)
         return _ROUNDING * eps * size / (scale * math.pi)

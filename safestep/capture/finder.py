@@ -65,11 +65,13 @@ class LogitFinder:
         description: One line about the logits that were found first, and again whenever a call of
             another kind comes. None before.
         warning: What could not be checked about them, None if nothing.
+        dtypes: Types of floating point that the calls were seen to compute in.
     """
 
     def __init__(self, logits: LogitsFn | None = None) -> None:
         self.description: str | None = None
         self.warning: str | None = None
+        self.dtypes: set[torch.dtype] = set()
         self._logits = logits
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._latest: Plan | None = None
@@ -88,11 +90,14 @@ class LogitFinder:
             TypeError: If the user's function does not return what it should.
         """
         if self._logits is not None:
-            found = _as_told(self._logits(call.run()), call.gradients)
+            output, watch = _watched(call, frozenset())
+            self.dtypes |= watch.dtypes
+            found = _as_told(self._logits(output), call.gradients)
             if self.description is None:
                 self.description = describe(found)
             return found
         output, watch = _watched(call, None if self._latest is None else self._latest.events)
+        self.dtypes |= watch.dtypes
         key = (*sorted(call.gradients), "", *watch.names)
         plan = self._plans.get(key)
         is_new = plan is None

@@ -99,6 +99,8 @@ class LossWatch(TorchFunctionMode):
     Attributes:
         names: Names of the functions, in the order of the calls.
         seen: What was collected, by the index of the call.
+        dtypes: Types of floating point of everything that was computed: a function may enter an
+            autocast region of its own, or cast.
 
     Example:
         >>> logits, target = torch.zeros(2, 3), torch.tensor([0, 2])
@@ -113,6 +115,7 @@ class LossWatch(TorchFunctionMode):
         self.keep = keep
         self.names: list[str] = []
         self.seen: dict[int, LossInput] = {}
+        self.dtypes: set[torch.dtype] = set()
 
     def __enter__(self) -> LossWatch:
         super().__enter__()
@@ -130,7 +133,10 @@ class LossWatch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         reader = _READERS.get(name)
         if reader is None:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.is_floating_point():
+                self.dtypes.add(result.dtype)
+            return result
         is_linear = name == "linear_cross_entropy"
         if is_linear:
             # Its forward-mode derivative would hold every logit, or does not exist.
