@@ -49,7 +49,7 @@ def references(ranks, scenario, dense_normalized_step):
     [
         ("watched", 1e-4), ("auto", 1e-4), ("kept", 1e-4), ("replicated", 1e-4),
         ("accumulated", 1e-4), ("secant", 0.2), ("bfloat16", 0.02), ("ahead", 1e-4),
-        ("ahead-secant", 0.2),
+        ("ahead-secant", 0.2), ("weighed", 1e-4),
     ],
 )  # fmt: skip
 def test_shards_are_measured_like_whole_parameters(

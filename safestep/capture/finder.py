@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from safestep.capture.evidence import GradientEvidence
-from safestep.capture.losses import LinearTile, LossWatch
+from safestep.capture.losses import LinearTile, LossWatch, Part
 from safestep.capture.plan import (
     Plan,
     examine_outputs,
@@ -20,6 +20,7 @@ from safestep.capture.plan import (
     plan_of_losses,
     plan_of_outputs,
 )
+from safestep.capture.weights import weighted_rows
 
 if TYPE_CHECKING:
     from safestep.replay import Call
@@ -75,6 +76,7 @@ class LogitFinder:
         self._logits = logits
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._latest: Plan | None = None
+        self._cannot_weigh = False
 
     def find(self, call: Call) -> list[Logits]:
         """Run a call again and return its logits.
@@ -102,14 +104,37 @@ class LogitFinder:
         plan = self._plans.get(key)
         is_new = plan is None
         if plan is None:
-            plan = self._plans[key] = _plan(call, output, watch)
+            plan = self._plans[key] = self._weighed(_plan(call, output, watch), call)
         self._latest = plan
         if watch.keep is not None and not plan.events <= watch.keep:
             output, watch = _watched(call, plan.events)
-        found = _planned(plan, call, output, watch)
+        found = _planned(plan, call, output, watch, self._weights(call, plan.weighed))
         if is_new:
-            self.description, self.warning = describe(found), plan.doubts()
+            self.description = describe(found)
+            self.warning = "; ".join(filter(None, (plan.doubts(), self.warning))) or None
         return found
+
+    def _weighed(self, plan: Plan, call: Call) -> Plan:
+        """Return the plan with the events that have to be weighed each time."""
+        if len(plan.events) < 2:
+            return plan
+        # Of several losses one may have a weight of 0 for now.
+        weights = self._weights(call, plan.events)
+        idle = {index for index, flags in weights.items() if not bool(flags.any())}
+        return replace(plan, weighed=plan.weighed | idle)
+
+    def _weights(self, call: Call, events: frozenset[int]) -> dict[int, Tensor]:
+        if not events or self._cannot_weigh:
+            return {}
+        try:
+            return weighted_rows(call, events)
+        except RuntimeError as error:
+            self._cannot_weigh = True
+            self.warning = (
+                "rows that weigh nothing in the loss were not told from the others, and count "
+                f"({str(error).partition('. ')[0]})"
+            )
+            return {}
 
 
 def find_logits(call: Call, logits: LogitsFn | LogitFinder | None = None) -> list[Logits]:
@@ -183,17 +208,33 @@ def _graph_alone() -> Iterator[None]:
         yield
 
 
-def _planned(plan: Plan, call: Call, output: Any, watch: LossWatch) -> list[Logits]:
+def _planned(
+    plan: Plan, call: Call, output: Any, watch: LossWatch, weights: Mapping[int, Tensor]
+) -> list[Logits]:
     found = []
     for index in sorted(plan.events):
         seen = watch.seen[index]
         count = watch.names[:index].count(seen.function)
         name = f"input of {seen.function}" + (f" (call {count + 1})" if count else "")
-        found += [Logits(name, source, mask) for source, mask in seen.parts]
+        parts = seen.parts if index not in weights else _masked(seen.parts, weights[index])
+        found += [Logits(name, source, mask) for source, mask in parts]
     tensors = dict(named_tensors(output))
     for name, form in plan.outputs.items():
         found.append(Logits(form.describe(name), *form.read(tensors[name], call.gradients[name])))
     return found
+
+
+def _masked(parts: Sequence[Part], flags: Tensor) -> Iterator[Part]:
+    """Yield the parts of one set of logits with fewer rows that count."""
+    begin = 0
+    for source, mask in parts:
+        rows = source.shape[:-1]
+        if flags.ndim == 0:
+            own = flags.expand(rows)
+        else:
+            own = flags.reshape(-1, *rows[1:])[begin : begin + rows[0]]
+        begin += rows[0]
+        yield source, own if mask is None else own & mask
 
 
 def _as_told(told: Any, gradients: Mapping[str, GradientEvidence]) -> list[Logits]:

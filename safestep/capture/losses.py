@@ -78,6 +78,7 @@ class LossInput:
         is_trained: Whether the logits, not only the target, have a gradient.
         prediction: Node of the autograd graph that the argument came from, if it has one.
         result: Node of the result.
+        is_reduced: Whether the rows are summed up in the result, so that all weigh alike.
     """
 
     function: str
@@ -86,6 +87,7 @@ class LossInput:
     is_trained: bool
     prediction: Node | None
     result: Node | None
+    is_reduced: bool
 
 
 class LossWatch(TorchFunctionMode):
@@ -131,7 +133,7 @@ class LossWatch(TorchFunctionMode):
         """Return what the function returns, after a look at what it was given."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        reader = _READERS.get(name)
+        reader = READERS.get(name)
         if reader is None:
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and result.is_floating_point():
@@ -152,6 +154,7 @@ class LossWatch(TorchFunctionMode):
                 is_trained=(result if is_linear else argument).requires_grad,
                 prediction=argument.grad_fn,
                 result=result.grad_fn,
+                is_reduced=name in _LOSSES and result.ndim == 0,
             )
         self.names.append(name)
         return result
@@ -171,6 +174,30 @@ def binary_rows(logit: Tensor) -> Tensor:
         tensor([[0., 3.]])
     """
     return torch.stack((torch.zeros_like(logit), logit), dim=-1)
+
+
+def row_flags(function: str, flags: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return which rows of its logits a result of a function belongs to.
+
+    Args:
+        function: Name of the function.
+        flags: True for elements of its result.
+        *args: What the function was called with.
+        **kwargs: Likewise.
+
+    Returns:
+        True for rows. Shape ``[*B]``, or ``[]`` where the result is one number.
+    """
+    if flags.ndim == 0:
+        return flags
+    if function == "kl_div":
+        return flags.any(-1)
+    if function.endswith("softmax"):
+        kwargs = {key: value for key, value in kwargs.items() if key != "input"}
+        return _classes_last(flags, *args[1:], **kwargs).any(-1)
+    if function.endswith("logsumexp"):
+        return flags.reshape(_classes_last(*args, **kwargs).shape[:-1])
+    return flags
 
 
 # The readers below are called like the torch functions they are named after, so their arguments
@@ -274,13 +301,17 @@ def _kl_div(
     yield input, None if log_target else target.ne(0).any(-1).expand(input.shape[:-1])
 
 
-def _softmax(
+def _softmax(input: Tensor, *args: Any, **kwargs: Any) -> Iterator[Part]:
+    yield _classes_last(input, *args, **kwargs), None
+
+
+def _classes_last(
     input: Tensor, dim: int | tuple[int, ...] | None = None, *_: object, **__: object
-) -> Iterator[Part]:
+) -> Tensor:
     if dim is None:  # what torch takes where no dim is given, with a warning of its own
         dim = 0 if input.ndim in (0, 1, 3) else 1
     axes = (dim,) if isinstance(dim, int) else dim
-    yield input.movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes)), None
+    return input.movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes))
 
 
 def _sigmoid(input: Tensor, *_: object, **__: object) -> Iterator[Part]:
@@ -319,7 +350,7 @@ _LOSSES: dict[str, Callable[..., Iterator[Part]]] = {
     "binary_cross_entropy": _binary_cross_entropy,
     "kl_div": _kl_div,
 }
-_READERS = _LOSSES | {
+READERS = _LOSSES | {
     "log_softmax": _softmax,
     "special_log_softmax": _softmax,
     "softmax": _softmax,

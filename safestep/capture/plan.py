@@ -35,11 +35,13 @@ class Plan:
         events: Which calls of loss functions, softmaxes and sigmoids, by their index.
         outputs: Which tensors of the output, and how each enters its softmax.
         left_out: Tensors of the output that have a gradient but no known way into a softmax.
+        weighed: Events whose rows may weigh nothing in the loss, each time others.
     """
 
     events: frozenset[int]
     outputs: Mapping[str, OutputForm]
     left_out: tuple[str, ...] = ()
+    weighed: frozenset[int] = frozenset()
 
     def doubts(self) -> str | None:
         """Return what could not be checked about the logits, None if nothing."""
@@ -87,6 +89,19 @@ def named_tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tens
             yield from named_tensors(getattr(output, field.name), f"{name}.{field.name}")
 
 
+def traced_loss(output: Any) -> list[tuple[str, Tensor]]:
+    """Return the tensors with a gradient of what a training step returned.
+
+    Args:
+        output: A loss, or a mapping with one in "loss".
+
+    Returns:
+        Names and tensors.
+    """
+    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+    return [(name, each) for name, each in named_tensors(loss) if each.grad_fn is not None]
+
+
 def examine_outputs(
     output: Any, gradients: Mapping[str, GradientEvidence]
 ) -> dict[str, OutputForm | None]:
@@ -130,8 +145,7 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
     Raises:
         LogitsNotFoundError: If nothing of that kind lies between the loss and the model.
     """
-    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-    roots = [tensor.grad_fn for _, tensor in named_tensors(loss) if tensor.grad_fn is not None]
+    roots = [tensor.grad_fn for _, tensor in traced_loss(output)]
     if not roots:
         raise LogitsNotFoundError(
             "the recorded function returned no loss with a gradient; return the loss, or a dict "
@@ -143,7 +157,7 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
             "the recorded loss holds no softmax, sigmoid or log-sum-exp between itself and the "
             "last parameters of the model; a squared error alone has no convergence radius"
         )
-    return Plan(events, {})
+    return Plan(events, {}, weighed=_of_rows(events, seen))
 
 
 def plan_of_outputs(
@@ -191,7 +205,12 @@ def plan_of_outputs(
         if name not in outputs and not (name in is_single and events)
         and not any(is_behind(node, nodes[name]) for node in kept)
     ]  # fmt: skip
-    return Plan(events, outputs, tuple(left_out))
+    return Plan(events, outputs, tuple(left_out), _of_rows(events, seen))
+
+
+def _of_rows(events: frozenset[int], seen: Mapping[int, LossInput]) -> frozenset[int]:
+    """Return the events whose result has a number for each row, which a mask may multiply."""
+    return frozenset(index for index in events if not seen[index].is_reduced)
 
 
 def _live(roots: list[Node], seen: Mapping[int, LossInput]) -> frozenset[int]:

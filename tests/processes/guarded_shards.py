@@ -41,6 +41,7 @@ def main(rank, output):
         "ahead-secant": train(rank, lr=0.01, estimator="secant", copy=False),
         "ahead-clipped": train(rank, lr=3.0, copy=False),
         "ahead-skipped": train(rank, lr=0.01, spoiled=1, copy=False),
+        "weighed": train(rank, **watched, is_padded=True),
         "flattened": flattened(),
     }
     torch.save(found, f"{output}/rank{rank}.pt")
@@ -48,7 +49,7 @@ def main(rank, output):
 
 def train(
     rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replicas=None, num_batches=1,
-    copy=True, **sharding,
+    copy=True, is_padded=False, **sharding,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = network()
@@ -71,13 +72,28 @@ def train(
         optimizer.zero_grad()
         for index, batch in enumerate(inputs.split(8)):
             model.set_requires_gradient_sync(index == num_batches - 1)
-            nn.functional.cross_entropy(model(batch), torch.arange(8) % 5).backward()
+            if is_padded and guard:
+                guard.record(padded_loss, model, batch)
+            loss = padded_loss if is_padded else plain_loss
+            loss(model, batch).backward()
         before = gathered(model)
         optimizer.step()
         steps.append((before, gathered(model), inputs))
         reports += [asdict(guard.last)] if guard else []
     moments = [v.full_tensor() for s in optimizer.state.values() for v in (s["exp_avg_sq"],)]
     return {"steps": steps, "reports": reports, "moments": moments}
+
+
+def plain_loss(model, batch):
+    return nn.functional.cross_entropy(model(batch), torch.arange(8) % 5)
+
+
+def padded_loss(model, batch):
+    """Return the loss of the batch, computed with rows that are longer and weigh nothing."""
+    labels, weight = torch.arange(16) % 5, (torch.arange(16) < 8).float()
+    logits = model(torch.cat((batch, 10 * batch)))
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return (losses * weight).sum() / weight.sum()
 
 
 def flattened():
