@@ -202,6 +202,18 @@ def test_loss_inside_the_model_that_is_not_trained_on_does_not_count():
     torch.testing.assert_close(found.values, model(INPUTS, LABELS)["logits"].detach())
 
 
+def test_outputs_between_the_softmax_and_the_loss_inside_the_model_are_part_of_the_loss():
+    torch.manual_seed(0)
+    model, labels = nn.AdaptiveLogSoftmaxWithLoss(4, 9, [3, 6], div_value=1.5), torch.arange(16) % 9
+    call = loop_call(model, lambda output: output.loss, INPUTS, labels)
+
+    found, finder = found_in(call)
+
+    assert {each.name.partition(" (")[0] for each in found} == {"input of log_softmax"}
+    assert sorted(each.values.shape[-1] for each in found) == [3, 3, 5]
+    assert finder.warning is None
+
+
 def test_attention_is_never_taken_for_logits():
     model = Language()
 

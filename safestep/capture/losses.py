@@ -79,6 +79,7 @@ class LossInput:
         prediction: Node of the autograd graph that the argument came from, if it has one.
         result: Node of the result.
         is_reduced: Whether the rows are summed up in the result, so that all weigh alike.
+        dim: Axis of the classes, of a softmax.
     """
 
     function: str
@@ -88,6 +89,7 @@ class LossInput:
     prediction: Node | None
     result: Node | None
     is_reduced: bool
+    dim: int | None = None
 
 
 class LossWatch(TorchFunctionMode):
@@ -140,13 +142,13 @@ class LossWatch(TorchFunctionMode):
                 self.dtypes.add(result.dtype)
             return result
         is_linear = name == "linear_cross_entropy"
-        if is_linear:
+        if is_linear or name == "ctc_loss":
             # Its forward-mode derivative would hold every logit, or does not exist.
             result = func(*tree_map(_primal, args), **tree_map(_primal, kwargs))
         else:
             result = func(*args, **kwargs)
         if self.keep is None or len(self.names) in self.keep:
-            argument = args[0] if args else kwargs["input"]
+            argument = args[0] if args else kwargs["log_probs" if name == "ctc_loss" else "input"]
             self.seen[len(self.names)] = LossInput(
                 name,
                 tuple(map(_with_rows, reader(*args, **kwargs))),
@@ -155,6 +157,7 @@ class LossWatch(TorchFunctionMode):
                 prediction=argument.grad_fn,
                 result=result.grad_fn,
                 is_reduced=name in _LOSSES and result.ndim == 0,
+                dim=_class_axis(*args, **kwargs) if name.endswith("softmax") else None,
             )
         self.names.append(name)
         return result
@@ -301,6 +304,16 @@ def _kl_div(
     yield input, None if log_target else target.ne(0).any(-1).expand(input.shape[:-1])
 
 
+def _ctc_loss(
+    log_probs: Tensor, targets: Tensor, input_lengths: Any, *_: object, **__: object
+) -> Iterator[Part]:
+    lengths = torch.as_tensor(input_lengths, device=log_probs.device)
+    if log_probs.ndim == 2:
+        lengths = lengths.reshape(())
+    times = torch.arange(len(log_probs), device=log_probs.device)
+    yield log_probs, times.view(-1, *(1 for _ in lengths.shape)) < lengths
+
+
 def _softmax(input: Tensor, *args: Any, **kwargs: Any) -> Iterator[Part]:
     yield _classes_last(input, *args, **kwargs), None
 
@@ -308,10 +321,15 @@ def _softmax(input: Tensor, *args: Any, **kwargs: Any) -> Iterator[Part]:
 def _classes_last(
     input: Tensor, dim: int | tuple[int, ...] | None = None, *_: object, **__: object
 ) -> Tensor:
-    if dim is None:  # what torch takes where no dim is given, with a warning of its own
-        dim = 0 if input.ndim in (0, 1, 3) else 1
+    dim = _class_axis(input) if dim is None else dim
     axes = (dim,) if isinstance(dim, int) else dim
     return input.movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes))
+
+
+def _class_axis(input: Tensor, dim: int | None = None, *_: object, **__: object) -> int:
+    if dim is None:  # what torch takes where no dim is given, with a warning of its own
+        return 0 if input.ndim in (0, 1, 3) else 1
+    return dim
 
 
 def _sigmoid(input: Tensor, *_: object, **__: object) -> Iterator[Part]:
@@ -349,6 +367,7 @@ _LOSSES: dict[str, Callable[..., Iterator[Part]]] = {
     "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits,
     "binary_cross_entropy": _binary_cross_entropy,
     "kl_div": _kl_div,
+    "ctc_loss": _ctc_loss,
 }
 READERS = _LOSSES | {
     "log_softmax": _softmax,

@@ -12,6 +12,7 @@ from torch import Tensor
 from safestep.capture.evidence import GradientEvidence
 from safestep.capture.loss_graph import Node, is_behind, loss_side, view_chain
 from safestep.capture.losses import LossInput
+from safestep.capture.nesting import SUMS, sums_of_sums
 from safestep.capture.output_form import OutputForm, examine
 
 # What these are given are logits: behind it lies the model. Others may be functions of functions.
@@ -36,12 +37,14 @@ class Plan:
         outputs: Which tensors of the output, and how each enters its softmax.
         left_out: Tensors of the output that have a gradient but no known way into a softmax.
         weighed: Events whose rows may weigh nothing in the loss, each time others.
+        combined: Functions that sum over combinations of classes, one of each of many rows.
     """
 
     events: frozenset[int]
     outputs: Mapping[str, OutputForm]
     left_out: tuple[str, ...] = ()
     weighed: frozenset[int] = frozenset()
+    combined: tuple[str, ...] = ()
 
     def doubts(self) -> str | None:
         """Return what could not be checked about the logits, None if nothing."""
@@ -59,6 +62,13 @@ class Plan:
             for name, form in self.outputs.items()
             if form.lowers_labels
         ]
+        if self.combined:
+            doubts.append(
+                f"{', '.join(self.combined)}: sums over combinations of classes, as over the "
+                "sequences of a conditional random field or the alignments of CTC. Measured are "
+                "the classes of one row at a time; r may be larger, up to as many times as rows "
+                "are combined"
+            )
         if self.left_out:
             doubts.append(
                 f"{', '.join(self.left_out)}: not measured, its gradient is not one of a softmax"
@@ -157,7 +167,7 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
             "the recorded loss holds no softmax, sigmoid or log-sum-exp between itself and the "
             "last parameters of the model; a squared error alone has no convergence radius"
         )
-    return Plan(events, {}, weighed=_of_rows(events, seen))
+    return Plan(events, {}, (), _of_rows(events, seen), _combining(events, seen))
 
 
 def plan_of_outputs(
@@ -200,12 +210,14 @@ def plan_of_outputs(
             f"softmax (a squared error does not). {_HOW_TO_TELL}"
         )
     kept = [*inner, *(nodes[name] for name in outputs)]
+    # What a loss inside the model was computed from behind its softmax: log-probabilities, say.
+    within = loss_side([nodes[name] for name in is_single & set(unknown)], inner)
     left_out = [
         name for name in free
         if name not in outputs and not (name in is_single and events)
-        and not any(is_behind(node, nodes[name]) for node in kept)
+        and nodes[name] not in within and not any(is_behind(node, nodes[name]) for node in kept)
     ]  # fmt: skip
-    return Plan(events, outputs, tuple(left_out), _of_rows(events, seen))
+    return Plan(events, outputs, tuple(left_out), _of_rows(events, seen), _combining(events, seen))
 
 
 def _of_rows(events: frozenset[int], seen: Mapping[int, LossInput]) -> frozenset[int]:
@@ -213,12 +225,22 @@ def _of_rows(events: frozenset[int], seen: Mapping[int, LossInput]) -> frozenset
     return frozenset(index for index in events if not seen[index].is_reduced)
 
 
+def _combining(events: frozenset[int], seen: Mapping[int, LossInput]) -> tuple[str, ...]:
+    functions = {seen[index].function for index in sums_of_sums(events, seen)}
+    functions |= {seen[index].function for index in events} & {"ctc_loss"}
+    return tuple(sorted(functions))
+
+
 def _live(roots: list[Node], seen: Mapping[int, LossInput]) -> frozenset[int]:
     """Return which of the calls seen a loss is made of, each logits once."""
     stops = {item.prediction for item in seen.values() if item.function in _LAST_WORD}
     side = loss_side(roots, stops)
     live = {i for i, item in seen.items() if item.is_trained and item.result in side}
-    softmaxes = {seen[index].result: index for index in live if not seen[index].is_loss}
+    softmaxes = {
+        seen[index].result: index
+        for index in live
+        if not (seen[index].is_loss or seen[index].function in SUMS)
+    }
     for index in [index for index in live if seen[index].is_loss]:
         origin = next((n for n in view_chain(seen[index].prediction) if n in softmaxes), None)
         if origin is not None:
@@ -233,6 +255,6 @@ def _lesser(loss: int, softmax: int, seen: Mapping[int, LossInput]) -> int:
     (ours, _), *_ = seen[loss].parts
     (theirs, _), *_ = seen[softmax].parts
     has_same_rows = seen[loss].function == "nll_loss" or (
-        seen[loss].function == "kl_div" and ours.shape == theirs.shape
+        seen[loss].function in {"kl_div", "ctc_loss"} and ours.shape == theirs.shape
     )
     return softmax if has_same_rows else loss
