@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from safestep.capture.batched import is_batched
+
 # Half precision and autocast keep torch's rules: theirs decide where to round.
 _DTYPES = (torch.float32, torch.float64)
 
@@ -208,6 +210,8 @@ def _tangent(value: Tensor) -> Tensor | None:
 
 
 def _is_plain(value: Tensor) -> bool:
+    if is_batched(value):  # inside of torch.func.vmap no tangent can be asked for
+        return False
     is_known = value.dtype in _DTYPES or value.dtype == torch.bool
     is_strided = value.layout is torch.strided and type(value) in (Tensor, torch.nn.Parameter)
     return is_known and is_strided and not torch.is_autocast_enabled(value.device.type)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from safestep.capture.batched import all_examples, held, is_batched
 from safestep.capture.loss_graph import Node
 
 # Logits of one tile of a linear_cross_entropy: 20 MiB in float32. A product of fewer rows takes
@@ -151,12 +152,12 @@ class LossWatch(TorchFunctionMode):
             argument = args[0] if args else kwargs["log_probs" if name == "ctc_loss" else "input"]
             self.seen[len(self.names)] = LossInput(
                 name,
-                tuple(map(_with_rows, reader(*args, **kwargs))),
+                tuple(_with_rows(_of_all_examples(part)) for part in reader(*args, **kwargs)),
                 is_loss=name in _LOSSES,
-                is_trained=(result if is_linear else argument).requires_grad,
-                prediction=argument.grad_fn,
-                result=result.grad_fn,
-                is_reduced=name in _LOSSES and result.ndim == 0,
+                is_trained=held(result if is_linear else argument).requires_grad,
+                prediction=held(argument).grad_fn,
+                result=held(result).grad_fn,
+                is_reduced=is_batched(result) or (name in _LOSSES and result.ndim == 0),
                 dim=_class_axis(*args, **kwargs) if name.endswith("softmax") else None,
             )
         self.names.append(name)
@@ -346,6 +347,15 @@ def _with_rows(part: Part) -> Part:
     if isinstance(logits, LinearTile) or logits.ndim > 1:
         return part
     return logits.unsqueeze(0), None if mask is None else mask.reshape(1)
+
+
+def _of_all_examples(part: Part) -> Part:
+    logits, mask = part
+    if isinstance(logits, LinearTile) or not is_batched(logits):
+        return part
+    if mask is not None:  # labels may be shared by examples
+        mask = all_examples(mask & torch.ones_like(logits[..., 0], dtype=torch.bool))
+    return all_examples(logits), mask
 
 
 def _held(parameter: Tensor) -> Tensor:

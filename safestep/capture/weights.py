@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from safestep.capture.batched import is_batched
 from safestep.capture.losses import READERS, row_flags
 from safestep.capture.plan import named_tensors, traced_loss
 from safestep.untraced import untraced
@@ -97,7 +98,7 @@ class _Results(TorchFunctionMode):
         if name not in READERS:
             return result
         index, self._count = self._count, self._count + 1
-        if index in self._events:
+        if index in self._events and not is_batched(result):
             if not result.requires_grad:  # else it depends on an earlier one
                 result = result.detach().requires_grad_()
             torch.set_grad_enabled(True)  # until the end of the call
