@@ -1,0 +1,113 @@
+"""The Trainer of Hugging Face, guarded from a callback of its own."""
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from safestep import SafeStep
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.filterwarnings("default::FutureWarning"),
+    pytest.mark.filterwarnings("default::UserWarning:(torch|transformers|accelerate)"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+IGNORED = 5  # positions at the beginning that have no label
+STEPS = 3
+OPTIONS = {
+    "accumulated and clipped": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "bfloat16": {"bf16": True, "use_cpu": True},
+    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed, reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+}
+
+
+class Guard(transformers.TrainerCallback):
+    """Attaches a guard, and keeps the model before and after each step."""
+
+    def __init__(self):
+        self.reports, self.models = [], []
+
+    def on_train_begin(self, args, state, control, model, optimizer, **_):
+        self.guard = SafeStep(optimizer, model, action="monitor")
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.models.append([copy.deepcopy(model)])
+
+    def on_optimizer_step(self, args, state, control, model, **_):
+        self.models[-1].append(copy.deepcopy(model))
+        self.reports.append(self.guard.last)
+
+
+def examples():
+    tokens = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[:, :IGNORED] = -100
+    return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
+
+
+def train(folder, options, *callbacks):
+    """Return the model after a few steps, the same each time."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=12,
+        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    if "bf16" not in options and "gradient_checkpointing" not in options:
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    model = transformers.GPT2LMHeadModel(config)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, report_to=[],
+        save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+        logging_strategy="no", **({"use_cpu": True} | options),
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=examples(), callbacks=list(callbacks)
+    )
+    trainer.train()
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_trainer_is_measured_and_trains_bitwise_as_without_a_guard(name, tmp_path):
+    guard = Guard()
+
+    watched = train(tmp_path, OPTIONS[name], guard)
+    plain = train(tmp_path, OPTIONS[name])
+
+    assert [report.status for report in guard.reports] == ["ok"] * STEPS
+    assert {report.estimator for report in guard.reports} == {"jvp"}
+    for one, other in zip(watched.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_r_of_a_trainer_is_that_of_all_accumulated_rows_with_a_label(tmp_path):
+    """The Trainer shuffles: with all examples in each step, the order does not matter."""
+    guard = Guard()
+    options = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.1}
+
+    train(tmp_path, options, guard)
+
+    tokens = torch.stack([example["input_ids"] for example in examples()])
+    for (before, after), report in zip(guard.models, guard.reports, strict=True):
+        before, after = before.double().train(), after.double()
+        start = {name: p.detach() for name, p in before.named_parameters()}
+        moved = {name: p.detach() - start[name] for name, p in after.named_parameters()}
+
+        def logits(params, model=before):
+            with sdpa_kernel(SDPBackend.MATH):
+                output = functional_call(model, params, (tokens,)).logits
+            return output[:, IGNORED - 1 : -1]
+
+        _, tangent = torch.func.jvp(logits, (start,), (moved,))
+        expected = float((tangent.amax(-1) - tangent.amin(-1)).max()) / math.pi
+        assert report.normalized_step == pytest.approx(expected, rel=1e-4)  # float32
