@@ -1,4 +1,4 @@
-"""The table of planted faults: who is named, how soon, and what cannot be seen."""
+"""The table of faults planted on a real rank: who is named, how soon, and what cannot be seen."""
 
 import json
 import subprocess
@@ -13,9 +13,11 @@ FAULTY, ONSET = 2, 300
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Every run of the script by its name; runs of one name in a list."""
+    """Every run on four processes by its name; runs of one name in a list."""
     output = tmp_path_factory.mktemp("faults") / "faults.json"
-    subprocess.run([sys.executable, str(SCRIPT), str(output)], check=True, timeout=900)
+    command = [sys.executable, str(SCRIPT), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = {}
     for result in json.loads(output.read_text()):
         found.setdefault(result["name"], []).append(result)

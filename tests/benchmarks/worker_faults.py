@@ -1,8 +1,7 @@
-"""Plant faults on one of four workers and time the watch: ``worker_faults.py [OUTPUT.json]``.
+"""Plant faults on one of four ranks and time the watch: ``worker_faults.py [OUTPUT.json]``.
 
-Each run trains a small classifier on the mean gradient of four workers, computed one after the
-other in this process; tests/processes/ shows that real ranks measure the same numbers. The fault
-starts at step ONSET on worker FAULTY. Clean runs last 2,000 steps.
+Each run trains a small classifier with DDP and WorkerMetrics on four gloo processes, which all runs
+share. The fault starts at step ONSET on rank FAULTY. Clean runs last 2,000 steps.
 """
 
 import itertools
@@ -13,9 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
-from safestep.dispersion import dispersion_from_sums, worker_sums
-from safestep.workers.watch import WorkerWatch
+from safestep.workers.metrics import WorkerMetrics
+
+sys.path.append(str(Path(__file__).parents[1] / "processes"))
+from launch import run
 
 RANKS, FAULTY, ONSET = 4, 2, 300
 FAULT_STEPS, CLEAN_STEPS = 600, 2000
@@ -42,7 +44,7 @@ def batches(size, seed, rank, *, num_shards=RANKS):
 
 
 class Fault:
-    """A healthy rank; the subclasses' methods act on the faulty rank from the onset on."""
+    """Nothing is wrong; the subclasses act on the faulty rank from the onset on."""
 
     def indices(self, indices, first):
         return indices
@@ -53,7 +55,7 @@ class Fault:
     def loss(self, loss):
         return loss
 
-    def gradient(self, gradient, is_onset):
+    def gradient(self, gradient):
         return gradient
 
 
@@ -86,15 +88,15 @@ class ScaledLoss(Fault):
 
 
 class BitFlip(Fault):
-    """One bit of one element, in one step."""
+    """One bit of one element, in one step, before the gradient enters a bucket."""
 
     def __init__(self, bit):
-        self.bit = bit
+        self.mask = 1 << bit
 
-    def gradient(self, gradient, is_onset):
-        if is_onset:
-            gradient = gradient.clone()
-            gradient.view(torch.int32)[3, 5] ^= 1 << self.bit
+    def gradient(self, gradient):
+        gradient = gradient.clone()
+        gradient.view(torch.int32)[3, 5] ^= self.mask
+        self.mask = 0
         return gradient
 
 
@@ -120,76 +122,67 @@ RUNS = [
 ]
 
 
-class Workers:
-    """Four workers that share one model and take turns; what they say goes to the watch."""
+class Training:
+    """One rank's part in the training of a new model."""
 
-    def __init__(self, seed, size, num_shards, fault):
+    def __init__(self, rank, fault, size, num_shards, seed):
         torch.manual_seed(seed)
         layers = [nn.Linear(FEATURES, 64), nn.Tanh(), nn.Dropout(0.1), nn.Linear(64, CLASSES)]
-        self.model = nn.Sequential(*layers)
-        self.parameters = dict(self.model.named_parameters())
-        self.fault, self.acting, self.step = fault, Fault(), 0
-        layers[0].weight.register_hook(lambda g: self.acting.gradient(g, self.step == ONSET))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.ddp = DistributedDataParallel(nn.Sequential(*layers))
+        torch.manual_seed(1000 * seed + rank)  # dropout
+        self.rank, self.fault, self.acting, self.step = rank, fault, Fault(), 0
+        layers[0].weight.register_hook(lambda gradient: self.acting.gradient(gradient))
+        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=0.1, momentum=0.9)
         self.inputs, self.labels = make_data(size)
-        self.streams = [batches(size, seed, rank, num_shards=num_shards) for rank in range(RANKS)]
-        self.first = [None] * RANKS
-        self.watch = WorkerWatch(RANKS)
-
-    def measure(self, rank):
-        is_faulty = rank == FAULTY and self.step >= ONSET
-        self.acting = fault = self.fault if is_faulty else Fault()
-        indices = next(self.streams[rank])
-        self.first[rank] = indices if self.first[rank] is None else self.first[rank]
-        indices = fault.indices(indices, self.first[rank])
-        outputs = self.model(self.inputs[indices])
-        loss = fault.loss(cross_entropy(outputs, fault.labels(self.labels[indices])))
-        gradient = torch.autograd.grad(loss, list(self.parameters.values()))
-        return loss.detach().double(), dict(zip(self.parameters, gradient, strict=True))
+        self.stream = batches(size, seed, rank, num_shards=num_shards)
+        self.first = next(batches(size, seed, rank, num_shards=num_shards))
+        self.metrics = WorkerMetrics(self.ddp)
 
     def train_step(self):
-        """Return the watch's events."""
-        losses, gradients = zip(*map(self.measure, range(RANKS)), strict=True)
-        losses, sums = torch.stack(losses), worker_sums(gradients)
-        found = dispersion_from_sums(losses, sums)
-        norms = sums.squared_norms.sqrt()
-        events = self.watch.update(self.step, losses, norms, found.cosine_to_mean)
-        for name, parameter in self.parameters.items():
-            parameter.grad = torch.stack([gradient[name] for gradient in gradients]).mean(0)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        """Return the events, which all ranks see."""
+        if self.rank == FAULTY and self.step == ONSET:
+            self.acting = self.fault
+        indices = self.acting.indices(next(self.stream), self.first)
+        labels = self.acting.labels(self.labels[indices])
+        loss = self.acting.loss(cross_entropy(self.ddp(self.inputs[indices]), labels))
+        self.optimizer.zero_grad()
+        loss.backward()
+        report = self.metrics.record(loss)
+        nn.utils.clip_grad_norm_(self.ddp.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        return events
+        return report.events
 
 
-def train(name, make_fault, size, num_shards, seed):
+def train(rank, name, make_fault, *options):
     """Train to the first event after the onset, or to the end, and return what was found."""
-    workers = Workers(seed, size, num_shards, make_fault() if make_fault else Fault())
+    training = Training(rank, make_fault() if make_fault else Fault(), *options)
     events = []
     for _ in range(ONSET + FAULT_STEPS if make_fault else CLEAN_STEPS):
-        events += workers.train_step()
+        events += training.train_step()
         if make_fault and any(event.step >= ONSET for event in events):
             break
+    training.metrics.detach()
     return {
         "name": name,
         "has_fault": make_fault is not None,
-        "steps": workers.step,
+        "steps": training.step,
         "events": [[event.step, event.rank, event.message] for event in events],
     }
 
 
-def main(output=None):
-    results = []
-    print("| run | steps | steps to the event | events |\n|---|---|---|---|")
-    for options in RUNS:
-        results.append(result := train(*options))
-        delay = result["events"][0][0] - ONSET if result["has_fault"] and result["events"] else ""
-        messages = "; ".join(message for _, _, message in result["events"]) or "none"
-        print(f"| {result['name']} | {result['steps']} | {delay} | {messages} |", flush=True)
-    if output:
-        Path(output).write_text(json.dumps(results))
+def main(rank, output=None):
+    results = [train(rank, *options) for options in RUNS]
+    if rank == 0:
+        print("| run | steps | steps to the event | events |\n|---|---|---|---|")
+        for result in results:
+            events = result["events"]
+            delay = events[0][0] - ONSET if result["has_fault"] and events else ""
+            messages = "; ".join(message for _, _, message in events) or "none"
+            print(f"| {result['name']} | {result['steps']} | {delay} | {messages} |")
+        if output:
+            Path(output).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    run(main, RANKS, *sys.argv[1:], timeout=580)
