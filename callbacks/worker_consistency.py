@@ -39,7 +39,7 @@ class WorkerConsistency(Callback):
     Args:
         every: Measure every so many optimizer steps.
         pairwise_every: Of these, measure the pairwise cosine at every so many; with three or more
-            ranks it takes an all-reduce of the size of the gradients.
+            ranks, or a comm hook, it takes an all-reduce of the size of the gradients.
         num_examples: Examples in a worker's batch, the unit of the noise scale; 1 gives it in
             workers' batches.
         run_dir: Directory of ``run.jsonl``; by default that of the logger's files.

@@ -52,8 +52,7 @@ class WorkerSums:
         squared_norms: ||g_i||^2. Shape ``[N]``.
         mean_products: <g_i, g>. Shape ``[N]``.
         mean_squared_norm: ||g||^2. Shape ``[]``.
-        unit_squared_norm: ||sum_i g_i / ||g_i|| ||^2, or NaN: not measured; with two workers the
-            other sums tell it. Shape ``[]``.
+        unit_squared_norm: ||sum_i g_i / ||g_i|| ||^2, or NaN: not measured. Shape ``[]``.
     """
 
     squared_norms: Tensor
@@ -148,6 +147,22 @@ def dispersion_from_sums(
     )
 
 
+def unit_squared_norm_of_two(squared_norms: Tensor, mean_products: Tensor) -> Tensor:
+    """Return ||g_1 / ||g_1|| + g_2 / ||g_2|| ||^2 where g is exactly the mean of the two.
+
+    <g_1, g_2> = 2 <g_1, g> - ||g_1||^2, so that two workers need not exchange their gradients.
+
+    Args:
+        squared_norms: ||g_i||^2. Shape ``[2]``.
+        mean_products: <g_i, g>. Shape ``[2]``.
+
+    Returns:
+        What `WorkerSums` holds. Shape ``[]``.
+    """
+    products = 2 * mean_products - squared_norms
+    return 2 + 2 * products.mean() / squared_norms.prod().sqrt()
+
+
 def _gram(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Return the inner products of all pairs of gradients, float64, shape ``[N, N]``.
 
@@ -206,9 +221,6 @@ def _pairwise_cosine(sums: WorkerSums) -> Tensor:
     num_workers = len(sums.squared_norms)
     if num_workers == 1:  # no pair; 0 / 0 would hang on the rounding of the numerator
         return torch.full_like(sums.unit_squared_norm, torch.nan)
-    if num_workers == 2:  # <g_1, g_2> = 2 <g_1, g> - ||g_1||^2
-        products = 2 * sums.mean_products - sums.squared_norms
-        return (products.mean() / sums.squared_norms.prod().sqrt()).clamp(-1, 1)
     pairs = num_workers * (num_workers - 1.0)
     return ((sums.unit_squared_norm - num_workers) / pairs).clamp(-1, 1)
 

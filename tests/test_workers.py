@@ -75,10 +75,29 @@ def assert_by_hand(scenario, rtol=1e-6):
         "fp16 hook",
         "fp16 hook, registered later",
         "powerSGD hook",
+        "powerSGD hook, several buckets",
     ],
 )
 def test_report_equals_by_hand_gradients(found, name):
     assert_by_hand(found[0][name])
+
+
+@pytest.mark.parametrize(
+    "name", ["two ranks", "bucket views", "no_sync", "fp16 hook", "powerSGD hook, several buckets"]
+)
+def test_buckets_re_formed_before_the_step_that_is_compared(found, name):
+    first, rebuilt = found[0][name]["buckets"]
+
+    assert len(rebuilt) > 1
+    assert rebuilt != first
+    assert sum(rebuilt) == 4 * found[0][name]["gradients"].shape[1]  # bytes of a float32
+
+
+def test_the_mean_that_is_compared_is_what_powersgd_left_of_it(found):
+    scenario = found[0]["powerSGD hook, several buckets"]
+    exact = scenario["gradients"].mean(0)
+
+    assert (scenario["mean"] - exact).norm() > 0.1 * exact.norm()
 
 
 @pytest.mark.slow

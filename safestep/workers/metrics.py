@@ -65,6 +65,9 @@ class WorkerMetrics:
     accumulation in a single process. Call `record` right after each backward, before gradients
     are clipped or unscaled. Training is left bitwise as it is.
 
+    The mean gradient is the one that DDP delivers. What a comm hook loses by compression
+    changes ``cosine_to_mean`` and counts as noise in ``noise_scale``, and nothing else.
+
     Under DDP every rank has to record, as every rank has to run backward; so not inside
     ``ddp.join()``. Gradients must be zeroed after each reduction: a second reduction on top of the
     first mixes the mean into the workers' own gradients.
@@ -73,8 +76,8 @@ class WorkerMetrics:
         model: A DDP model, compiled or not, or any other module for micro-batches.
         every: Measure every so many optimizer steps.
         pairwise_every: Of the measured steps, measure the pairwise cosine at every so many; it
-            takes an all-reduce of the size of the gradients. Two workers and micro-batches need
-            none and always have it. Else it is NaN.
+            takes an all-reduce of the size of the gradients. Micro-batches, and two workers without
+            a comm hook, need none and always have it. Else it is NaN.
         micro_batches: Without DDP, the number of backwards in a step.
         num_examples: Examples in a worker's batch, the unit of the noise scale.
         scaler: The loss scaler, if the loss is scaled.

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from safestep.dispersion import WorkerSums
+from safestep.dispersion import WorkerSums, unit_squared_norm_of_two
 from safestep.workers.local_gradients import LocalGradients, inner_product
 
 
@@ -19,7 +19,7 @@ class Replicas:
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
         ignored = getattr(ddp, "parameters_to_ignore", ())
-        self._group = ddp.process_group
+        self._ddp, self._group = ddp, ddp.process_group
         self._gradients = LocalGradients(
             [p for name, p in ddp.module.named_parameters() if name not in ignored],
             is_reduced=lambda: ddp.require_backward_grad_sync,
@@ -41,7 +41,8 @@ class Replicas:
 
         Args:
             scale: Factor on the gradients, from a loss scaler.
-            with_pairs: Measure the pairwise cosine; with two workers it needs no all-reduce.
+            with_pairs: Measure the pairwise cosine. Two workers without a comm hook need no
+                all-reduce and always have it.
 
         Returns:
             Losses ``[N]`` and sums, float64 on the CPU; the same on every rank.
@@ -54,7 +55,9 @@ class Replicas:
         dist.all_gather(everyone, mine, group=self._group)
         losses, squared_norms, mean_products, mean_shares = torch.stack(everyone).cpu().unbind(1)
         unit_squared_norm = torch.tensor(torch.nan, dtype=torch.float64)
-        if with_pairs and self.num_workers > 2:
+        if self.num_workers == 2 and self._is_mean_exact():
+            unit_squared_norm = unit_squared_norm_of_two(squared_norms, mean_products)
+        elif self.num_workers > 1 and with_pairs:
             unit = self._gradients.take_unit(sums[0].sqrt())
             dist.all_reduce(unit, group=self._group)
             unit_squared_norm = inner_product(unit, unit).cpu()
@@ -75,3 +78,7 @@ class Replicas:
     def detach(self) -> None:
         """Remove every hook from the model."""
         self._gradients.detach()
+
+    def _is_mean_exact(self) -> bool:
+        """Return whether no comm hook, which may compress, stands between workers and mean."""
+        return not self._ddp._get_ddp_logging_data().get("comm_hook")

@@ -60,7 +60,8 @@ class Setup:
             model, process_group=group, **{"bucket_cap_mb": 0.005, **ddp}
         )
         if hook:
-            state = PowerSGDState(group, start_powerSGD_iter=2) if hook is powerSGD_hook else group
+            is_power = hook in (powerSGD_hook, power_in_turn)
+            state = PowerSGDState(group, start_powerSGD_iter=2) if is_power else group
             self.ddp.register_comm_hook(state, hook)
         self.forward = torch.compile(self.ddp, backend="aot_eager") if compiled else self.ddp
         self.metrics = WorkerMetrics(self.forward, **{"pairwise_every": 1, **(metrics or {})})
@@ -95,7 +96,24 @@ class Setup:
             "losses": losses,
             "gradients": gradients,
             "mean": flat_gradient(self.ddp.module),
+            "buckets": self.buckets(),
         }
+
+    def buckets(self):
+        """Return the sizes in bytes of DDP's first buckets, and of those formed after a step."""
+        data = self.ddp._get_ddp_logging_data()
+        names = ("bucket_sizes", "rebuilt_bucket_sizes")
+        return [[int(size) for size in data.get(name, "").split(", ") if size] for name in names]
+
+
+def power_in_turn(state, bucket):
+    """PowerSGD that ends one bucket before the next: on gloo it mixes up those under way at once.
+
+    That is so without worker metrics too: ranks hang or abort.
+    """
+    future = powerSGD_hook(state, bucket)
+    future.wait()
+    return future
 
 
 def flat_gradient(model):
@@ -290,8 +308,8 @@ SCENARIOS = {
     "sparse": (3, steps, {"sparse": True}),
     "compiled": (2, steps, {"compiled": True, "bucket_cap_mb": 25}),
     "fp16 hook": (3, steps, {"hook": fp16_compress_hook}),
-    # With several buckets PowerSGD on gloo mixes up its own collectives: one bucket.
     "powerSGD hook": (3, steps, {"hook": powerSGD_hook, "bucket_cap_mb": 25}),
+    "powerSGD hook, several buckets": (2, steps, {"hook": power_in_turn}),
     "harmless": (2, harmless, {}),
     "harmless, four ranks": (4, harmless, {}),
     "intervals": (3, intervals, {"metrics": {"every": 2, "pairwise_every": 2}}),
