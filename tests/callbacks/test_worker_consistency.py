@@ -163,24 +163,50 @@ def test_hooks_are_gone_after_training_and_after_an_exception(fit):
     assert consistency.metrics is None
 
 
-@pytest.mark.slow
-def test_two_ranks_of_a_trainer_equal_by_hand_gradients(tmp_path):
-    """A real ddp_fork Trainer, gradient clipping and accumulation among its options."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_so_many_steps_are_measured_and_logged(fit, tmp_path, every):
+    module, consistency = Classifier(), WorkerConsistency(every=every, run_dir=tmp_path)
+    reports = Reports(consistency)
 
-    gradients = np.stack([rank["gradients"] for rank in ranks], axis=1)  # [steps, N, P]
-    losses = np.stack([rank["losses"] for rank in ranks], axis=1)
-    reports = ranks[0]["reports"]
-    assert len(reports) == len(losses) == 4
+    fit(module, consistency, reports, accumulate_grad_batches=2, max_epochs=3)
+
+    steps = list(range(0, 6, every))
+    assert [report.step for report in reports.found if report] == steps
+    run = read_run(tmp_path)
+    assert list(run.workers["step"]) == steps
+    expected = np.reshape(module.losses, (6, 2))[::every]
+    np.testing.assert_allclose(run.workers["loss"], expected)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder where both ranks of two runs left what they saw."""
+    output = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(SCRIPT), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 3])
+def test_two_ranks_of_a_trainer_equal_by_hand_gradients(ranks, every):
+    """A real ddp_fork Trainer, gradient clipping and accumulation among its options."""
+    folder = ranks / f"every{every}"
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+    gradients = np.stack([rank["gradients"] for rank in found], axis=1)[::every]  # [steps, N, P]
+    losses = np.stack([rank["losses"] for rank in found], axis=1)[::every]
+    reports = found[0]["reports"]
+    steps = list(range(0, 8, every))
+    assert [report.step for report in reports] == steps
     norms = np.linalg.norm(gradients, axis=2)
     cosines = (gradients[:, 0] * gradients[:, 1]).sum(1) / norms.prod(1)
     np.testing.assert_allclose([report.loss for report in reports], losses, rtol=1e-6)
     np.testing.assert_allclose([report.grad_norm for report in reports], norms, rtol=1e-6)
     np.testing.assert_allclose([report.pairwise_cosine for report in reports], cosines, atol=1e-6)
-    assert ranks[1]["reports"] == reports
-    assert np.shape(read_run(tmp_path).workers["cosine_to_mean"]) == (4, 2)
-    assert ranks[0]["logged"]["workers/pairwise_cosine"] == pytest.approx(cosines[-1], abs=1e-6)
+    assert found[1]["reports"] == reports
+    logged = read_run(folder).workers
+    assert list(logged["step"]) == steps
+    assert np.shape(logged["cosine_to_mean"]) == (len(steps), 2)
+    assert found[0]["logged"]["workers/pairwise_cosine"] == pytest.approx(cosines[-1], abs=1e-6)

@@ -1,6 +1,10 @@
-"""WorkerConsistency on two ranks of a Trainer: ``lightning_ranks.py OUTPUT``."""
+"""WorkerConsistency on two ranks of a Trainer: ``lightning_ranks.py OUTPUT``.
+
+Measures every step in OUTPUT/every1, every third in OUTPUT/every3.
+"""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,17 +60,17 @@ class Save(Callback):
         torch.save(found, f"{self.output}/rank{trainer.global_rank}.pt")
 
 
-def main(output):
-    torch.set_num_threads(1)
+def fit(output, every):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(128, 8, generator=generator)
     loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
-    consistency = WorkerConsistency(run_dir=output)
+    output.mkdir()
+    consistency = WorkerConsistency(every=every, run_dir=output)
     Trainer(
         accelerator="cpu",
         devices=2,
         strategy="ddp_fork",
-        max_epochs=1,
+        max_epochs=2,
         accumulate_grad_batches=ACCUMULATED,
         gradient_clip_val=1e-3,
         log_every_n_steps=1,
@@ -78,5 +82,11 @@ def main(output):
     ).fit(Classifier(), loader)
 
 
+def main(output):
+    torch.set_num_threads(1)
+    for every in (1, 3):
+        fit(output / f"every{every}", every)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))
