@@ -49,19 +49,20 @@ class LocalGradients:
         Returns:
             ||g_i||^2, <g_i, g> and this worker's share of ||g||^2. float64, shape ``[3]``.
         """
-        flat = self._own()
-        mixed, mean = [], []
-        for index, parameter in enumerate(self._parameters):
+        own, mixed, mean = [], [], []
+        device = self._own().device
+        for index, (parameter, view) in enumerate(zip(self._parameters, self._views, strict=True)):
             # A parameter frozen meanwhile may still hold an old gradient.
-            if parameter.grad is None or not parameter.requires_grad:
-                continue
-            reduced = _dense(parameter.grad)
-            if index in self._kept:
-                mixed += _products(self._views[index], reduced)
-            if index % num_shares == share:
-                mean += _products(reduced, reduced)
-        own = _products(flat, flat)
-        return torch.stack([_total(products, flat.device) for products in (own, mixed, mean)])
+            grad = parameter.grad if parameter.requires_grad else None
+            reduced = torch.zeros_like(view) if grad is None else _dense(grad)
+            # All products of a piece while it is in the cache: reading is what they cost.
+            for left, right in zip(_pieces(view), _pieces(reduced), strict=True):
+                right = right.to(left.dtype)
+                own.append(torch.dot(left, left))
+                mixed.append(torch.dot(left, right))
+                if index % num_shares == share:
+                    mean.append(torch.dot(right, right))
+        return torch.stack([_total(products, device) for products in (own, mixed, mean)])
 
     def take_unit(self, norm: Tensor) -> Tensor:
         """Return the kept gradient over its norm, flat, as a buffer that the caller may change.
@@ -117,13 +118,8 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
 
 
-def _products(left: Tensor, right: Tensor) -> list[Tensor]:
-    """Return the inner products of pieces, each a float32 or wider scalar."""
-    left, right = left.flatten(), right.flatten()
-    dtype = torch.promote_types(left.dtype, torch.float32)
-    piece = _CPU_PIECE if left.device.type == "cpu" else left.numel()
-    pairs = zip(left.split(piece), right.split(piece), strict=True)
-    return [torch.dot(a.to(dtype), b.to(dtype)) for a, b in pairs]
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.flatten().split(_CPU_PIECE if tensor.device.type == "cpu" else tensor.numel())
 
 
 def _total(products: list[Tensor], device: torch.device) -> Tensor:
@@ -132,6 +128,6 @@ def _total(products: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(products).double().sum()
 
 
-def inner_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return <left, right> with the pieces summed in float64. Shape ``[]``."""
-    return _total(_products(left, right), left.device)
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Return the squared 2-norm of float32 or wider numbers, in float64. Shape ``[]``."""
+    return _total([torch.dot(piece, piece) for piece in _pieces(tensor)], tensor.device)

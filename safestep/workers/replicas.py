@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from safestep.dispersion import WorkerSums, unit_squared_norm_of_two
-from safestep.workers.local_gradients import LocalGradients, inner_product
+from safestep.workers.local_gradients import LocalGradients, squared_norm
 
 
 class Replicas:
@@ -60,7 +60,7 @@ class Replicas:
         elif self.num_workers > 1 and with_pairs:
             unit = self._gradients.take_unit(sums[0].sqrt())
             dist.all_reduce(unit, group=self._group)
-            unit_squared_norm = inner_product(unit, unit).cpu()
+            unit_squared_norm = squared_norm(unit).cpu()
         self.clear()
         return losses, WorkerSums(
             squared_norms, mean_products, mean_shares.sum(), unit_squared_norm
