@@ -162,16 +162,20 @@ def worst_of(measurements: Sequence[Measurement]) -> Measurement:
         measurements: One of each worker, in the order of their ranks.
 
     Returns:
-        The measurement that every worker decides on. Its reason names the rank.
+        The measurement that every worker decides on. Its reason names the rank; where ranks have
+        other reasons, the first of each.
     """
-    worst = max(range(len(measurements)), key=lambda rank: measurements[rank].finding)
-    finding = measurements[worst].finding
+    worst = max(measurements, key=lambda measurement: measurement.finding)
     measured = [m for m in measurements if m.finding is Finding.MEASURED]
-    tightest = min(measured, key=lambda m: m.radius, default=measurements[worst])
-    if finding is Finding.MEASURED:
+    tightest = min(measured, key=lambda m: m.radius, default=worst)
+    if worst.finding is Finding.MEASURED:
         return tightest
-    reason = measurements[worst].reason or finding
-    return replace(tightest, finding=finding, reason=f"rank {worst}: {reason}")
+    first: dict[str, int] = {}  # rank that has a reason
+    for rank, measurement in enumerate(measurements):
+        if measurement.finding is worst.finding:
+            first.setdefault(str(measurement.reason or measurement.finding), rank)
+    reason = "; ".join(f"rank {rank}: {reason}" for reason, rank in first.items())
+    return replace(tightest, finding=worst.finding, reason=reason)
 
 
 class StepController:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import hypot
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from safestep.controller import Finding, Measurement, worst_of
+from safestep.shards import is_sharded
 
 
 def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measurement:
@@ -48,6 +51,32 @@ def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measur
     if measurement.is_partial:
         worst = replace(worst, step_norm=hypot(*(worker.step_norm for worker in everyone)))
     return worst
+
+
+def apart_from_shards(
+    params: Sequence[Tensor], group: ProcessGroup | None = None
+) -> ProcessGroup | None:
+    """Return a group of the same workers for `agree`, a new one where parameters are sharded.
+
+    A rank that raises in the middle of a re-run leaves the others in a gather of shards. On their
+    group, what it says next would be taken for a shard, and the shard for what it says; on its own
+    group they meet when the gather has timed out, and all know why.
+
+    Args:
+        params: The trained parameters.
+        group: The workers; None for the default process group, if there is one.
+
+    Returns:
+        The group.
+    """
+    if world_size(group) == 1 or not any(map(is_sharded, params)):
+        return group
+    group = group or dist.group.WORLD
+    timeout = group._get_backend(_device(group)).options._timeout  # type: ignore[union-attr]
+    ranks = dist.get_process_group_ranks(group)
+    # The rank that raised waits for the others' timeout, and longer: they have to get here.
+    options = {"timeout": 2 * timeout, "use_local_synchronization": True}
+    return dist.new_group(ranks, **options)  # type: ignore[return-value]
 
 
 def world_size(group: ProcessGroup | None = None) -> int:

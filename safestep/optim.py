@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from safestep.binding import radii_of_step
 from safestep.capture import LogitsFn
 from safestep.controller import Action, Rung, StepController, StepReport
-from safestep.distributed import agree
+from safestep.distributed import agree, apart_from_shards
 from safestep.gauge import Reading
 from safestep.inner_watch import RadiusName, inner_watch
 from safestep.innermost import innermost_optimizer, is_within_step
@@ -122,7 +122,7 @@ class SafeStep:
         self.enabled = True
         self._controller = StepController(max_normalized_step, radius, action, quantile)
         self._estimator = estimator
-        self._group = process_group
+        self._group = apart_from_shards(self._trained(), process_group)
         self._max_consecutive_skips = max_consecutive_skips
         self._is_ahead = not copy
         self._change = Snapshot(self.optimizer) if copy else Rehearsal(self.optimizer)

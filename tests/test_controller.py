@@ -192,6 +192,13 @@ def test_workers_act_on_the_gravest_finding_and_name_its_rank():
     assert worst.radius == 2.0
 
 
+def test_workers_are_told_every_reason_once():
+    reasons = ["timed out", "labels are gone", "timed out"]
+    worst = worst_of([measured(2.0, finding=Finding.UNMEASURED, reason=r) for r in reasons])
+
+    assert worst.reason == "rank 0: timed out; rank 1: labels are gone"
+
+
 def test_skips_are_counted_in_a_row():
     controller = StepController()
     broken = measured(math.nan, finding=Finding.UPDATE_NOT_FINITE)

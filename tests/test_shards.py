@@ -1,5 +1,6 @@
 """SafeStep on parameters that fully_shard distributes over the ranks of real gloo processes."""
 
+import json
 import math
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from torch import nn
 
 from safestep.shards import counted_here, is_sharded, local
 
-SCRIPT = Path(__file__).parent / "processes" / "guarded_shards.py"
+PROCESSES = Path(__file__).parent / "processes"
 LIMIT = 1.0
 
 
@@ -23,7 +24,12 @@ LIMIT = 1.0
 def ranks(request, tmp_path_factory):
     """What each rank saw in every scenario; one start of the processes for all of them."""
     output = tmp_path_factory.mktemp("shards")
-    command = [sys.executable, str(SCRIPT), str(output), str(request.param)]
+    command = [
+        sys.executable,
+        str(PROCESSES / "guarded_shards.py"),
+        str(output),
+        str(request.param),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank{rank}.pt") for rank in range(request.param)]
@@ -112,6 +118,20 @@ def test_flattened_parameters_are_unmeasured_even_in_a_part_of_the_model(ranks):
     for found in ranks:
         assert found["flattened"]["status"] == "unmeasured"
         assert "rank 0: FullyShardedDataParallel flattens" in found["flattened"]["reason"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_between_two_gathers_is_named_after_the_group_timeout(tmp_path):
+    """The others wait in a gather that it never joins, and with its timeout their group is lost."""
+    command = [sys.executable, str(PROCESSES / "raising_shard.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["seconds"] < 5 + 2
+        assert "rank 1: KeyError: 'labels are gone'" in found["reason"]
+        assert found["error"]
 
 
 def test_whole_parameters_are_their_own_shard_and_count_everywhere():
