@@ -100,7 +100,8 @@ class Meter:
         if not update.calls:
             return nothing, (
                 "no gradient came back through a forward call of `model` since the last step; pass "
-                "the module whose forward computes the logits"
+                "the module whose forward computes the logits, or tell the guard the whole step "
+                "with guard.record(training_step, batch)"
             )
         try:
             reading = self._gauge.measure(update, self._controller.measure)

@@ -5,7 +5,8 @@ process, so that whatever else the machine does hits all alike. Memory is measur
 its own for each variant, as the peak.
 
     python tests/benchmarks/bench_step.py --model mlp gpt resnet18 --json cost.json
-    python tests/benchmarks/bench_step.py --model gpt --grow batch
+
+The peers ZClip and StableAdamW are timed where the packages zclip and torch-optimi are installed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import resource
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ from safestep.predict import FIRST_STEPS, LONGEST_INTERVAL
 GUARDS = {
     "plain": "nothing",
     "clip_grad_norm_": "gradient norm",
+    "ZClip": "gradient norm, against its running mean",
     "StableAdamW": "update over gradient, per tensor",
     "auto": "every step, by prediction, JVP where in doubt",
     "auto, no copy": "every step, by prediction, JVP where in doubt",
@@ -150,16 +154,21 @@ def data(name: str, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def variant(
-    kind: str, name: str, shape: Shape, device: str, dtype: torch.dtype
+    kind: str,
+    name: str,
+    shape: Shape,
+    device: str,
+    dtype: torch.dtype,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Callable[[], None]:
     """Return a function that makes one training step of a variant."""
     torch.manual_seed(0)
-    model = {"mlp": mlp, "gpt": GPT, "resnet18": resnet18}[name](shape).to(device)
+    model = wrap({"mlp": mlp, "gpt": GPT, "resnet18": resnet18}[name](shape).to(device))
     optimizer_class = _stable_adamw() if kind == "StableAdamW" else torch.optim.AdamW
     optimizer = optimizer_class(model.parameters(), lr=LR)
     inputs, targets = (tensor.to(device) for tensor in data(name, shape))
     estimator, _, suffix = kind.partition(", ")
-    guard = None
+    guard, zclip = None, _zclip() if kind == "ZClip" else None
     if estimator in _ESTIMATORS:
         guard = SafeStep(optimizer, model, estimator=estimator, copy=suffix != "no copy")
     if guard is not None and estimator == "auto":
@@ -172,6 +181,8 @@ def variant(
         loss.backward()
         if kind == "clip_grad_norm_":
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if zclip is not None:
+            zclip.step(model)
         optimizer.step()
 
     return step
@@ -193,11 +204,23 @@ def _stable_adamw() -> type[torch.optim.Optimizer]:
     return StableAdamW
 
 
+def _zclip() -> Any:
+    from zclip import ZClip
+
+    return ZClip()
+
+
 def time_steps(
-    kinds: list[str], name: str, shape: Shape, steps: int, device: str, dtype: torch.dtype
+    kinds: list[str],
+    name: str,
+    shape: Shape,
+    steps: int,
+    device: str,
+    dtype: torch.dtype,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> dict[str, list[float]]:
     """Return the seconds of every step of every variant, interleaved."""
-    variants = {kind: variant(kind, name, shape, device, dtype) for kind in kinds}
+    variants = {kind: variant(kind, name, shape, device, dtype, wrap) for kind in kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for index in range(steps + WARM_UP):
         for kind, step in variants.items():
@@ -230,21 +253,20 @@ def _peak_memory_here(kind: str, name: str, shape: Shape, device: str, dtype: to
 
 
 def measure(
-    kinds: list[str], name: str, shape: Shape, steps: int, device: str, dtype: torch.dtype,
-    with_memory: bool = True,
-) -> Iterator[dict[str, object]]:  # fmt: skip
+    kinds: list[str], name: str, shape: Shape, steps: int, device: str, dtype: torch.dtype
+) -> Iterator[dict[str, object]]:
     """Yield one record for each variant of a model."""
     seconds = time_steps(kinds, name, shape, steps, device, dtype)
-    plain_memory = peak_memory("plain", name, shape, device, dtype) if with_memory else None
+    plain_memory = peak_memory("plain", name, shape, device, dtype)
     for kind in kinds:
-        memory = peak_memory(kind, name, shape, device, dtype) if with_memory else None
+        memory = peak_memory(kind, name, shape, device, dtype)
         yield {
             "model": name, "variant": kind, "guards": GUARDS[kind], "shape": vars(shape),
             "device": _device_name(device), "dtype": str(dtype), "steps": steps,
             "mean_ratio": statistics.mean(seconds[kind]) / statistics.mean(seconds["plain"]),
             "median_ratio": statistics.median(seconds[kind]) / statistics.median(seconds["plain"]),
             "plain_ms": 1e3 * statistics.median(seconds["plain"]),
-            "memory_ratio": memory / plain_memory if memory and plain_memory else None,
+            "memory_ratio": memory / plain_memory,
         }  # fmt: skip
 
 
@@ -259,36 +281,25 @@ def table(records: list[dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for record in records:
-        memory = f"{record['memory_ratio']:.2f}" if record["memory_ratio"] else "-"
         shape = record["shape"]
         size = f"batch {shape['batch']}, width {shape['width']}, depth {shape['depth']}"
         size += f", {shape['vocabulary']} classes"
         lines.append(
             f"| {record['model']} ({size}) | {record['variant']} | {record['mean_ratio']:.2f} | "
-            f"{record['median_ratio']:.2f} | {memory} | {record['guards']} |"
+            f"{record['median_ratio']:.2f} | {record['memory_ratio']:.2f} | {record['guards']} |"
         )
     where = f"{records[0]['device']}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     return "\n".join([*lines, "", f"Multiples of the plain step. {where}."])
-
-
-def grown(name: str, axis: str) -> list[Shape]:
-    """Return a model's shape with one of its sizes at a quarter, half, one and two."""
-    shapes = []
-    for factor in (0.25, 0.5, 1, 2):
-        shape = Shape(**vars(SHAPES[name]))
-        setattr(shape, axis, max(1, int(getattr(shape, axis) * factor)))
-        shapes.append(shape)
-    return shapes
 
 
 def main() -> None:
     """Measure what was asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=["mlp", "gpt"])
-    kinds = [kind for kind in GUARDS if kind not in ("plain", "StableAdamW")]
+    peers = {"ZClip": "zclip", "StableAdamW": "optimi"}
+    kinds = [kind for kind in GUARDS if kind not in peers or find_spec(peers[kind])]
     parser.add_argument("--variant", nargs="+", choices=list(GUARDS), default=kinds)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--grow", choices=["batch", "width", "depth", "vocabulary"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path)
@@ -297,11 +308,7 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     records = []
     for name in arguments.model:
-        shapes = grown(name, arguments.grow) if arguments.grow else [SHAPES[name]]
-        for shape in shapes:
-            records += measure(
-                kinds, name, shape, arguments.steps, arguments.device, dtype, not arguments.grow
-            )
+        records += measure(kinds, name, SHAPES[name], arguments.steps, arguments.device, dtype)
     print(table(records))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(records, indent=1))
