@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from safestep.estimators import LogitTangent
+from safestep.logit_tangent import LogitTangent
 from safestep.radius import ladder_radius, logit_spread
 
 Action = Literal["clip", "set", "monitor"]
@@ -137,15 +137,14 @@ def smallest_row(
         # Logits that are too many to hold are computed only where the bound leaves a row open.
         if rung != "bound" and not (limit and bool((radius >= 1 / limit).all())):
             climbed = []
-            for part in row.parts():
-                climbed.append(
-                    ladder_radius(
-                        part.logits, part.tangent, mask=part.mask, limit=limit, rung=rung,
-                        only_smallest=quantile is None,
-                    )
+            for rows_of_part, part in row.parts():
+                found = ladder_radius(
+                    part.logits, part.tangent, mask=part.mask, limit=limit, rung=rung,
+                    only_smallest=quantile is None, spread=spread[rows_of_part],
                 )  # fmt: skip
+                climbed.append(found.flatten())
                 if quantile is None:
-                    limit = _raised(limit, float(climbed[-1].min()))
+                    limit = _raised(limit, float(found.min()))
             radius = torch.cat(climbed)
         radii.append(radius.flatten().double())
         spreads.append(spread.amax().double())

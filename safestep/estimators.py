@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +15,7 @@ from safestep.absent import without_absent
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
 from safestep.duals import differentiable_kernels, tangents_in_place
 from safestep.inner_watch import InnerWatch
+from safestep.logit_tangent import LogitTangent
 from safestep.replay import Call, eager_module
 from safestep.shards import is_sharded, local
 from safestep.untraced import untraced
@@ -30,39 +29,6 @@ _DISTANCE_HALF = 2e-2
 
 class MissingTangentError(RuntimeError):
     """The logits carry no tangent: a radius computed from them would be wrong, not infinite."""
-
-
-@dataclass(frozen=True, slots=True)
-class LogitTangent:
-    """Logits and their tangent along the whole update.
-
-    Attributes:
-        name: Which logits.
-        source: The logits before the update, ``[*B, C]``, or what computes them.
-        tangent: Their directional derivative. Shape ``[*B, C]``, unit: logits.
-        mask: True where a row counts, None if all do. Shape ``[*B]``.
-    """
-
-    name: str
-    source: Tensor | Callable[..., Tensor]
-    tangent: Tensor
-    mask: Tensor | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        """The logits; computed anew each time where they are too many to hold."""
-        return self.source if isinstance(self.source, Tensor) else self.source()
-
-    def parts(self) -> Iterator[LogitTangent]:
-        """Yield the rows in parts whose logits can be held beside the tangent of all."""
-        if isinstance(self.source, Tensor):
-            yield self
-            return
-        size = math.ceil(len(self.tangent) / 2)
-        for begin in range(0, len(self.tangent), size):
-            rows = slice(begin, begin + size)
-            mask = None if self.mask is None else self.mask[rows]
-            yield LogitTangent(self.name, partial(self.source, rows), self.tangent[rows], mask)
 
 
 def logits_jvp(

@@ -223,7 +223,10 @@ def ladder_radius(
     bound = math.pi / spread.detach()
     radius = bound.to(torch.promote_types(bound.dtype, logits.dtype)).flatten()
     class_mask = mask if mask is not None and mask.ndim == logits.ndim else None
-    flat = [None if x is None else x.flatten(0, -2) for x in (logits, logit_tangent, class_mask)]
+    flat = [
+        None if x is None else x.reshape(-1, x.shape[-1])
+        for x in (logits, logit_tangent, class_mask)
+    ]
 
     def climb(rung: Callable[..., Tensor], rows: Tensor) -> None:
         # Rows ascend, so that as many as there are is all of them: a copy takes as long as a scan.

@@ -7,7 +7,7 @@ import torch
 
 from safestep.coarse import coarse_radius, histogram
 from safestep.controller import smallest_row
-from safestep.estimators import LogitTangent
+from safestep.logit_tangent import LogitTangent
 from safestep.radius import certified_radius, ladder_radius
 
 

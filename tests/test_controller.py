@@ -14,7 +14,7 @@ from safestep.controller import (
     smallest_row,
     worst_of,
 )
-from safestep.estimators import LogitTangent
+from safestep.logit_tangent import LogitTangent
 
 
 def rows_of(*spreads, mask=None):
@@ -241,3 +241,14 @@ def test_state_makes_a_round_trip_and_is_not_changed():
 def test_an_option_out_of_range_is_an_error_that_says_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         StepController(**options)
+
+
+@pytest.mark.parametrize("rung", ["bound", "certified"])
+def test_a_single_row_without_an_axis_for_rows_is_measured(rung):
+    logits, tangent = torch.tensor([4.0, 0.0, 0.0]), torch.tensor([5.0, -1.5, 0.0])
+    row = LogitTangent("logits", logits, tangent)
+    batch = LogitTangent("logits", logits[None], tangent[None])
+
+    found = smallest_row([row], rung=rung, limit=1.0)
+
+    torch.testing.assert_close(found, smallest_row([batch], rung=rung, limit=1.0))
