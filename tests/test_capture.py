@@ -17,6 +17,7 @@ LABELS = torch.randint(0, 5, (16,), generator=GENERATOR)
 MANY = functional.one_hot(LABELS, 5).float()
 MODEL = nn.Linear(4, 5)
 nn.init.normal_(MODEL.weight, generator=GENERATOR)
+nn.init.normal_(MODEL.bias, generator=GENERATOR)
 
 
 def loop_call(model, loss, *inputs):
@@ -143,6 +144,15 @@ NO_SOFTMAX = {
 def test_output_that_is_no_logits_is_refused(name):
     with pytest.raises(LogitsNotFoundError, match="logits=lambda output"):
         find_logits(loop_call(MODEL, NO_SOFTMAX[name], INPUTS))
+
+
+def test_features_before_a_layernorm_are_refused_though_one_row_hardly_varies():
+    inputs = torch.cat([0.01 * INPUTS[:1], INPUTS[1:]])  # its variance is next to LayerNorm's eps
+    model = nn.Linear(4, 5, bias=False)
+    model.weight = MODEL.weight
+
+    with pytest.raises(LogitsNotFoundError, match="logits=lambda output"):
+        find_logits(loop_call(model, NO_SOFTMAX["features before a LayerNorm"], inputs))
 
 
 def test_ignored_rows_do_not_count_and_are_told():
