@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from safestep import SafeStep, read_run
+from safestep.report import write_report
 
 
 class TwoHeads(nn.Module):
@@ -46,7 +47,11 @@ def test_run_log_says_which_logits_were_found_and_which_head_set_the_radius(tmp_
     run = read_run(tmp_path)
     assert [event["name"] for event in run.events] == ["logits"]
     assert run.events[0]["message"].startswith(line)
+    assert run.header["logits"] == run.events[0]["message"]
     assert run["head"][0] == "output.wild"
+    page = write_report([tmp_path], refresh_seconds=5).read_text(encoding="utf-8")
+    assert "output.calm, [6, 3], 33 % of rows ignored" in page
+    assert "at step 0, set by output.wild" in page
 
 
 def test_logits_whose_temperature_nobody_showed_are_a_warning(tmp_path):

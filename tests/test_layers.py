@@ -118,6 +118,7 @@ EXACT = {
     "checkpoint": lambda: Between(Recomputed()),
 }
 BY_DIFFERENCE = {
+    "spectral_norm": lambda: Between(parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))),
     "EmbeddingBag": lambda: Lookup(nn.EmbeddingBag(11, WIDTH, mode="sum")),
     "weight_norm": lambda: Between(parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))),
 }

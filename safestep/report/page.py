@@ -15,7 +15,7 @@ from safestep.plots.style import SERIES_COLORS
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import Verdict
 from safestep.runlog.reader import Run
-from safestep.runlog.series import removed_area, step_series
+from safestep.runlog.series import StepSeries, removed_area, step_series
 from safestep.wording import number
 
 MAX_EVENTS = 200
@@ -197,19 +197,31 @@ def _details(run: Run, label: str) -> str:
 
 def _numbers(run: Run) -> dict[str, Any]:
     series, header = step_series(run), run.header
-    known = series.proposed[np.isfinite(series.proposed)]
     return {
         "file": run.path,
         "safestep": header.get("safestep", "unknown"),
         "torch": header.get("torch", "unknown"),
         "workers": header.get("world_size", "unknown"),
+        "logits": str(header.get("logits", "unknown")).removeprefix("logits: "),
         "steps": f"{len(series.step):,}",
         "steps scaled": f"{int(series.clipped.sum()):,}",
         "steps not taken": f"{int(series.skipped.sum()):,}",
         "steps not measured": f"{int(series.unmeasured.sum()):,}",
-        "largest r": number(float(known.max())) if len(known) else "unknown",
+        "largest r": _largest(run, series),
         "learning-rate area removed": f"{removed_area(series):.2%}",
     }
+
+
+def _largest(run: Run, series: StepSeries) -> str:
+    """Return the largest r, its step, and where the model has several heads, which one set it."""
+    known = np.where(np.isfinite(series.proposed), series.proposed, -np.inf)
+    if not len(known) or np.isneginf(known).all():
+        return "unknown"
+    at = int(known.argmax())
+    step, heads = series.step[at], run.steps.get("head")
+    names = [] if heads is None else filter(None, heads[run.steps["step"] == step])
+    which = ", ".join(dict.fromkeys(map(str, names)))
+    return f"{number(float(known[at]))} at step {step}" + (f", set by {which}" if which else "")
 
 
 def _events(run: Run) -> str:

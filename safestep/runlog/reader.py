@@ -22,7 +22,8 @@ class Run:
 
     Attributes:
         path: The file it was read from.
-        header: The first line of the log: versions, ``world_size``, ``settings``.
+        header: The first line of the log: versions, ``world_size``, ``settings``; and ``logits``,
+            the line that says which were found, once a step was measured.
         steps: One column a field of StepReport, and any other key of a step record. Shape
             ``[T]``; float64 (NaN where a record lacks the key), ``step`` int64, text object.
         workers: Scalars ``[T]`` and per-worker columns ``[T, N]``, NaN where missing.
@@ -138,6 +139,8 @@ def _read_jsonl(path: Path) -> Run:
                 workers.add(record, number)
             elif kind == "event":
                 events.append(record)
+                if record.get("name") == "logits":
+                    header.setdefault("logits", record.get("message"))
                 if record.get("name") == "resumed":
                     steps.start_segment()
                     workers.start_segment()
