@@ -10,6 +10,7 @@ import torch
 from safestep import read_run
 
 SCRIPT = Path(__file__).parents[1] / "processes" / "guarded_trainer.py"
+SCALED_FROM = 20
 WATCHED = [
     "plain",
     "find_unused_parameters",
@@ -143,6 +144,16 @@ def test_a_rank_that_went_nan_is_skipped_and_named_in_the_shared_run_log(tmp_pat
     (path,) = tmp_path.rglob("run.jsonl")
     events = [event for event in read_run(path).events if event["name"] == "worker"]
     assert [event["message"] for event in events] == ["rank 1: loss not finite since step 1"]
+
+
+@pytest.mark.slow
+def test_a_rank_with_a_scaled_loss_is_named_alone_in_the_run_log_of_a_trainer(tmp_path):
+    train(tmp_path, 4, "off")
+
+    (path,) = tmp_path.rglob("run.jsonl")
+    events = [event for event in read_run(path).events if event["name"] == "worker"]
+    assert {event["rank"] for event in events} == {1}
+    assert SCALED_FROM <= events[0]["step"] <= SCALED_FROM + 25
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from safestep.callbacks import StepSafety, WorkerConsistency
 
+SCALED_FROM = 20
+
 
 class Classifier(LightningModule):
     """A classifier with BatchNorm and dropout; on rank 1, a planted fault."""
@@ -42,6 +44,8 @@ class Classifier(LightningModule):
             if self.fault == "spoiled" and batch_idx == 1:
                 inputs = inputs * torch.nan
         loss = functional.cross_entropy(self.net(inputs), classes)
+        if self.fault == "scaled" and self.global_rank == 1 and self.global_step >= SCALED_FROM:
+            loss = 8 * loss
         if not torch.compiler.is_compiling():  # dynamo fails to trace self.log, guarded or not
             self.log("loss", loss)
         if self.automatic_optimization:
@@ -92,6 +96,7 @@ FAULTY = {
     "raises while clipped": {"lr": 3.0, "fault": "raises"},
     "spoiled": {"lr": 0.05, "fault": "spoiled"},
     "dies": {"lr": 0.05, "fault": "dies"},
+    "off": {"lr": 0.01, "fault": "scaled", "max_epochs": 30},
 }
 
 
@@ -103,6 +108,8 @@ def main(output, num_ranks, *names):
         elif name == "named":
             options = {"static_graph": True, "logger": True}
             fit(output / name, num_ranks, WorkerConsistency(), **FAULTY["spoiled"], **options)
+        elif name == "off":
+            fit(output / name, num_ranks, WorkerConsistency(), logger=True, **FAULTY[name])
         elif name == "resumed":
             whole, options = output / "uninterrupted", {"lr": 3.0, "dropout": 0.0, "max_epochs": 2}
             checkpoints = ModelCheckpoint(output / "checkpoints", "{epoch}", save_top_k=-1)
