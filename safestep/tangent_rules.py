@@ -134,15 +134,18 @@ def _affine(
     weight: tuple[Tensor | None, Tensor | None],
     bias: tuple[Tensor | None, Tensor | None],
 ) -> Dual:
-    """Return unit * weight + bias and its tangent."""
+    """Return unit * weight + bias and its tangent, which takes the place of `d_unit`."""
     (w, dw), (b, db) = weight, bias
-    output = unit if w is None else unit * w
-    tangent = torch.zeros_like(unit) if d_unit is None else d_unit if w is None else d_unit * w
+    if w is None:
+        output = unit if b is None else unit + b
+    else:
+        output = unit * w if b is None else torch.addcmul(b, unit, w)
+    tangent = torch.zeros_like(unit) if d_unit is None else d_unit if w is None else d_unit.mul_(w)
     if dw is not None:
         tangent = tangent.addcmul_(unit, dw)
     if db is not None:
         tangent = tangent.add_(db)
-    return (output if b is None else output + b), tangent
+    return output, tangent
 
 
 def _scaled_dot_product_attention(
