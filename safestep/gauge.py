@@ -28,7 +28,7 @@ from safestep.estimators import (
     working_dtype,
 )
 from safestep.inner_watch import InnerWatch
-from safestep.norms import joint_norm
+from safestep.norms import each_norm
 from safestep.replay import Call
 from safestep.shards import counted_here, is_sharded, refuse_flattened
 
@@ -58,9 +58,9 @@ class Update:
     change: Sequence[Tensor]
     is_made: bool = True
 
-    def step_norm(self) -> Tensor:
-        """Return the 2-norm of the update, a float64 scalar; of this rank's part if sharded."""
-        return joint_norm(list(compress(self.change, counted_here(self.params))))
+    def norms(self) -> list[Tensor]:
+        """Return 2-norms, the 2-norm of which is that of the update; of this rank's part of it."""
+        return each_norm(list(compress(self.change, counted_here(self.params))))
 
 
 @dataclass(frozen=True, slots=True)

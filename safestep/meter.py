@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf, nan, pi
 
 import torch
@@ -13,7 +13,7 @@ from safestep.capture import LogitsFn
 from safestep.controller import Finding, Measurement, StepController
 from safestep.gauge import EstimatorName, Gauge, Reading, Update
 from safestep.inner_watch import InnerWatch
-from safestep.norms import joint_norm
+from safestep.norms import each_norm, joined, joint_norm
 from safestep.predict import Predictor
 from safestep.shards import is_sharded, local
 
@@ -62,16 +62,15 @@ class Meter:
             The measurement, and the reading that it comes from.
         """
         gradients = [local(param.grad) for param in update.params if param.grad is not None]
-        norms = [update.step_norm(), joint_norm(gradients)]
+        norms = _Norms(update.norms(), each_norm(gradients))
         is_partial = any(map(is_sharded, update.params))
         if self._predictor is not None and not is_partial:
             predicted = self._predict(self._predictor, norms, update, options)
             if predicted is not None:
-                return predicted, Reading(torch.empty(0), "predicted")
+                return predicted, _PREDICTED
         reading, obstacle = self._read(update)
         # The one host synchronization of a measured step.
-        numbers = torch.cat([reading.row, torch.stack(norms).to(reading.row)]).tolist()
-        radius, spread, index, step_norm, gradient_norm = numbers
+        step_norm, gradient_norm, (radius, spread, index) = norms.read(reading.row.unbind())
         finding = _finding(radius, step_norm, gradient_norm, obstacle)
         reason = self._reason(finding, obstacle, update)
         if finding is not Finding.MEASURED:
@@ -84,12 +83,12 @@ class Meter:
     def _predict(
         self,
         predictor: Predictor,
-        norms: list[Tensor],
+        norms: _Norms,
         update: Update,
         options: tuple[float, ...],
     ) -> Measurement | None:
         signals = [signal for call in update.calls for signal in call.signals]
-        step_norm, gradient_norm, *sizes = torch.stack([*norms, *signals]).tolist()
+        step_norm, gradient_norm, sizes = norms.read(signals)
         r = predictor.predict(step_norm, [gradient_norm, *map(abs, sizes)], options)
         if r is None or not update.calls:
             return None
@@ -124,6 +123,28 @@ class Meter:
             if tensor is not None and not joint_norm([local(tensor)]).isfinite():
                 return self._names.get(param, "a parameter outside the model")
         return "its norm overflows"
+
+
+# No row: nothing was measured.
+_PREDICTED = Reading(torch.empty(0), "predicted")
+
+
+@dataclass(frozen=True, slots=True)
+class _Norms:
+    """Norms of parts of the update and of the gradient, on the device."""
+
+    update: Sequence[Tensor]
+    gradient: Sequence[Tensor]
+
+    def read(self, others: Sequence[Tensor]) -> tuple[float, float, list[float]]:
+        """Return the norm of the update, that of the gradient, and `others`, all at once."""
+        scalars = [*others, *self.update, *self.gradient]
+        if len({scalar.device for scalar in scalars}) > 1:
+            scalars = [scalar.to(scalars[0].device) for scalar in scalars]
+        numbers = torch.stack(scalars).tolist() if scalars else []
+        begin = len(others)
+        middle = begin + len(self.update)
+        return joined(numbers[begin:middle]), joined(numbers[middle:]), numbers[:begin]
 
 
 def _finding(

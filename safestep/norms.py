@@ -1,6 +1,7 @@
 """Layer 0: norms over many tensors at once."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +23,41 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
         >>> joint_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
         tensor(5., dtype=torch.float64)
     """
+    norms = each_norm(tensors)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).double())
+
+
+def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the 2-norm of every tensor, reduced in float32 or wider, in no certain order.
+
+    Args:
+        tensors: As for ``joint_norm``.
+
+    Returns:
+        A scalar for each.
+    """
     dense = [t.detach()._values() if t.is_sparse else t.detach() for t in tensors]
     narrow = [tensor for tensor in dense if tensor.dtype in _HALVES]
     wide = [tensor for tensor in dense if tensor.dtype not in _HALVES]
     norms = [*(torch._foreach_norm(wide) if wide else ())]
     norms += torch._foreach_norm(narrow, 2, torch.float32) if narrow else ()
-    if not norms:
-        return torch.zeros((), dtype=torch.float64)
-    device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).double())
+    return norms
+
+
+def joined(norms: Iterable[float]) -> float:
+    """Return the 2-norm of norms: what ``joint_norm`` does, of numbers of the host.
+
+    Args:
+        norms: The norms.
+
+    Returns:
+        Their 2-norm, 0 of none, not finite if one is not.
+
+    Example:
+        >>> joined([3.0, 4.0])
+        5.0
+    """
+    return math.sqrt(sum(norm * norm for norm in norms))

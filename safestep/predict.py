@@ -126,7 +126,8 @@ class Predictor:
         return self._since >= min(self._interval, longest)
 
     def _is_unusual(self, signals: tuple[float, ...]) -> bool:
-        if any(len(past) != len(signals) for past in (*self._usual, *self._measured)):
+        latest = (past[-1] for past in (self._usual, self._measured) if past)
+        if any(len(past) != len(signals) for past in latest):  # all of a window are alike
             self._usual.clear()
             self._measured.clear()
         return not all(

@@ -216,14 +216,14 @@ class _Change(Sequence[Tensor]):
 class _Proposal(Update):
     """An update whose norm is found without holding all of it."""
 
-    def step_norm(self) -> Tensor:
+    def norms(self) -> list[Tensor]:
         counts = counted_here(self.params)
         rehearsal = self.change._rehearsal  # type: ignore[attr-defined]
         norms = []
         for pieces in rehearsal.pieces():
             norms.append(joint_norm([piece.update for piece in pieces if counts[piece.index]]))
             pieces.clear()  # before the next ones are made
-        return joint_norm(norms)
+        return norms
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:

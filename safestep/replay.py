@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from safestep.capture.evidence import GradientEvidence
 from safestep.capture.plan import named_tensors
 from safestep.shards import is_sharded
-from safestep.untraced import RandomState
+from safestep.untraced import RandomState, recent_numpy_state, walk
 from safestep.warn import warn_user
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
 MAX_RECORDED_CALLS = 1024
+# Elements of a gradient that is cheaper to keep than to look at.
+_SMALL = 2**16
 
 
 @dataclass(slots=True, eq=False)
@@ -29,13 +32,14 @@ class Call:
 
     Attributes:
         function: What to call again.
-        args: Positional arguments, detached.
-        kwargs: Keyword arguments, detached.
+        leaves: What its arguments are made of, detached.
+        structure: How they are made of it.
         random: Random state just before the call, so that dropout draws the same mask.
         autocast: ``(device type, dtype)`` of every autocast region around the call.
         versions: Version counter of each tensor argument, to notice a change in place.
         modes: Every submodule, and whether it was in train mode.
-        gradients: What the loss's gradient showed about each output tensor, by its name.
+        unread: What tells what a gradient shows, by the name of its output tensor, where nobody
+            has asked yet.
         signals: Smallest and largest output and 1-norm of the loss's gradient there, where a
             Recorder watches them: scalars on the device, which tell unusual data from usual.
         is_fresh: Whether every gradient was zero when its backward pass began: a boolean on the
@@ -43,15 +47,16 @@ class Call:
     """
 
     function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    leaves: list[Any]
+    structure: TreeSpec
     random: RandomState
     autocast: tuple[tuple[str, torch.dtype], ...]
     versions: tuple[int, ...]
     modes: tuple[tuple[nn.Module, bool], ...] = ()
-    gradients: dict[str, GradientEvidence] = field(default_factory=dict)
+    unread: dict[str, Callable[[], GradientEvidence]] = field(default_factory=dict)
     signals: list[Tensor] = field(default_factory=list)
     is_fresh: Tensor | None = None
+    _gradients: dict[str, GradientEvidence] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,11 +67,21 @@ class Call:
         module: nn.Module | None = None,
     ) -> Call:
         """Return the description of a call that is about to happen, in which `module` runs."""
-        args, kwargs = tree_map(_detached, (args, kwargs))
+        leaves, structure = tree_flatten((args, kwargs))
+        leaves = list(map(_detached, leaves))
+        within = list(walk(module)) if module is not None else []
         return cls(
-            function, args, kwargs, RandomState.capture(module), _autocast_regions(),
-            _versions((args, kwargs)), _modes(module),
+            function, leaves, structure, RandomState.capture(within, recent_numpy_state),
+            _autocast_regions(), _versions(leaves), tuple((m, m.training) for m, _ in within),
         )  # fmt: skip
+
+    @property
+    def gradients(self) -> dict[str, GradientEvidence]:
+        """What the loss's gradient showed about each output tensor, by its name."""
+        while self.unread:
+            name, read = self.unread.popitem()
+            self._gradients[name] = read()
+        return self._gradients
 
     def run(self) -> Any:
         """Call again in the recorded surroundings: random state, autocast regions, train mode.
@@ -77,7 +92,7 @@ class Call:
         Raises:
             RuntimeError: If an argument was changed in place since the call.
         """
-        if _versions((self.args, self.kwargs)) != self.versions:
+        if _versions(self.leaves) != self.versions:
             raise RuntimeError(
                 "an input of the model was changed in place between its forward pass and the step"
             )
@@ -98,7 +113,7 @@ class Call:
                     )
                 )
             # New containers each time: some training steps pop the labels from their batch.
-            args, kwargs = tree_map(_detached, (self.args, self.kwargs))
+            args, kwargs = tree_unflatten(map(_detached, self.leaves), self.structure)
             return self.function(*args, **kwargs)
 
 
@@ -213,14 +228,22 @@ class Recorder:
             if call not in self._calls:
                 call.is_fresh = self._void_cleared()
                 self._queue(call)
-            evidence = GradientEvidence.of(gradient, self._class_axes.get(name), output)
-            if evidence.class_axis is not None:
-                self._class_axes[name] = evidence.class_axis
-            call.gradients[name] = evidence
+            if gradient.numel() > _SMALL:
+                call.gradients[name] = self._evidence(name, gradient, output)
+            else:  # a copy of which is read when the call runs again
+                kept = gradient.detach().clone()
+                values = None if output is None else output.clone()
+                call.unread[name] = partial(self._evidence, name, kept, values)
             if self._watches:
                 call.signals.append(torch.linalg.vector_norm(gradient, 1))
 
         return look
+
+    def _evidence(self, name: str, gradient: Tensor, output: Tensor | None) -> GradientEvidence:
+        evidence = GradientEvidence.of(gradient, self._class_axes.get(name), output)
+        if evidence.class_axis is not None:
+            self._class_axes[name] = evidence.class_axis
+        return evidence
 
     def _void_cleared(self) -> Tensor | None:
         """Forget calls whose gradients were cleared without a step.
@@ -324,16 +347,10 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
-def _versions(tree: Any) -> tuple[int, ...]:
+def _versions(leaves: Iterable[Any]) -> tuple[int, ...]:
     return tuple(
-        leaf._version
-        for leaf in tree_leaves(tree)
-        if isinstance(leaf, Tensor) and not leaf.is_inference()
+        leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()
     )
-
-
-def _modes(module: nn.Module | None) -> tuple[tuple[nn.Module, bool], ...]:
-    return tuple((child, child.training) for child in module.modules()) if module else ()
 
 
 def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:

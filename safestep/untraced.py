@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -45,15 +46,30 @@ class RandomState:
     own: tuple[tuple[Any, Any], ...]
 
     @classmethod
-    def capture(cls, module: nn.Module | None = None) -> RandomState:
-        """Return the state of the global generators and of those that `module` holds."""
+    def capture(
+        cls, within: Iterable[Held] = (), numpy_state: Callable[[], Any] = np.random.get_state
+    ) -> RandomState:
+        """Return the state of the global generators and of those that modules hold.
+
+        Args:
+            within: The modules, from ``walk``.
+            numpy_state: What gives the state of numpy's global generator.
+
+        Returns:
+            The state.
+        """
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
         return cls(
             cpu=torch.get_rng_state(),
             cuda=tuple(cuda),
-            numpy=np.random.get_state(),
+            numpy=numpy_state(),
             python=random.getstate(),
-            own=tuple(_own_generators(module)) if module is not None else (),
+            own=tuple(
+                (leaf, _GENERATORS[type(leaf)][0](leaf))
+                for _, leaves in within
+                for leaf in leaves
+                if type(leaf) in _GENERATORS
+            ),
         )
 
     def restore(self) -> None:
@@ -65,6 +81,31 @@ class RandomState:
         random.setstate(self.python)
         for generator, state in self.own:
             _GENERATORS[type(generator)][1](generator, state)
+
+
+_STATE_BYTES = 4 * (624 + 1)  # of a Mersenne twister: its words, and how many are used up
+_latest_numpy: tuple[bytes, Any] = (b"", None)
+
+
+def recent_numpy_state() -> Any:
+    """Return ``np.random.get_state()``, which takes 40 us, asking only where it may have changed.
+
+    Its words are compared with those at the last call. A normal number that numpy keeps for the
+    next draw is not among them: while there is one, numpy is always asked. Only a ``set_state``
+    that gives such a number to words that had none stays unseen.
+
+    Returns:
+        The state of numpy's global generator.
+    """
+    global _latest_numpy
+    generator = np.random.mtrand._rand._bit_generator
+    if type(generator) is not np.random.MT19937:
+        return np.random.get_state()
+    words = ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES)
+    if words != _latest_numpy[0]:
+        state: Any = np.random.get_state()
+        _latest_numpy = (b"" if state[3] else words, state)
+    return _latest_numpy[1]
 
 
 @contextmanager
@@ -89,10 +130,11 @@ def untraced(module: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: If a forward call would write into a parameter.
     """
-    children = list(_modules_within(module))
+    within = list(walk(module))
+    children = [child for child, _ in within]
     _refuse_writers(children)
     reshard(module)
-    random_state = RandomState.capture(module)
+    random_state = RandomState.capture(within)
     saved = [(child, dict(vars(child)), dict(child._buffers)) for child in children]
     try:
         _put_copies(saved, _Copier(module))
@@ -172,30 +214,29 @@ def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
     child._buffers.update(buffers)
 
 
-def _modules_within(module: nn.Module) -> Iterator[nn.Module]:
-    """Walk through registered submodules and those kept in plain lists, such as a teacher."""
-    for child, _ in _walk(module):
-        yield child
+Held = tuple[nn.Module, list[Any]]
 
 
-def _own_generators(module: nn.Module) -> Iterator[tuple[Any, Any]]:
-    for _, leaves in _walk(module):
-        for leaf in leaves:
-            if type(leaf) in _GENERATORS:
-                yield leaf, _GENERATORS[type(leaf)][0](leaf)
+def walk(module: nn.Module) -> Iterator[Held]:
+    """Walk through registered submodules and those kept in plain lists, such as a teacher.
 
+    Args:
+        module: The root.
 
-def _walk(module: nn.Module) -> Iterator[tuple[nn.Module, list[Any]]]:
-    """Walk through every module within, with what it holds as attributes."""
+    Yields:
+        Every module once, with what it holds as attributes.
+    """
     seen: set[int] = set()
-    queue = [module]
+    queue: list[nn.Module | None] = [module]
     while queue:
-        for child in queue.pop().modules():
-            if id(child) not in seen:
-                seen.add(id(child))
-                leaves = _held(child)
-                queue += (leaf for leaf in leaves if isinstance(leaf, nn.Module))
-                yield child, leaves
+        child = queue.pop()
+        if child is None or id(child) in seen:
+            continue
+        seen.add(id(child))
+        leaves = _held(child)
+        queue += (leaf for leaf in leaves if isinstance(leaf, nn.Module))
+        queue += child._modules.values()
+        yield child, leaves
 
 
 def _held(child: nn.Module) -> list[Any]:

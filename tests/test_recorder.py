@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.replay import Recorder
-from safestep.untraced import untraced
+from safestep.untraced import recent_numpy_state, untraced
 
 
 class Counting(nn.Module):
@@ -133,3 +133,50 @@ def train(steps, *, guarded):
         losses.append(loss.item())
         assert guard is None or guard.last.status == "ok"
     return [*losses, torch.rand(()).item(), np.random.random(), random.random()], model.state_dict()
+
+
+def test_numpys_state_is_told_anew_whenever_it_changed():
+    """Asked after draws, seeds and with a normal number that numpy keeps for the next draw."""
+    np.random.seed(3)
+    for change in (
+        lambda: None, np.random.random, np.random.randn, np.random.randn, lambda: None,
+        lambda: np.random.seed(3), np.random.randn, lambda: np.random.bytes(1),
+    ):  # fmt: skip
+        change()
+
+        found, state = recent_numpy_state(), np.random.get_state()
+
+        assert found[0] == state[0]
+        assert found[2:] == state[2:]
+        assert np.array_equal(found[1], state[1])
+
+
+def test_a_small_gradient_is_read_as_it_was_though_it_changes_later():
+    model, inputs = nn.Linear(5, 3), torch.randn(8, 5)
+    recorder = Recorder(model, lambda: list(model.parameters()))
+    kept = []
+    logits = model(inputs)
+    logits.register_hook(kept.append)
+    functional.cross_entropy(logits, torch.zeros(8, dtype=torch.int64)).backward()
+    (gradient,) = kept
+    expected = gradient.clone()
+    gradient.zero_()
+
+    (call,) = recorder.take()
+
+    evidence = call.gradients["output"]
+    assert evidence.class_axis == 1
+    assert torch.equal(evidence.sample, expected[evidence.rows])
+
+
+def test_an_update_is_recorded_without_a_look_at_its_gradient():
+    """Only a re-run needs it: until then nothing waits for the device."""
+    model, inputs = nn.Linear(5, 3), torch.randn(8, 5)
+    recorder = Recorder(model, lambda: list(model.parameters()))
+    functional.cross_entropy(model(inputs), torch.zeros(8, dtype=torch.int64)).backward()
+
+    (call,) = recorder.take()
+
+    assert list(call.unread) == ["output"]
+    assert list(call.gradients) == ["output"]
+    assert not call.unread

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from safestep import SafeStep, rehearsal
+from safestep.norms import joint_norm
 from safestep.rehearsal import Rehearsal
 
 OPTIMIZERS = {
@@ -84,7 +85,7 @@ def test_a_rehearsed_update_is_the_difference_that_the_step_makes(name, dtype, p
         fill_gradients(params, step, **({"missing": ((1, 1),)} if name == "sgd-fused" else {}))
         ahead.take()
         update = ahead.update([])
-        change, norm = list(update.change), update.step_norm()
+        change, norm = list(update.change), joint_norm(update.norms())
         stepped = list(update.params)
         before = [param.detach().clone() for param in stepped]
         optimizer.step()
@@ -118,7 +119,7 @@ def test_a_rehearsal_changes_nothing(name):
     versions = [param._version for param in params]
 
     ahead.take()
-    ahead.update([]).step_norm()
+    ahead.update([]).norms()
     ahead.release()
 
     now = [params, optimizer.state_dict(), kept]

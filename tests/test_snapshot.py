@@ -35,6 +35,34 @@ def test_restore_undoes_a_step_in_the_very_tensors_it_changed():
     assert all(one is other for one, other in zip(moments, kept, strict=True))
 
 
+def test_restore_is_exact_for_tensors_of_any_size_type_and_layout():
+    torch.manual_seed(0)
+    shapes = [(2, 3), (300, 300), (4, 3, 2, 2), (0, 5), (), (3, 7)]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    params[2] = nn.Parameter(params[2].detach().to(memory_format=torch.channels_last))
+    params[5] = nn.Parameter(torch.randn(7, 3, dtype=torch.float64).t())
+    optimizer = Adam(params, lr=0.1)
+    for _ in range(2):
+        fill_gradients(params)
+        optimizer.step()
+    optimizer.state[params[0]]["seen"] = torch.tensor([True, False])
+    optimizer.state[params[1]]["count"] = torch.tensor(2**62 + 1)
+    before = copy.deepcopy([params, optimizer.state_dict()])
+    snapshot = Snapshot(optimizer)
+
+    snapshot.take()
+    fill_gradients(params, -3.0)
+    optimizer.step()
+    optimizer.state[params[0]]["seen"].fill_(False)
+    optimizer.state[params[1]]["count"].zero_()
+    update = snapshot.update([])
+    moved = [p.detach() - old.detach() for p, old in zip(params, before[0], strict=True)]
+    snapshot.restore()
+
+    torch.testing.assert_close(list(update.change), moved, rtol=0, atol=0)
+    torch.testing.assert_close([params, optimizer.state_dict()], before, rtol=0, atol=0)
+
+
 def test_restore_removes_the_state_that_a_first_step_made():
     model = nn.Linear(3, 2)
     optimizer = Adam(model.parameters())
@@ -121,7 +149,7 @@ def test_a_frozen_parameter_counts_while_it_has_a_gradient():
     optimizer.step()
 
     assert [param is frozen for param in snapshot.params] == [True]
-    assert torch.equal(snapshot.start[0], torch.ones(2))
+    assert torch.equal(snapshot.update([]).start[0], torch.ones(2))
     snapshot.restore()
     assert torch.equal(frozen, torch.ones(2))
 
@@ -133,4 +161,5 @@ def test_release_frees_the_copies():
 
     snapshot.release()
 
-    assert snapshot.params == snapshot.start == []
+    update = snapshot.update([])
+    assert update.params == update.start == update.change == []
