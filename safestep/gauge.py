@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import compress
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,27 @@ class Update:
     def norms(self) -> list[Tensor]:
         """Return 2-norms, the 2-norm of which is that of the update; of this rank's part of it."""
         return each_norm(list(compress(self.change, counted_here(self.params))))
+
+
+class Lazy(Sequence[Tensor]):
+    """Tensors that are made when someone looks at them.
+
+    Args:
+        make: Makes all of them.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[Tensor]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Sequence[Tensor]:
+        return self._make()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made[index]
 
 
 @dataclass(frozen=True, slots=True)

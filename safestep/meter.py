@@ -61,7 +61,7 @@ class Meter:
         Returns:
             The measurement, and the reading that it comes from.
         """
-        gradients = [local(param.grad) for param in update.params if param.grad is not None]
+        gradients = [local(g) for param in update.params if (g := param.grad) is not None]
         norms = _Norms(update.norms(), each_norm(gradients))
         is_partial = any(map(is_sharded, update.params))
         if self._predictor is not None and not is_partial:

@@ -30,6 +30,7 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).double())
 
 
+@torch.no_grad()
 def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the 2-norm of every tensor, reduced in float32 or wider, in no certain order.
 
@@ -39,7 +40,7 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         A scalar for each.
     """
-    dense = [t.detach()._values() if t.is_sparse else t.detach() for t in tensors]
+    dense = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
     narrow = [tensor for tensor in dense if tensor.dtype in _HALVES]
     wide = [tensor for tensor in dense if tensor.dtype not in _HALVES]
     norms = [*(torch._foreach_norm(wide) if wide else ())]

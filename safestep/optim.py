@@ -220,11 +220,12 @@ class SafeStep:
     def _before_step(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._seconds is not None and is_within_step(self.optimizer):
-            self._inner_steps += 1
-            return None
-        self._seconds, self._inner_steps, self._verdict = None, 0, None  # of a step that raised
-        self._change.release()
+        if self._seconds is not None:
+            if is_within_step(self.optimizer):
+                self._inner_steps += 1
+                return None
+            self._change.release()  # of a step that raised
+        self._seconds, self._inner_steps, self._verdict = None, 0, None
         if not self.enabled:
             return None
         begin = perf_counter()

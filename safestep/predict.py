@@ -130,8 +130,8 @@ class Predictor:
         if any(len(past) != len(signals) for past in latest):  # all of a window are alike
             self._usual.clear()
             self._measured.clear()
-        return not all(
-            now <= factor * most
-            for factor, past in ((JUMP, self._usual), (DRIFT, self._measured))
-            for now, most in zip(signals, map(max, zip(*past, strict=True)), strict=False)
-        )
+        for factor, past in ((JUMP, self._usual), (DRIFT, self._measured)):
+            for now, seen in zip(signals, zip(*past, strict=True), strict=False):
+                if not now <= factor * max(seen):
+                    return True
+        return False

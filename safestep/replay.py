@@ -33,7 +33,7 @@ class Call:
     Attributes:
         function: What to call again.
         leaves: What its arguments are made of, detached.
-        structure: How they are made of it.
+        structure: How they are made of it; None where they are positional and tensors.
         random: Random state just before the call, so that dropout draws the same mask.
         autocast: ``(device type, dtype)`` of every autocast region around the call.
         versions: Version counter of each tensor argument, to notice a change in place.
@@ -48,7 +48,7 @@ class Call:
 
     function: Callable[..., Any]
     leaves: list[Any]
-    structure: TreeSpec
+    structure: TreeSpec | None
     random: RandomState
     autocast: tuple[tuple[str, torch.dtype], ...]
     versions: tuple[int, ...]
@@ -67,9 +67,12 @@ class Call:
         module: nn.Module | None = None,
     ) -> Call:
         """Return the description of a call that is about to happen, in which `module` runs."""
-        leaves, structure = tree_flatten((args, kwargs))
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+            leaves, structure = tree_flatten((args, kwargs))
+        else:
+            leaves, structure = args, None
         leaves = list(map(_detached, leaves))
-        within = list(walk(module)) if module is not None else []
+        within = walk(module) if module is not None else []
         return cls(
             function, leaves, structure, RandomState.capture(within, recent_numpy_state),
             _autocast_regions(), _versions(leaves), tuple((m, m.training) for m, _ in within),
@@ -113,7 +116,10 @@ class Call:
                     )
                 )
             # New containers each time: some training steps pop the labels from their batch.
-            args, kwargs = tree_unflatten(map(_detached, self.leaves), self.structure)
+            leaves = map(_detached, self.leaves)
+            if self.structure is None:
+                return self.function(*leaves)
+            args, kwargs = tree_unflatten(leaves, self.structure)
             return self.function(*args, **kwargs)
 
 
@@ -230,12 +236,14 @@ class Recorder:
                 self._queue(call)
             if gradient.numel() > _SMALL:
                 call.gradients[name] = self._evidence(name, gradient, output)
+                size = partial(torch.linalg.vector_norm, gradient, 1)
             else:  # a copy of which is read when the call runs again
                 kept = gradient.detach().clone()
                 values = None if output is None else output.clone()
                 call.unread[name] = partial(self._evidence, name, kept, values)
+                size = kept.abs().sum  # of little, in a third of the time
             if self._watches:
-                call.signals.append(torch.linalg.vector_norm(gradient, 1))
+                call.signals.append(size())
 
         return look
 

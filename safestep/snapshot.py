@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import LBFGS, Optimizer
 
-from safestep.gauge import Update
+from safestep.gauge import Lazy, Update
+from safestep.norms import each_norm
 from safestep.replay import Call
-from safestep.shards import local
+from safestep.shards import is_sharded, local
 
 # Elements of a tensor that is copied together with others: by itself it would take longer to
 # allocate than to copy.
@@ -52,8 +55,8 @@ class Snapshot:
         }
         self._options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.shards = [local(param) for param in self.params]
-        self._params_before = _Copies(self.shards)
-        self._state_before = _Copies(tensors)
+        self._params_before = _Packed(self.shards)
+        self._state_before = _Packed(tensors)
 
     def update(self, calls: Sequence[Call]) -> Update:
         """Return the update that was made since `take`.
@@ -64,9 +67,11 @@ class Snapshot:
         Returns:
             The update.
         """
-        self._start = self._params_before.values()
-        self._change = list(torch._foreach_sub(self.shards, self._start)) if self.params else []
-        return Update(calls, self.params, self._start, self._change)
+        before = self._params_before
+        moves = before.moves()
+        self._start = Lazy(before.values)
+        self._change = Lazy(lambda: before.unpacked(moves))
+        return _Made(calls, self.params, self._start, self._change, moves=moves)
 
     def rescale(self, scale: float) -> None:
         """Make the update `scale` times as long.
@@ -74,8 +79,8 @@ class Snapshot:
         Args:
             scale: Factor of the update.
         """
-        torch._foreach_copy_(self.shards, self._start)
-        torch._foreach_add_(self.shards, self._change, alpha=scale)
+        torch._foreach_copy_(self.shards, list(self._start))
+        torch._foreach_add_(self.shards, list(self._change), alpha=scale)
         if isinstance(self._optimizer, LBFGS):
             # It would pair the move it believes in with the next gradient: its steps then grow
             # without end (measured: r to 1e19 within 60 steps).
@@ -94,52 +99,82 @@ class Snapshot:
         """Free the copies."""
         self.params: list[Tensor] = []
         self.shards: list[Tensor] = []
-        self._start: list[Tensor] = []
-        self._change: list[Tensor] = []
-        self._params_before = self._state_before = _Copies([])
+        self._start: Sequence[Tensor] = []
+        self._change: Sequence[Tensor] = []
+        self._params_before = self._state_before = _Packed([])
         self._state: dict[Tensor, Any] = {}
         self._options: list[dict[str, Any]] = []
 
 
-def _regrouped(entry: Any, tensors: list[Tensor]) -> Any:
-    # New dicts and lists around the same leaves; the tensors among them are collected.
-    if isinstance(entry, Tensor):
-        tensors.append(local(entry))
-        return entry
-    if isinstance(entry, dict):
-        return {key: _regrouped(value, tensors) for key, value in entry.items()}
-    if isinstance(entry, list):
-        return [_regrouped(value, tensors) for value in entry]
-    return entry
+@dataclass(frozen=True, slots=True)
+class _Made(Update):
+    """An update whose norm is found before it is unpacked."""
+
+    moves: Sequence[Tensor] = ()
+
+    def norms(self) -> list[Tensor]:
+        if any(map(is_sharded, self.params)):
+            return Update.norms(self)
+        return each_norm(self.moves)
 
 
-class _Copies:
+class _Packed:
     """Copies of tensors, those of small ones in one buffer."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
         small: dict[Any, list[Tensor]] = defaultdict(list)
-        self._alone: dict[Tensor, Tensor] = {}
+        self._groups: list[list[Tensor]] = []
         for tensor in tensors:
             if tensor.numel() > _SMALL or tensor.layout is not torch.strided:
-                self._alone[tensor] = tensor.clone()
+                self._groups.append([tensor])
             else:
                 small[tensor.device, tensor.dtype].append(tensor)
-        # What is flattened alone would not be copied.
+        self._groups += small.values()
+        # One that is flattened alone would not be copied.
         self._buffers = [
-            (group, _flatten_dense_tensors(group) if len(group) > 1 else group[0].flatten().clone())
-            for group in small.values()
+            group[0].clone() if len(group) == 1 else _flatten_dense_tensors(group)
+            for group in self._groups
         ]
+
+    def moves(self) -> list[Tensor]:
+        """Return by how much the tensors have changed since, packed as the copies are."""
+        return [
+            group[0] - buffer if len(group) == 1 else _flatten_dense_tensors(group).sub_(buffer)
+            for group, buffer in zip(self._groups, self._buffers, strict=True)
+        ]
+
+    def unpacked(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Return what is packed as the copies are, in the order of the tensors."""
+        found: dict[Tensor, Tensor] = {}
+        for group, buffer in zip(self._groups, buffers, strict=True):
+            if len(group) == 1:
+                found[group[0]] = buffer
+            else:
+                copies = _unflatten_dense_tensors(buffer, group)
+                found.update(zip(group, copies, strict=True))
+        return [found[tensor] for tensor in self._tensors]
 
     def values(self) -> list[Tensor]:
         """Return the copies, in the order of the tensors."""
-        copies = dict(self._alone)
-        for group, buffer in self._buffers:
-            copies.update(zip(group, _unflatten_dense_tensors(buffer, group), strict=True))
-        return [copies[tensor] for tensor in self._tensors]
+        return self.unpacked(self._buffers)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Write the copies into the tensors."""
-        for tensor, copy in zip(self._tensors, self.values(), strict=True):
-            tensor.copy_(copy)
+        for tensor, value in zip(self._tensors, self.values(), strict=True):
+            tensor.copy_(value)
+
+
+def _regrouped(entry: Any, tensors: list[Tensor]) -> Any:
+    # New dicts and lists around the same leaves; the tensors among them are collected.
+    if isinstance(entry, (dict, list)):
+        entry = copy(entry)
+        for key, value in entry.items() if isinstance(entry, dict) else enumerate(entry):
+            if isinstance(value, Tensor):
+                tensors.append(local(value))
+            elif isinstance(value, (dict, list)):
+                entry[key] = _regrouped(value, tensors)
+    elif isinstance(entry, Tensor):
+        tensors.append(local(entry))
+    return entry

@@ -130,7 +130,7 @@ def untraced(module: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: If a forward call would write into a parameter.
     """
-    within = list(walk(module))
+    within = walk(module)
     children = [child for child, _ in within]
     _refuse_writers(children)
     reshard(module)
@@ -217,34 +217,34 @@ def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
 Held = tuple[nn.Module, list[Any]]
 
 
-def walk(module: nn.Module) -> Iterator[Held]:
+def walk(module: nn.Module) -> list[Held]:
     """Walk through registered submodules and those kept in plain lists, such as a teacher.
 
     Args:
         module: The root.
 
-    Yields:
+    Returns:
         Every module once, with what it holds as attributes.
     """
-    seen: set[int] = set()
+    found: dict[nn.Module, list[Any]] = {}
     queue: list[nn.Module | None] = [module]
-    while queue:
-        child = queue.pop()
-        if child is None or id(child) in seen:
-            continue
-        seen.add(id(child))
-        leaves = _held(child)
-        queue += (leaf for leaf in leaves if isinstance(leaf, nn.Module))
-        queue += child._modules.values()
-        yield child, leaves
+    for child in queue:
+        if child is not None and child not in found:
+            found[child] = leaves = _held(child)
+            queue += (leaf for leaf in leaves if isinstance(leaf, nn.Module))
+            queue += child._modules.values()
+    return list(found.items())
 
 
 def _held(child: nn.Module) -> list[Any]:
     """Return the attributes of a module that are not plain numbers, and those in containers."""
-    attributes = vars(child)
-    queue = [attributes[name] for name in attributes.keys() - _MODULE_TABLES]
-    if _PLAIN.issuperset(map(type, queue)):  # most modules: this runs in every forward pass
-        return []
+    queue = [
+        value
+        for name, value in vars(child).items()
+        if type(value) not in _PLAIN and name not in _MODULE_TABLES
+    ]
+    if not queue:  # most modules: this runs in every forward pass
+        return queue
     leaves = []
     seen: set[int] = set()
     while queue:

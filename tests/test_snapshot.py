@@ -162,4 +162,4 @@ def test_release_frees_the_copies():
     snapshot.release()
 
     update = snapshot.update([])
-    assert update.params == update.start == update.change == []
+    assert [*update.params, *update.start, *update.change] == []
