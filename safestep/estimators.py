@@ -27,6 +27,9 @@ _DISTANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 _DISTANCE_HALF = 2e-2
 
 
+_CHUNK = 2**16  # elements
+
+
 class MissingTangentError(RuntimeError):
     """The logits carry no tangent: a radius computed from them would be wrong, not infinite."""
 
@@ -131,14 +134,9 @@ def jvp(
         MissingTangentError: If no tangent reaches the logits.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    with (
-        torch.no_grad(),
-        tangents_in_place(params, tangents, module),
-        untraced(module),
-        differentiable_kernels(module),
-    ):
+    with torch.no_grad(), tangents_in_place(params, tangents, module), untraced(module):
         for call in calls:
-            with nullcontext() if inside is None else inside:
+            with differentiable_kernels(module), nullcontext() if inside is None else inside:
                 heads = find_logits(call, logits)
             for found in heads:
                 if isinstance(found.source, Tensor):
@@ -355,10 +353,24 @@ def _demand_change(has_changed: bool) -> None:
 
 
 def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
-    for one, other in zip(left, right, strict=True):
-        kept = one.detach().clone()
-        one.copy_(other)
-        other.copy_(kept)
+    for ones, others in _chunks(zip(left, right, strict=True)):
+        kept = [one.detach().clone() for one in ones]
+        torch._foreach_copy_(ones, others)
+        torch._foreach_copy_(others, kept)
+
+
+def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of."""
+    ones, others, size = [], [], 0
+    for one, other in pairs:
+        if size > _CHUNK:
+            yield ones, others
+            ones, others, size = [], [], 0
+        ones.append(one)
+        others.append(other)
+        size += one.numel()
+    if ones:
+        yield ones, others
 
 
 def _unpacked(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,8 @@ def _own_modules(child: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_sharding(module: nn.Module) -> bool:
-    return hasattr(module, "reshard") and hasattr(module, "unshard")
+    # Asked of the class, which fully_shard exchanges: a module itself is slow to say no.
+    return hasattr(type(module), "reshard") and hasattr(type(module), "unshard")
 
 
 def _is_first_holder(param: Any, mesh: Any) -> bool:

@@ -134,18 +134,15 @@ def _affine(
     weight: tuple[Tensor | None, Tensor | None],
     bias: tuple[Tensor | None, Tensor | None],
 ) -> Dual:
-    """Return unit * weight + bias and its tangent, which takes the place of `d_unit`."""
+    """Return unit * weight + bias and its tangent, in the memory of `unit` and `d_unit`."""
     (w, dw), (b, db) = weight, bias
-    if w is None:
-        output = unit if b is None else unit + b
-    else:
-        output = unit * w if b is None else torch.addcmul(b, unit, w)
     tangent = torch.zeros_like(unit) if d_unit is None else d_unit if w is None else d_unit.mul_(w)
     if dw is not None:
-        tangent = tangent.addcmul_(unit, dw)
+        tangent.addcmul_(unit, dw)
     if db is not None:
-        tangent = tangent.add_(db)
-    return output, tangent
+        tangent.add_(db)
+    output = unit if w is None else unit.mul_(w)
+    return (output if b is None else output.add_(b)), tangent
 
 
 def _scaled_dot_product_attention(
@@ -204,12 +201,12 @@ def _hidden(attn_mask: Tensor | None, is_causal: bool, score: Tensor) -> Tensor 
 def _unpacked(value: Tensor | None) -> tuple[Any, Any]:
     if value is None:
         return None, None
-    return forward_ad.unpack_dual(value).primal, _tangent(value)
+    primal, tangent = forward_ad.unpack_dual(value)
+    return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 
 def _tangent(value: Tensor) -> Tensor | None:
-    tangent = forward_ad.unpack_dual(value).tangent
-    return None if tangent is None or tangent._is_zerotensor() else tangent
+    return _unpacked(value)[1]
 
 
 def _is_plain(value: Tensor) -> bool:

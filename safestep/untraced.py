@@ -77,7 +77,8 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
-        np.random.set_state(self.numpy)
+        if recent_numpy_state() is not self.numpy:
+            np.random.set_state(self.numpy)
         random.setstate(self.python)
         for generator, state in self.own:
             _GENERATORS[type(generator)][1](generator, state)
@@ -264,7 +265,7 @@ def _changeable(items: Any) -> Any:
 
 def _refuse_writers(children: list[nn.Module]) -> None:
     for child in children:
-        if getattr(child, "max_norm", None) is not None and hasattr(child, "num_embeddings"):
+        if vars(child).get("max_norm") is not None and "num_embeddings" in vars(child):
             raise RuntimeError(
                 f"{type(child).__name__}(max_norm={child.max_norm}) writes into its weight in "
                 "every forward call, so a call cannot be run again without changing the model"

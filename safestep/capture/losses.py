@@ -139,8 +139,10 @@ class LossWatch(TorchFunctionMode):
         reader = READERS.get(name)
         if reader is None:
             result = func(*args, **kwargs)
-            if isinstance(result, Tensor) and result.is_floating_point():
-                self.dtypes.add(result.dtype)
+            if isinstance(result, Tensor):
+                with torch._C.DisableTorchFunction():  # no other mode needs to see these questions
+                    if result.is_floating_point():
+                        self.dtypes.add(result.dtype)
             return result
         is_linear = name == "linear_cross_entropy"
         if is_linear or name == "ctc_loss":
