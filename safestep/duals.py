@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safestep.shards import is_sharded, local, tangents_when_gathered
-from safestep.tangent_rules import TangentRules
+from safestep.tangent_rules import TangentRules, dual_of
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def tangents_in_place(
             if is_sharded(param):
                 shards[param] = local(tangent)
             else:
-                param.copy_(forward_ad.make_dual(param.detach(), tangent.to(param)))
+                param.copy_(dual_of(param.detach(), tangent.to(param)))
         if module is not None and shards:
             stack.enter_context(tangents_when_gathered(module, shards))
         yield

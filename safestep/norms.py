@@ -9,6 +9,7 @@ from torch import Tensor
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+@torch.no_grad()
 def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of all tensors together, reduced in float32 or wider.
 
@@ -30,9 +31,10 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).double())
 
 
-@torch.no_grad()
 def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the 2-norm of every tensor, reduced in float32 or wider, in no certain order.
+
+    Where gradients are not recorded: it is called in every step.
 
     Args:
         tensors: As for ``joint_norm``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from safestep.shards import is_sharded, local
 # Elements of a tensor that is copied together with others: by itself it would take longer to
 # allocate than to copy.
 _SMALL = 2**16
+_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may not know what to do
 
 
 class Snapshot:
@@ -122,14 +122,15 @@ class _Packed:
     """Copies of tensors, those of small ones in one buffer."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
+        self._tensors = tensors = list(map(local, tensors))
         small: dict[Any, list[Tensor]] = defaultdict(list)
         self._groups: list[list[Tensor]] = []
         for tensor in tensors:
-            if tensor.numel() > _SMALL or tensor.layout is not torch.strided:
-                self._groups.append([tensor])
-            else:
+            is_plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
+            if is_plain and tensor.numel() <= _SMALL:
                 small[tensor.device, tensor.dtype].append(tensor)
+            else:
+                self._groups.append([tensor])
         self._groups += small.values()
         # One that is flattened alone would not be copied.
         self._buffers = [
@@ -169,12 +170,12 @@ class _Packed:
 def _regrouped(entry: Any, tensors: list[Tensor]) -> Any:
     # New dicts and lists around the same leaves; the tensors among them are collected.
     if isinstance(entry, (dict, list)):
-        entry = copy(entry)
+        entry = entry.copy()
         for key, value in entry.items() if isinstance(entry, dict) else enumerate(entry):
             if isinstance(value, Tensor):
-                tensors.append(local(value))
+                tensors.append(value)
             elif isinstance(value, (dict, list)):
                 entry[key] = _regrouped(value, tensors)
     elif isinstance(entry, Tensor):
-        tensors.append(local(entry))
+        tensors.append(entry)
     return entry

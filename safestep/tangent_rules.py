@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from safestep.capture.batched import is_batched
@@ -52,9 +51,24 @@ class TangentRules(TorchFunctionMode):
             if all(map(_is_plain, given)) and any(_tangent(v) is not None for v in given):
                 dual = rule(*args, **kwargs)
                 if dual is not None:
-                    return forward_ad.make_dual(*dual)
+                    return dual_of(*dual)
         return func(*args, **kwargs)
 
+
+def dual_of(primal: Tensor, tangent: Tensor) -> Tensor:
+    """Return ``forward_ad.make_dual``, without what that looks up at every call.
+
+    Args:
+        primal: The values.
+        tangent: Their tangent.
+
+    Returns:
+        The dual tensor.
+    """
+    return torch._make_dual(primal, tangent, level=_LEVEL)
+
+
+_LEVEL = 0  # torch has no other: dual levels do not nest
 
 Dual = tuple[Tensor, Tensor]
 
@@ -201,7 +215,7 @@ def _hidden(attn_mask: Tensor | None, is_causal: bool, score: Tensor) -> Tensor 
 def _unpacked(value: Tensor | None) -> tuple[Any, Any]:
     if value is None:
         return None, None
-    primal, tangent = forward_ad.unpack_dual(value)
+    primal, tangent = torch._unpack_dual(value, level=_LEVEL)
     return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 
