@@ -242,7 +242,7 @@ def _held(child: nn.Module) -> list[Any]:
     queue = [
         value
         for name, value in vars(child).items()
-        if type(value) not in _PLAIN and name not in _MODULE_TABLES
+        if name not in _MODULE_TABLES and type(value) not in _PLAIN
     ]
     if not queue:  # most modules: this runs in every forward pass
         return queue

@@ -63,6 +63,25 @@ def test_restore_is_exact_for_tensors_of_any_size_type_and_layout():
     torch.testing.assert_close([params, optimizer.state_dict()], before, rtol=0, atol=0)
 
 
+def test_a_state_of_a_tensor_subclass_is_copied_as_such():
+    class Marked(torch.Tensor):
+        pass
+
+    param = nn.Parameter(torch.ones(2))
+    optimizer = SGD([param], lr=0.1)
+    optimizer.state[param] = {"one": torch.ones(2).as_subclass(Marked), "two": torch.ones(2)}
+    snapshot = Snapshot(optimizer)
+
+    snapshot.take()
+    optimizer.state[param]["one"].zero_()
+    optimizer.state[param]["two"].zero_()
+    snapshot.restore()
+
+    state = optimizer.state[param]
+    assert type(state["one"]) is Marked
+    assert state["one"].tolist() == state["two"].tolist() == [1.0, 1.0]
+
+
 def test_restore_removes_the_state_that_a_first_step_made():
     model = nn.Linear(3, 2)
     optimizer = Adam(model.parameters())
