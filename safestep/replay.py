@@ -296,12 +296,14 @@ class DetachableHook:
     """
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
+        self._function = function
         # A compiled optimizer step or model must not trace what the guard does.
-        self._function = torch.compiler.disable(function) if function is not None else None
+        self._untraced = torch.compiler.disable(function) if function is not None else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function returns, None if this is a copy."""
-        return self._function(*args, **kwargs) if self._function is not None else None
+        function = self._untraced if torch.compiler.is_compiling() else self._function
+        return function(*args, **kwargs) if function is not None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DetachableHook:
         return DetachableHook(None)
