@@ -28,6 +28,7 @@ class TangentRules(TorchFunctionMode):
     Whatever a rule does not cover is left to torch.
 
     Example:
+        >>> from torch.autograd import forward_ad
         >>> inputs, weight = torch.ones(1, 2), torch.ones(3, 2)
         >>> with torch.no_grad(), forward_ad.dual_level(), TangentRules():
         ...     dual = forward_ad.make_dual(weight, 2 * torch.ones(3, 2))
@@ -81,13 +82,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dual |
     if x.ndim < 2 or w.ndim != 2:
         return None
     output = torch.nn.functional.linear(x, w, b)
-    if dx is not None:
-        tangent = torch.nn.functional.linear(dx, w, db)
-    elif db is not None:
-        tangent = db.expand_as(output).clone()
-    else:
-        tangent = torch.zeros_like(output)
-    if dw is not None:
+    if dx is None and dw is None:
+        return output, db.expand_as(output).clone()
+    first, second = (x, dw) if dx is None else (dx, w)
+    tangent = torch.nn.functional.linear(first, second, db)
+    if dx is not None and dw is not None:
         tangent.view(-1, len(w)).addmm_(x.reshape(-1, x.shape[-1]), dw.T)
     return output, tangent
 
