@@ -63,4 +63,4 @@ def joined(norms: Iterable[float]) -> float:
         >>> joined([3.0, 4.0])
         5.0
     """
-    return math.sqrt(sum(norm * norm for norm in norms))
+    return math.hypot(*norms)

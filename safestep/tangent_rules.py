@@ -154,6 +154,8 @@ def _affine(
         tangent.addcmul_(unit, dw)
     if db is not None:
         tangent.add_(db)
+    if w is not None and b is not None:
+        return torch.addcmul(b, unit, w, out=unit), tangent
     output = unit if w is None else unit.mul_(w)
     return (output if b is None else output.add_(b)), tangent
 
