@@ -1,7 +1,7 @@
 """Layer 0: rung 4 from below, at the cost of one look at a row of many classes.
 
 A row in units of its spread (see ``safestep.scan``) is replaced by a histogram: the classes whose
-slopes share a bin of width d become one class at its middle; one that may be over half stays.
+slopes share a bin of width d become one class at its middle; the heaviest stays as it is.
 With s and h the standard deviations of the slope in the row and in the histogram, both tilted by u,
 a bin's share of the row is at most exp(|u| d) times its share of the histogram; by Minkowski,
 
@@ -13,13 +13,18 @@ is at least sqrt(k) r: within 0.5 % of the histogram's for the radii that matter
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from safestep.rows import CHUNK_ELEMENTS
 from safestep.scan import gap_bounds, nodes_at
+
+# From a slice of the classes to the logits and the tangent of all rows, [N, size] each.
+Block = Callable[[slice], tuple[Tensor, Tensor]]
 
 BINS = 1024
 _SCALE = BINS * (1 - 1e-5)  # a slope of 1, and one a little over by rounding, is in the last bin
@@ -28,36 +33,58 @@ _WIDTH = 1.01 / BINS  # d, with room for rounding and for vanished weights:
 # the variance over 1e-10, and (d / 2)^2 is 2e-7.
 _LOG2_E = math.log2(math.e)
 _INDEX = torch.int32 if TorchVersion(torch.__version__) >= "2.8" else torch.int64
+_BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
 _REACH = 16.0
 _NODES = 129  # so near to each other that the bound of a gap is 0.1 % below its ends
 # Variance that raw moments in float64 may miss, and that below which their third one says nothing.
 _ROUNDING, _TOO_SMALL = 1e-13, 1e-9
 
 
-def histogram(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights of a class that may hold over half, if any does, and of bins of the rest.
+def histogram(block: Block, classes: int, lowest: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of the heaviest class and of bins of the others.
 
-    What is given is overwritten, so that less has to be in the cache.
+    What is read of the rows are blocks of classes that stay in a cache. The heaviest class so far
+    is in no bin; weights are relative to its own, and shrink when a heavier one is found.
 
     Args:
-        log_weight: Logits of rows, 0 for the heaviest class, -inf for a dead one. Shape ``[N, C]``.
-        slope: Tangent in units of its spread, in [0, 1]. Shape ``[N, C]``.
+        block: Returns logits and tangent of a slice of the classes, ``[N, size]`` each. A class
+            that does not exist has the logit -inf, and a tangent in the range of the others.
+        classes: How many there are.
+        lowest: The lowest tangent of each row. Shape ``[N]``.
+        spread: What the highest is above it, positive and finite. Shape ``[N]``.
 
     Returns:
-        Weights, that of the one class first, ``[N, 1 + BINS]``; and its slope, ``[N, 1]``.
+        Weights, that of the heaviest class first, ``[N, 1 + BINS]``; and its slope in units of the
+        spread, ``[N, 1]``. The weights of a row that holds NaN or a logit +inf have a NaN.
     """
-    weight = log_weight.mul_(_LOG2_E).exp2_()  # in half the time of exp on a CPU
-    top_weight, top_slope = slope.new_zeros(2, len(slope), 1).unbind()
-    is_ruled = weight.sum(dim=-1) < 2
-    if is_ruled.any():
-        # There one weight alone is 1. Its place is found sooner than by argmax.
-        row, top = (weight == 1).nonzero().unbind(-1)
-        row, top = row[is_ruled[row]], top[is_ruled[row]]
-        top_weight[row, 0], top_slope[row, 0] = 1.0, slope[row, top]
-        weight[row, top] = 0.0
-    bins = slope.mul_(_SCALE).to(_INDEX)
-    binned = slope.new_zeros(len(slope), BINS).scatter_add_(-1, bins, weight)
-    return torch.cat([top_weight, binned], dim=-1), top_slope
+    lowest, spread = lowest.unsqueeze(-1), spread.unsqueeze(-1)
+    scale = (_SCALE / spread).clamp(max=torch.finfo(spread.dtype).max)
+    binned = spread.new_zeros(len(spread), BINS)
+    top = torch.full_like(spread, torch.finfo(spread.dtype).min)
+    top_place = torch.zeros_like(spread)  # in bins
+    size = _BLOCK_ELEMENTS if spread.device.type == "cpu" else CHUNK_ELEMENTS
+    size = max(1, size // len(spread))
+    for begin in range(0, classes, size):
+        logits, tangent = block(slice(begin, begin + size))
+        place = (tangent - lowest).mul_(scale)
+        highest = logits.amax(dim=-1, keepdim=True)
+        rows = (highest > top).squeeze(-1).nonzero().squeeze(-1)
+        found = logits[rows].argmax(dim=-1, keepdim=True)
+        if len(rows) > 0:
+            # What was the heaviest joins the others.
+            highest, shrunk = highest[rows].to(top), binned[rows]
+            loss = (top[rows] - highest).exp()
+            shrunk = shrunk.mul_(loss).scatter_add_(-1, top_place[rows].to(_INDEX), loss)
+            binned[rows], top[rows], top_place[rows] = (
+                shrunk,
+                highest,
+                place[rows].gather(-1, found),
+            )
+        weight = (logits - top).mul_(_LOG2_E).exp2_()  # in half the time of exp on a CPU
+        weight[rows, found.squeeze(-1)] = 0.0
+        binned.scatter_add_(-1, place.to(_INDEX), weight)
+    top_weight = torch.ones_like(top).masked_fill_(top.isinf(), math.nan)
+    return torch.cat([top_weight, binned], dim=-1), top_place / _SCALE
 
 
 def coarse_radius(weight: Tensor, top_slope: Tensor) -> Tensor:
@@ -75,7 +102,9 @@ def coarse_radius(weight: Tensor, top_slope: Tensor) -> Tensor:
 
     Example:
         >>> slope = torch.linspace(0, 1, 5000)[None]
-        >>> coarse_radius(*histogram(torch.zeros(1, 5000), slope)) > math.pi
+        >>> block = lambda classes: (torch.zeros(1, 5000)[:, classes], slope[:, classes])
+        >>> weights = histogram(block, 5000, torch.zeros(1), torch.ones(1))
+        >>> coarse_radius(*weights) > math.pi
         tensor([True])
     """
     power, x, tilted = _grid(weight.device)

@@ -136,16 +136,12 @@ def smallest_row(
         radius = math.pi / spread
         # Logits that are too many to hold are computed only where the bound leaves a row open.
         if rung != "bound" and not (limit and bool((radius >= 1 / limit).all())):
-            climbed = []
-            for rows_of_part, part in row.parts():
-                found = ladder_radius(
-                    part.logits, part.tangent, mask=part.mask, limit=limit, rung=rung,
-                    only_smallest=quantile is None, spread=spread[rows_of_part],
-                )  # fmt: skip
-                climbed.append(found.flatten())
-                if quantile is None:
-                    limit = _raised(limit, float(found.min()))
-            radius = torch.cat(climbed)
+            radius = ladder_radius(
+                row.source, row.tangent, mask=row.mask, limit=limit, rung=rung,
+                only_smallest=quantile is None, spread=spread,
+            )  # fmt: skip
+            if quantile is None:
+                limit = _raised(limit, float(radius.min()))
         radii.append(radius.flatten().double())
         spreads.append(spread.amax().double())
     if not radii:

@@ -12,18 +12,16 @@ inputs' common dtype, float32 for half precision. Their common conventions:
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from safestep.coarse import BINS, coarse_radius, histogram
+from safestep.coarse import BINS
 from safestep.rows import check_rows, climb_rows, row_spread
 from safestep.scan import dominated_interval, scan_minimum, tilted_moments
-
-Climb = Callable[[Callable[..., Tensor], Tensor], None]
+from safestep.sources import ComputedRows, HeldRows, Source
 
 _FEW = 16  # rows that are scanned before it is asked again which others may matter
 
@@ -163,7 +161,7 @@ def certified_radius(
 
 
 def ladder_radius(
-    logits: Tensor | None,
+    logits: Tensor | Source | None,
     logit_tangent: Tensor,
     *,
     mask: Tensor | None = None,
@@ -181,9 +179,12 @@ def ladder_radius(
     whether any row is unsettled.
 
     Args:
-        logits: Numbers that enter the softmax, shape ``[*B, C]``; may be None for rung "bound".
+        logits: Numbers that enter the softmax, shape ``[*B, C]``; may be None for rung "bound". Or
+            what computes them where they are too many to hold: ``logits(rows, classes)`` of
+            indices of rows (of a flat tensor, None: all) and a slice of the classes.
         logit_tangent: Their directional derivative, shape ``[*B, C]``.
-        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool; for logits that are
+            computed only rows.
         limit: Largest normalised step (1 / radius) that passes. None takes all rows to ``rung``.
         rung: The highest rung, "bound" or "certified".
         only_smallest: Whether just the smallest value of the result is wanted: rows that a lower
@@ -196,7 +197,7 @@ def ladder_radius(
         row but that of the smallest value with ``only_smallest``.
 
     Raises:
-        ValueError: If the limit is not positive, or logits are missing.
+        ValueError: If the limit is not positive, logits are missing, or a mask does not fit them.
 
     Example:
         >>> import torch
@@ -217,60 +218,74 @@ def ladder_radius(
         )
     if limit is not None and not limit > 0:
         raise ValueError(f"ladder_radius: expected `limit` > 0, got {limit}.")
-    if limit is None and not only_smallest:
+    if limit is None and not only_smallest and isinstance(logits, Tensor):
         return certified_radius(logits, logit_tangent, mask=mask)
-    check_rows("ladder_radius", logit_tangent, mask, logits)
+    source = _source_of(logits, logit_tangent, mask, spread.detach())
     bound = math.pi / spread.detach()
-    radius = bound.to(torch.promote_types(bound.dtype, logits.dtype)).flatten()
-    class_mask = mask if mask is not None and mask.ndim == logits.ndim else None
-    flat = [
-        None if x is None else x.reshape(-1, x.shape[-1])
-        for x in (logits, logit_tangent, class_mask)
-    ]
-
-    def climb(rung: Callable[..., Tensor], rows: Tensor) -> None:
-        # Rows ascend, so that as many as there are is all of them: a copy takes as long as a scan.
-        is_part = len(rows) < len(radius)
-        radius[rows] = rung(*(x[rows] if is_part and x is not None else x for x in flat))
-
+    dtype = logits.dtype if isinstance(logits, Tensor) else bound.dtype
+    radius = bound.to(torch.promote_types(bound.dtype, dtype)).flatten()
     threshold = math.inf if limit is None else 1 / limit
     if only_smallest:
-        _climb_to_smallest(radius, climb, threshold, logits.shape[-1])
+        _climb_to_smallest(radius, source, threshold)
     else:
-        _climb_all(radius, climb, threshold)
+        _climb_all(radius, source, threshold)
     return radius.view(bound.shape)
 
 
-def _climb_all(radius: Tensor, climb: Climb, threshold: float) -> None:
+def _source_of(
+    logits: Tensor | Source, logit_tangent: Tensor, mask: Tensor | None, spread: Tensor
+) -> HeldRows | ComputedRows:
+    """Return the rows of a batch on one axis.
+
+    Raises:
+        ValueError: If shapes do not fit, or logits that are computed have a mask of classes.
+    """
+    classes = logit_tangent.shape[-1]
+    of_classes = mask if mask is not None and mask.ndim == logit_tangent.ndim else None
+    tangent = logit_tangent.reshape(-1, classes)
+    if isinstance(logits, Tensor):
+        check_rows("ladder_radius", logit_tangent, mask, logits)
+        of_classes = None if of_classes is None else of_classes.reshape(-1, classes)
+        return HeldRows(logits.reshape(-1, classes), tangent, of_classes)
+    check_rows("ladder_radius", logit_tangent, mask)
+    if of_classes is not None:
+        raise ValueError(
+            "ladder_radius: expected a `mask` of rows with `logits` that are computed, got one of "
+            "classes. Give the classes that do not exist the logit -inf."
+        )
+    return ComputedRows(logits, tangent, spread.flatten())
+
+
+def _climb_all(radius: Tensor, source: HeldRows | ComputedRows, threshold: float) -> None:
     """Take the rows below the threshold up the ladder, each as far as it needs."""
     for rung in (_closed_form_rows, _certified_rows):
         rows = _unsettled(radius, threshold)
         if rows is not None:
-            climb(rung, rows)
+            radius[rows] = source.climb(rung, rows)
 
 
-def _climb_to_smallest(radius: Tensor, climb: Climb, threshold: float, classes: int) -> None:
+def _climb_to_smallest(radius: Tensor, source: HeldRows | ComputedRows, threshold: float) -> None:
     """Take those rows below the threshold up that may hold the smallest radius of all."""
     rows, smallest = _unsettled(radius, threshold), threshold
     if rows is None:
         return
-    lower, count = (_closed_form_rows, _FEW)
-    if classes >= 2 * BINS:
-        lower, count = _coarse_rows, 1
+    if source.tangent.shape[-1] >= 2 * BINS:
+        radius[rows], count = source.coarse(rows), 1
     else:
         # The first few give a value that most others can be seen not to fall below.
-        first = radius[rows].nan_to_num(-math.inf).topk(min(count, len(rows)), largest=False)
+        first = radius[rows].nan_to_num(-math.inf).topk(min(_FEW, len(rows)), largest=False)
         first = rows[first.indices].sort().values
-        climb(_certified_rows, first)
+        radius[first] = source.climb(_certified_rows, first)
         smallest = min(float(radius[first].min()), threshold)
         rows = _unsettled(radius.index_fill(0, first, math.inf), smallest)
         if rows is None:
             return
-    climb(lower, rows)
+        radius[rows], count = source.climb(_closed_form_rows, rows), _FEW
     for few in rows[radius[rows].argsort()].split(count):
         if not bool((radius[few] < smallest).any()):
             return
-        climb(partial(_certified_rows, enough=smallest), few.sort().values)
+        few = few.sort().values
+        radius[few] = source.climb(partial(_certified_rows, enough=smallest), few)
         smallest = min(smallest, float(radius[few].min()))
 
 
@@ -282,12 +297,6 @@ def _unsettled(radius: Tensor, threshold: float) -> Tensor | None:
 
 def _closed_form_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
     return climb_rows("closed_form_radius", _closed_form, logits, logit_tangent, mask)
-
-
-def _coarse_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
-    return climb_rows(
-        "certified_radius", coarse_radius, logits, logit_tangent, mask, condense=histogram
-    )
 
 
 def _certified_rows(

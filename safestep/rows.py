@@ -10,12 +10,8 @@ from torch import Tensor
 # has to be known, the radius [N] that is enough, to radii [N].
 Rung = Callable[..., Tensor]
 
-# From log-weights and slopes [N, C] to something smaller in place of them.
-Condense = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 # Elements of one [rows, classes] work array: bounds memory to some 16 MiB apiece in float32.
 CHUNK_ELEMENTS = 1 << 22
-_PIECE_ELEMENTS = 1 << 18  # 1 MiB in float32
 
 
 def check_rows(
@@ -72,12 +68,12 @@ def climb_rows(
     logit_tangent: Tensor,
     mask: Tensor | None,
     enough: float | None = None,
-    condense: Condense | None = None,
+    *,
+    is_raw: bool = False,
 ) -> Tensor:
     """Return the larger of bound and rung, computed in chunks of rows.
 
-    ``condense`` makes something smaller of rows of many classes, which the rung then sees many of
-    at once; it is given a few at a time, so that what is computed on the way stays in a cache.
+    A rung that is raw takes logits, tangents, lowest tangents ``[N]`` and spreads ``[N]``.
     """
     check_rows(where, logit_tangent, mask, logits)
     classes = logits.shape[-1]
@@ -90,7 +86,7 @@ def climb_rows(
     z, a = (each.reshape(-1, classes).split(size) for each in (logits, logit_tangent))
     masks = [None] * len(z) if mask is None else mask.reshape(-1, classes).split(size)
     radius = [
-        _climb_chunk(rung, each.to(dtype), tangent.to(dtype), exists, enough, condense)
+        _climb_chunk(rung, each.to(dtype), tangent.to(dtype), exists, enough, is_raw)
         for each, tangent, exists in zip(z, a, masks, strict=True)
     ]
     return torch.cat(radius).reshape(logits.shape[:-1])
@@ -102,39 +98,9 @@ def _climb_chunk(
     logit_tangent: Tensor,
     exists: Tensor | None,
     enough: float | None,
-    condense: Condense | None,
+    is_raw: bool,
 ) -> Tensor:
-    """Return the larger of bound and rung, which sees rows of spread 1 only."""
-    if condense is None:
-        spread, is_live, *rows = _in_units_of_spread(logits, logit_tangent, exists)
-    else:
-        few = max(1, _PIECE_ELEMENTS // logits.shape[-1])
-        few = few if logits.device.type == "cpu" else len(logits)
-        parts = []
-        for begin in range(0, len(logits), few):
-            piece = slice(begin, begin + few)
-            spread, is_live, *rows = _in_units_of_spread(
-                logits[piece], logit_tangent[piece], None if exists is None else exists[piece]
-            )
-            parts.append((spread, is_live, *condense(*rows)))
-        spread, is_live, *rows = map(torch.cat, zip(*parts, strict=True))
-    radius = math.pi / spread
-    if is_live.any():
-        spread = spread[is_live]
-        aim = () if enough is None else (enough * spread,)
-        climbed = rung(*rows, *aim) / spread
-        radius[is_live] = torch.maximum(radius[is_live], climbed)
-    return radius
-
-
-def _in_units_of_spread(
-    logits: Tensor, logit_tangent: Tensor, exists: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return spreads ``[N]``, True ``[N]`` for those that are positive and finite, and these rows.
-
-    The rows are log-weights, 0 for the heaviest class, and slopes. A spread is NaN where the row
-    holds anything that is not a number, or a logit +inf.
-    """
+    """Return the larger of bound and rung, which sees rows of positive, finite spread only."""
     highest = logits.amax(dim=-1)
     if exists is not None or not ((logits.amin(dim=-1) > -math.inf) & (highest < math.inf)).all():
         is_class = logits != -math.inf
@@ -147,14 +113,22 @@ def _in_units_of_spread(
         highest = logits.amax(dim=-1)
     else:
         lowest, spread = _range(logit_tangent)
-    is_live = (math.pi / spread).isfinite()
-    live = spread
+    radius = math.pi / spread
+    is_live = radius.isfinite()
+    if not is_live.any():
+        return radius
     if not is_live.all():
-        logits, logit_tangent, live, highest, lowest = (
+        logits, logit_tangent, spread, highest, lowest = (
             each[is_live] for each in (logits, logit_tangent, spread, highest, lowest)
         )
-    slope = logit_tangent - lowest.unsqueeze(-1)
-    return spread, is_live, logits - highest.unsqueeze(-1), slope.div_(live.unsqueeze(-1))
+    if is_raw:
+        climbed = rung(logits, logit_tangent, lowest, spread)
+    else:
+        slope = (logit_tangent - lowest.unsqueeze(-1)).div_(spread.unsqueeze(-1))
+        aim = () if enough is None else (enough * spread,)
+        climbed = rung(logits - highest.unsqueeze(-1), slope, *aim)
+    radius[is_live] = torch.maximum(radius[is_live], climbed / spread)
+    return radius
 
 
 def _filled_in(logit_tangent: Tensor, exists: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from safestep.coarse import coarse_radius, histogram
+from safestep.coarse import BINS, coarse_radius, histogram
 from safestep.controller import smallest_row
 from safestep.logit_tangent import LogitTangent
 from safestep.radius import certified_radius, ladder_radius
@@ -23,6 +23,24 @@ def row_of(kind, classes, scale, seed=0):
     elif kind == "aligned":
         tangent = tangent + 0.3 * logits
     return logits, tangent
+
+
+def block_of(logits, tangent):
+    """Return what reads blocks of classes."""
+    return lambda classes: (logits[:, classes], tangent[:, classes])
+
+
+def coarse(logits, tangent):
+    """Return the coarse radius of rows, in units of 1 / spread."""
+    lowest, highest = tangent.amin(-1), tangent.amax(-1)
+    block = block_of(logits, tangent)
+    return coarse_radius(*histogram(block, logits.shape[-1], lowest, highest - lowest))
+
+
+def source_of(logits):
+    """Return what computes these logits, a block at a time."""
+    flat = logits.flatten(0, -2)
+    return lambda rows=None, classes=slice(None): (flat if rows is None else flat[rows])[:, classes]
 
 
 def brute_force_radius(logits, tangent):
@@ -46,17 +64,81 @@ def brute_force_radius(logits, tangent):
 
 @pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "confident", "aligned"])
 @pytest.mark.parametrize("scale", [0.0, 2.0, 8.0], ids=str)
-def test_coarse_radius_is_never_above_the_definition_and_close_below(kind, scale):
+@pytest.mark.parametrize("block", [3000, 700], ids=str)
+def test_coarse_radius_is_never_above_the_definition_and_close_below(
+    kind, scale, block, monkeypatch
+):
+    monkeypatch.setattr("safestep.coarse._BLOCK_ELEMENTS", block)
     for seed in range(2):
         logits, tangent = row_of(kind, 3000, scale, seed)
-        least, span = tangent.min(), tangent.max() - tangent.min()
         truth = brute_force_radius(logits, tangent)
 
-        radius = coarse_radius(*histogram(logits - logits.max(), (tangent - least) / span)).item()
+        radius = coarse(logits, tangent).item()
 
         assert radius <= truth * (1 + 1e-6)
         if truth < 12:
             assert radius > 0.97 * truth
+
+
+@pytest.mark.parametrize("rise", [0.0, 30.0, 200.0, -200.0], ids=str)
+def test_histogram_in_blocks_is_that_of_the_whole(rise, monkeypatch):
+    """Whether the heaviest classes come early or late, and the others vanish beside them or not."""
+    rows = [row_of(kind, 3000, 2.0, seed) for seed in range(3) for kind in ("normal", "confident")]
+    logits, tangent = (torch.cat(each) for each in zip(*rows, strict=True))
+    logits = logits + torch.linspace(0, rise, 3000, dtype=torch.float64)
+    lowest, spread = tangent.amin(-1), tangent.amax(-1) - tangent.amin(-1)
+    bins = ((tangent - lowest[:, None]) / spread[:, None] * (BINS * (1 - 1e-5))).long()
+    weight = (logits - logits.amax(-1, keepdim=True)).exp()
+    top = logits.argmax(-1, keepdim=True)
+    expected = torch.zeros(6, BINS).double().scatter_add(-1, bins, weight.scatter(-1, top, 0.0))
+    slope = (tangent.gather(-1, top) - lowest[:, None]) / spread[:, None]
+
+    for block in (6 * 3000, 6 * 700, 6):
+        monkeypatch.setattr("safestep.coarse._BLOCK_ELEMENTS", block)
+        found, top_slope = histogram(block_of(logits, tangent), 3000, lowest, spread)
+
+        torch.testing.assert_close(found[:, 1:], expected, rtol=1e-12, atol=1e-200)
+        torch.testing.assert_close(found[:, 0], torch.ones(6).double())
+        torch.testing.assert_close(top_slope, slope)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("place", [3, 2400])
+def test_computed_row_with_a_broken_logit_is_nan(value, place, monkeypatch):
+    monkeypatch.setattr("safestep.coarse._BLOCK_ELEMENTS", 2 * 700)
+    logits, tangent = (each.expand(2, -1).clone() for each in row_of("normal", 2500, 1.0))
+    logits[1, place] = value
+
+    radius = ladder_radius(source_of(logits), tangent, limit=1e-3, only_smallest=True)
+
+    assert radius.isnan().tolist() == [False, True]
+
+
+def test_computed_logits_are_never_asked_for_whole_rows_but_of_the_smallest(monkeypatch):
+    monkeypatch.setattr("safestep.coarse._BLOCK_ELEMENTS", 9 * 700)
+    rows = [row_of("normal", 2500, 1.0, seed) for seed in range(9)]
+    logits, tangent = (torch.cat(each).float() for each in zip(*rows, strict=True))
+    tangent[4] *= 1.5
+    source, asked = source_of(logits), []
+
+    def watched(rows=None, classes=slice(None)):
+        asked.append(tuple(source(rows, classes).shape))
+        return source(rows, classes)
+
+    radius = ladder_radius(watched, tangent, limit=1e-3, only_smallest=True)
+
+    assert asked == [(9, 700)] * 3 + [(9, 400), (1, 2500)]
+    assert radius.argmin() == 4
+    torch.testing.assert_close(
+        radius[4], certified_radius(logits, tangent)[4], rtol=3e-3, atol=0
+    )  # the tolerance of the scan
+
+
+def test_mask_of_classes_is_refused_for_computed_logits():
+    logits, tangent = torch.randn(2, 3, 5).unbind()
+
+    with pytest.raises(ValueError, match="expected a `mask` of rows"):
+        ladder_radius(source_of(logits), tangent, mask=torch.ones(3, 5).bool(), limit=1.0)
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0, 12.0], ids=str)
@@ -100,7 +182,7 @@ def test_rows_in_tiles_have_the_smallest_radius_of_the_whole(limit):
 
 
 def test_logits_are_not_computed_where_the_bound_settles_every_row():
-    def logits(rows):
+    def logits(rows=None, classes=slice(None)):
         raise AssertionError("asked for the logits")
 
     tangent = torch.tensor([[0.0, 1.0], [2.0, 0.5]])
@@ -119,7 +201,7 @@ def test_rows_whose_logits_are_computed_are_measured_like_rows_that_are_held(cou
     mask = torch.rand(count, 3) < 0.7
     mask[0, 0] = True
     held = LogitTangent("logits", logits, 5 * tangent, mask)
-    computed = LogitTangent("logits", lambda rows: logits[rows], 5 * tangent, mask)
+    computed = LogitTangent("logits", source_of(logits), 5 * tangent, mask)
 
     for limit in (None, 1.0):
         expected = smallest_row([held], rung="certified", limit=limit)

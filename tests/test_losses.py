@@ -11,7 +11,12 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from safestep.capture import LogitFinder
 from safestep.capture.losses import LinearTile, LossWatch
+from safestep.controller import smallest_row
+from safestep.estimators import jvp
+from safestep.radius import certified_radius, radius_bound
+from safestep.replay import Call
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -145,8 +150,11 @@ def test_watch_computes_the_logits_of_a_linear_cross_entropy_when_asked(options,
     expected = torch.einsum("nf,c...f->n...c", hidden, weight) + bias.movedim(0, -1)
     assert isinstance(tile, LinearTile)
     assert tile.shape == expected.shape
-    torch.testing.assert_close(tile(), expected)
-    torch.testing.assert_close(tile(slice(2, 5)), expected[2:5])
+    flat, some = expected.flatten(0, -2), torch.tensor([4, 0, 2])
+    torch.testing.assert_close(tile(), flat)
+    torch.testing.assert_close(tile(some), flat[some])
+    torch.testing.assert_close(tile(None, slice(1, 3)), flat[:, 1:3])
+    torch.testing.assert_close(tile(some, slice(3, 9)), flat[some, 3:])
     assert torch.equal(mask, labels != 2)
 
 
@@ -180,6 +188,67 @@ def test_tile_keeps_the_weights_of_the_time_it_was_seen():
     weight.zero_()
 
     torch.testing.assert_close(watch.seen[0].parts[0][0](), before)
+
+
+class Head(nn.Module):
+    """A last layer over 2,500 classes, a few of which a bias of -inf takes out."""
+
+    def __init__(self, dtype, masked):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        hidden, weight, bias = (
+            nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+            for shape in ((11, 5), (2500, 5), (2500,))
+        )
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.exists = torch.ones(2500, dtype=torch.bool)
+        if masked:
+            self.exists[[0, 1, 650, 651, 2499]] = False
+            self.exists[700:1500] = False  # a block in which no class is left
+            bias.data[~self.exists] = -torch.inf
+
+    def forward(self, target, fused):
+        if fused:
+            return functional.linear_cross_entropy(
+                self.hidden, self.weight, target, linear_bias=self.bias
+            )
+        return functional.cross_entropy(
+            functional.linear(self.hidden, self.weight, self.bias), target
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch scripts its own code
+@pytest.mark.parametrize("rung", ["bound", "certified"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all classes", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_radius_of_a_fused_head_is_that_of_the_plain_one(dtype, masked, rung, monkeypatch):
+    """In three tiles of five rows at most, with four blocks of classes each."""
+    if not hasattr(functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    monkeypatch.setattr("safestep.capture.losses._TILE_ELEMENTS", 5 * 2500)
+    monkeypatch.setattr("safestep.capture.losses._BLOCK_ELEMENTS", 5 * 700)
+    monkeypatch.setattr("safestep.coarse._BLOCK_ELEMENTS", 5 * 700)
+    head = Head(dtype, masked)
+    generator = torch.Generator().manual_seed(3)
+    update = [torch.randn(p.shape, generator=generator).to(dtype) for p in head.parameters()]
+    target = torch.arange(11) + 2
+
+    def measured(fused):
+        call = Call.of(lambda: head(target, fused), (), {})
+        rows = jvp([call], head, list(head.parameters()), update, LogitFinder())
+        return smallest_row(rows, rung=rung, limit=1e-3)
+
+    fused, plain = measured(True), measured(False)
+
+    params, update = ([x.detach().double() for x in xs] for xs in (head.parameters(), update))
+    (hidden, weight, bias), (d_hidden, d_weight, d_bias) = params, update
+    logits = (hidden @ weight.T + bias)[:, head.exists]
+    tangent = (d_hidden @ weight.T + hidden @ d_weight.T + d_bias)[:, head.exists]
+    radius = radius_bound(tangent) if rung == "bound" else certified_radius(logits, tangent)
+    # The rounding of the products; half precision has three digits.
+    rtol = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(fused, plain, rtol=rtol, atol=0)
+    torch.testing.assert_close(fused[0], radius.min(), rtol=10 * rtol, atol=0)
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ class Logits:
     @property
     def values(self) -> Tensor:
         """The logits, ``[*B, C]``; computed anew each time where they are too many to hold."""
-        return self.source if isinstance(self.source, Tensor) else self.source()
+        source = self.source
+        return source if isinstance(source, Tensor) else source().view(source.shape)
 
 
 class LogitFinder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ from torch.utils._pytree import tree_map
 from safestep.capture.batched import all_examples, held, is_batched
 from safestep.capture.loss_graph import Node
 
-# Logits of one tile of a linear_cross_entropy: 20 MiB in float32. A product of fewer rows takes
+# Logits of one tile of a linear_cross_entropy: 24 MiB in float32. A product of fewer rows takes
 # longer for each of them.
-_TILE_ELEMENTS = 5 << 20
+_TILE_ELEMENTS = 6 << 20
+_BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +44,58 @@ class LinearTile:
         classes, *positions = self.layout
         return (len(self.rows), *positions, classes)
 
-    def __call__(self, rows: slice = slice(None)) -> Tensor:
-        """Return the logits of these rows, without a tangent."""
-        operands = (self.rows[rows], self.weight, self.bias)
-        return self._laid_out(torch.nn.functional.linear(*map(_primal, operands)))
+    def __call__(self, rows: Tensor | None = None, classes: slice = slice(None)) -> Tensor:
+        """Return logits without a tangent.
 
+        Args:
+            rows: Which of the rows ``[*B]``, counted as in a flat tensor. None: all.
+            classes: Which of the classes.
+
+        Returns:
+            Shape ``[rows, classes]``.
+        """
+        hidden, weight, bias = map(_primal, (self.rows, self.weight, self.bias))
+        places = math.prod(self.layout[1:])
+        begin, end, _ = classes.indices(self.layout[0])
+        columns = slice(begin * places, end * places)
+        hidden = hidden if rows is None else hidden[rows // places]
+        product = torch.nn.functional.linear(
+            hidden, weight[columns], None if bias is None else bias[columns]
+        )
+        if rows is None:
+            return product.unflatten(-1, (-1, places)).movedim(-1, 1).flatten(0, 1)
+        return product.unflatten(-1, (-1, places))[
+            rows.new_ones(len(rows)).cumsum(0) - 1, :, rows % places
+        ]
+
+    @torch.no_grad()
     def tangent(self) -> Tensor | None:
-        """Return the tangent of the logits, None if no operand has one."""
+        """Return the tangent of the logits, None if no operand has one.
+
+        A class whose bias is -inf does not exist: it gets the tangent of one that does.
+        """
         (rows, d_rows), (weight, d_weight) = map(forward_ad.unpack_dual, (self.rows, self.weight))
-        d_bias = None if self.bias is None else forward_ad.unpack_dual(self.bias).tangent
+        bias, d_bias = (None, None) if self.bias is None else forward_ad.unpack_dual(self.bias)
         if d_rows is None and d_weight is None and d_bias is None:
             return None
-        # By hand, in place: forward-mode AD would hold three more tiles, the logits among them.
+        # By hand, in place: forward-mode AD would hold three more tiles, the logits among them. In
+        # blocks, so that the second product finds the first in a cache.
         d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
-        tangent = d_rows @ weight.T
-        if d_weight is not None:
-            tangent.addmm_(rows, d_weight.T)
-        return self._laid_out(tangent if d_bias is None else tangent.add_(d_bias))
-
-    def _laid_out(self, product: Tensor) -> Tensor:
-        return product.unflatten(-1, self.layout).movedim(1, -1)
+        tangent = rows.new_empty(len(rows), len(weight))
+        exists = None if bias is None or (bias > -math.inf).all() else bias > -math.inf
+        for block, columns in _blocks(tangent):
+            columns.addmm_(d_rows, weight[block].T, beta=0)
+            if d_weight is not None:
+                columns.addmm_(rows, d_weight[block].T)
+            if d_bias is not None:
+                columns.add_(d_bias[block])
+        tangent = tangent.unflatten(-1, self.layout).movedim(1, -1)
+        if exists is not None:
+            exists = exists.unflatten(0, self.layout).movedim(0, -1).expand_as(tangent)
+            stand_in = tangent.gather(-1, exists.byte().argmax(dim=-1, keepdim=True))
+            for block, columns in _blocks(tangent):
+                columns.copy_(torch.where(exists[..., block], columns, stand_in))
+        return tangent
 
 
 Part = tuple[Tensor | LinearTile, Tensor | None]
@@ -365,6 +399,15 @@ def _held(parameter: Tensor) -> Tensor:
     # A dual one cannot outlive its run; another may be moved before the product is.
     is_dual = forward_ad.unpack_dual(parameter).tangent is not None
     return parameter if is_dual else parameter.detach().clone()
+
+
+def _blocks(tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the last axis and these elements, as many as fit in a cache."""
+    size = _BLOCK_ELEMENTS if tile.device.type == "cpu" else _TILE_ELEMENTS
+    size = max(1, size * tile.shape[-1] // tile.numel())
+    for begin in range(0, tile.shape[-1], size):
+        block = slice(begin, begin + size)
+        yield block, tile[..., block]
 
 
 def _primal(value: Any) -> Any:
