@@ -144,6 +144,7 @@ def smallest_row(
                 limit = _raised(limit, float(radius.min()))
         radii.append(radius.flatten().double())
         spreads.append(spread.amax().double())
+        del row  # which may be large, before the next is made
     if not radii:
         raise ValueError("smallest_row: expected at least one set of rows, got none.")
     radius, index = _lower_quantile(torch.cat(radii), quantile)

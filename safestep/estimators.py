@@ -145,6 +145,7 @@ def jvp(
                 else:
                     values, tangent = found.source, _demanded(found.source.tangent())
                 yield LogitTangent(found.name, values, tangent, found.mask)
+                del tangent  # a tile of a large vocabulary goes before the next is made
 
 
 def difference(

@@ -5,19 +5,20 @@
 The logits and their tangent take three products of hidden states and weights. The time is given
 as a multiple of three plain products (in tiles of 256 rows, interleaved). The loss that runs again
 before the first tile is there is not counted, and neither is the tangent of that tile. Memory is
-the growth of the peak resident size in a process of its own, where the tangent of the weights,
-which is as large as they are, takes its part.
+what the first two measurements add to the peak resident size of a process of its own that has made
+two training steps, forward and backward, before; weights, gradients and update are there already.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -27,6 +28,7 @@ from torch.nn import functional
 from safestep.capture.finder import LogitFinder
 from safestep.controller import Rung, smallest_row
 from safestep.estimators import jvp
+from safestep.logit_tangent import LogitTangent
 from safestep.replay import Call
 
 # (label, rung, spread of the tangent in units of pi: over 1, every row climbs the whole ladder)
@@ -53,8 +55,14 @@ def radius(head: Head, update: list[Tensor], rung: Rung, finder: LogitFinder) ->
     target = torch.zeros(len(head.hidden), dtype=torch.int64)
     calls = [Call.of(lambda: head(target), (), {})]
     rows = jvp(calls, head, list(head.parameters()), update, finder)
-    first = next(rows)
-    return seconds(lambda: smallest_row(chain([first], rows), rung=rung, limit=1.0))
+    first = [next(rows)]  # a list lets go of it
+    return seconds(lambda: smallest_row(chain(emptied(first), rows), rung=rung, limit=1.0))
+
+
+def emptied(held: list[LogitTangent]) -> Iterator[LogitTangent]:
+    """Yield what a list holds, and take it out."""
+    while held:
+        yield held.pop()
 
 
 def products(head: Head) -> None:
@@ -79,15 +87,25 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def extra_memory(sizes: tuple[int, int, int], rung: Rung, spread: float, queue: object) -> None:
-    """Put the growth of the peak resident size, in MiB, into the queue."""
+    """Put the growth of the peak resident size over a training step's, in MiB, into the queue."""
     torch.set_num_threads(1)
     head, update = case(sizes, rung, spread)
     small, few = case((64, 100, sizes[2]), rung, spread)
     radius(small, few, rung, LogitFinder())  # loads what is loaded once
-    head(torch.zeros(sizes[0], dtype=torch.int64))  # what the training step itself holds
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    radius(head, update, rung, LogitFinder())
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    for _ in range(2):  # what the training step itself holds
+        head(torch.zeros(sizes[0], dtype=torch.int64)).backward()
+    before = peak_memory()
+    finder = LogitFinder()
+    for _ in range(2):
+        radius(head, update, rung, finder)
+    queue.put(peak_memory() - before)
+
+
+def peak_memory() -> float:
+    """Return the peak resident size in MiB, on Linux."""
+    # Not getrusage: what it says of a spawned process is at least the size of its parent.
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) / 1024
 
 
 def main() -> None:
