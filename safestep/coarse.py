@@ -72,14 +72,11 @@ def histogram(block: Block, classes: int, lowest: Tensor, spread: Tensor) -> tup
         found = logits[rows].argmax(dim=-1, keepdim=True)
         if len(rows) > 0:
             # What was the heaviest joins the others.
-            highest, shrunk = highest[rows].to(top), binned[rows]
-            loss = (top[rows] - highest).exp()
-            shrunk = shrunk.mul_(loss).scatter_add_(-1, top_place[rows].to(_INDEX), loss)
-            binned[rows], top[rows], top_place[rows] = (
-                shrunk,
-                highest,
-                place[rows].gather(-1, found),
-            )
+            heavier = highest[rows]
+            loss = (top[rows] - heavier).exp()
+            shrunk = binned[rows].mul_(loss)
+            binned[rows] = shrunk.scatter_add_(-1, top_place[rows].to(_INDEX), loss)
+            top[rows], top_place[rows] = heavier, place[rows].gather(-1, found)
         weight = (logits - top).mul_(_LOG2_E).exp2_()  # in half the time of exp on a CPU
         weight[rows, found.squeeze(-1)] = 0.0
         binned.scatter_add_(-1, place.to(_INDEX), weight)

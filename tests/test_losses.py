@@ -231,6 +231,8 @@ def test_radius_of_a_fused_head_is_that_of_the_plain_one(dtype, masked, rung, mo
     head = Head(dtype, masked)
     generator = torch.Generator().manual_seed(3)
     update = [torch.randn(p.shape, generator=generator).to(dtype) for p in head.parameters()]
+    if dtype == torch.float64:
+        update[2] += 300.0  # all classes move alike
     update[2][~head.exists] = 100.0  # what a class that does not exist does is of no matter
     target = torch.arange(11) + 2
 
