@@ -20,6 +20,7 @@ from safestep.capture.loss_graph import Node
 # longer for each of them.
 _TILE_ELEMENTS = 6 << 20
 _BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
+_MAPPED_BYTES = 33 << 20  # glibc maps at least what is over 32 MiB, whatever was freed before
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class LinearTile:
         # By hand, in place: forward-mode AD would hold three more tiles, the logits among them. In
         # blocks, so that the second product finds the first in a cache.
         d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
-        tangent = rows.new_empty(len(rows), len(weight))
+        tangent = _empty(rows, len(weight))
         exists = None if bias is None or (bias > -math.inf).all() else bias > -math.inf
         for block, columns in _blocks(tangent):
             columns.addmm_(d_rows, weight[block].T, beta=0)
@@ -399,6 +400,17 @@ def _held(parameter: Tensor) -> Tensor:
     # A dual one cannot outlive its run; another may be moved before the product is.
     is_dual = forward_ad.unpack_dual(parameter).tangent is not None
     return parameter if is_dual else parameter.detach().clone()
+
+
+def _empty(rows: Tensor, columns: int) -> Tensor:
+    """Return room for so many columns beside the rows, which is given back when it is freed."""
+    count = len(rows) * columns
+    if rows.device.type != "cpu":
+        return rows.new_empty(len(rows), columns)
+    # glibc puts less into a heap, where what is kept of each tile leaves no hole for the next: ten
+    # and more tiles pile up. Pages that nobody writes to take no memory.
+    room = rows.new_empty(max(count, _MAPPED_BYTES // rows.element_size()))
+    return room[:count].view(len(rows), columns)
 
 
 def _blocks(tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
