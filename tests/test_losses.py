@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from safestep.capture import LogitFinder
-from safestep.capture.losses import LinearTile, LossWatch
+from safestep.capture.losses import LossWatch
+from safestep.capture.tiles import LinearTile
 from safestep.controller import smallest_row
 from safestep.estimators import jvp
 from safestep.radius import certified_radius, radius_bound
@@ -162,7 +163,7 @@ def test_watch_computes_the_logits_of_a_linear_cross_entropy_when_asked(options,
 def test_tiles_of_a_linear_cross_entropy_cover_all_rows_with_their_tangent(monkeypatch):
     if not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
-    monkeypatch.setattr("safestep.capture.losses._TILE_ELEMENTS", 8)
+    monkeypatch.setattr("safestep.capture.tiles.TILE_ELEMENTS", 8)
     hidden, weight, d_hidden, d_weight = torch.randn(4, 6, 6, dtype=torch.float64)
 
     with torch.no_grad(), forward_ad.dual_level(), LossWatch() as watch:
@@ -225,8 +226,8 @@ def test_radius_of_a_fused_head_is_that_of_the_plain_one(dtype, masked, rung, mo
     """In three tiles of five rows at most, with four blocks of classes each."""
     if not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
-    monkeypatch.setattr("safestep.capture.losses._TILE_ELEMENTS", 5 * 2500)
-    monkeypatch.setattr("safestep.capture.losses._BLOCK_ELEMENTS", 5 * 700)
+    monkeypatch.setattr("safestep.capture.tiles.TILE_ELEMENTS", 5 * 2500)
+    monkeypatch.setattr("safestep.capture.tiles._BLOCK_ELEMENTS", 5 * 700)
     monkeypatch.setattr("safestep.coarse._BLOCK_ELEMENTS", 5 * 700)
     head = Head(dtype, masked)
     generator = torch.Generator().manual_seed(3)

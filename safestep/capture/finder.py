@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from safestep.capture.evidence import GradientEvidence
-from safestep.capture.losses import LinearTile, LossWatch, Part
+from safestep.capture.losses import LossWatch, Part
 from safestep.capture.plan import (
     Plan,
     examine_outputs,
@@ -20,6 +20,7 @@ from safestep.capture.plan import (
     plan_of_losses,
     plan_of_outputs,
 )
+from safestep.capture.tiles import LinearTile
 from safestep.capture.weights import weighted_rows
 
 if TYPE_CHECKING:
