@@ -84,7 +84,7 @@ _FINDINGS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Measurement:
     """One update as numbers of the host, on one worker or agreed over all of them.
 

@@ -6,7 +6,7 @@ import math
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import compress
 from typing import Any, Literal
@@ -28,7 +28,6 @@ from safestep.estimators import (
     working_dtype,
 )
 from safestep.inner_watch import InnerWatch
-from safestep.norms import each_norm
 from safestep.replay import Call
 from safestep.shards import counted_here, is_sharded, refuse_flattened
 
@@ -40,7 +39,7 @@ TOLERANCE = 0.2  # of r; the secant alone is off by 5 % at ordinary steps
 _ROUNDING = 1.0  # units in the last place of the largest logit, by which a difference may be off
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that alone takes longer to make, and one is made at every step
 class Update:
     """What an estimator is given.
 
@@ -58,9 +57,9 @@ class Update:
     change: Sequence[Tensor]
     is_made: bool = True
 
-    def norms(self) -> list[Tensor]:
-        """Return 2-norms, the 2-norm of which is that of the update; of this rank's part of it."""
-        return each_norm(list(compress(self.change, counted_here(self.params))))
+    def parts(self) -> list[Tensor]:
+        """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""
+        return list(compress(self.change, counted_here(self.params)))
 
 
 class Lazy(Sequence[Tensor]):
@@ -145,6 +144,19 @@ class Gauge:
         Raises:
             RuntimeError: If no estimator works, or no tangent reaches the logits.
         """
+        reading = self._reading(update, reduce)
+        lacks = {what: None for call in update.calls for what in call.lacks}
+        if not lacks:
+            return reading
+        return replace(
+            reading, estimator=f"{reading.estimator} (of another random draw)",
+            warning=reading.warning or (
+                f"a call drew from {' and '.join(lacks)}, which it never did before and was not "
+                "recorded: r is that of another draw. It is recorded from now on"
+            ),
+        )  # fmt: skip
+
+    def _reading(self, update: Update, reduce: Reduce) -> Reading:
         refuse_flattened(update.params)
         if any(map(is_sharded, update.params)):
             # Every forward pass gathers: ranks that ran different ones would wait for each other.

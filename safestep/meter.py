@@ -62,7 +62,7 @@ class Meter:
             The measurement, and the reading that it comes from.
         """
         gradients = [local(g) for param in update.params if (g := param.grad) is not None]
-        norms = _Norms(update.norms(), each_norm(gradients))
+        norms = _Norms.of(update.parts(), gradients)
         is_partial = any(map(is_sharded, update.params))
         if self._predictor is not None and not is_partial:
             predicted = self._predict(self._predictor, norms, update, options)
@@ -129,19 +129,25 @@ class Meter:
 _PREDICTED = Reading(torch.empty(0), "predicted")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Norms:
     """Norms of parts of the update and of the gradient, on the device."""
 
     update: Sequence[Tensor]
     gradient: Sequence[Tensor]
 
+    @classmethod
+    def of(cls, update: Sequence[Tensor], gradient: Sequence[Tensor]) -> _Norms:
+        norms = each_norm([*update, *gradient])
+        return cls(norms[: len(update)], norms[len(update) :])
+
     def read(self, others: Sequence[Tensor]) -> tuple[float, float, list[float]]:
         """Return the norm of the update, that of the gradient, and `others`, all at once."""
         scalars = [*others, *self.update, *self.gradient]
-        if len({scalar.device for scalar in scalars}) > 1:
-            scalars = [scalar.to(scalars[0].device) for scalar in scalars]
-        numbers = torch.stack(scalars).tolist() if scalars else []
+        if all(scalar.is_cpu for scalar in scalars):  # nothing to wait for
+            numbers = [scalar.item() for scalar in scalars]
+        else:
+            numbers = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist()
         begin = len(others)
         middle = begin + len(self.update)
         return joined(numbers[begin:middle]), joined(numbers[middle:]), numbers[:begin]

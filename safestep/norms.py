@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the 2-norm of every tensor, reduced in float32 or wider, in no certain order.
+    """Return the 2-norm of every tensor, reduced in float32 or wider.
 
     Where gradients are not recorded: it is called in every step.
 
@@ -40,14 +41,17 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
         tensors: As for ``joint_norm``.
 
     Returns:
-        A scalar for each.
+        A scalar for each, in their order.
     """
     dense = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
-    narrow = [tensor for tensor in dense if tensor.dtype in _HALVES]
+    is_narrow = [tensor.dtype in _HALVES for tensor in dense]
+    if not any(is_narrow):
+        return list(torch._foreach_norm(dense)) if dense else []
+    halves = list(compress(dense, is_narrow))
     wide = [tensor for tensor in dense if tensor.dtype not in _HALVES]
-    norms = [*(torch._foreach_norm(wide) if wide else ())]
-    norms += torch._foreach_norm(narrow, 2, torch.float32) if narrow else ()
-    return norms
+    narrow_norms = iter(torch._foreach_norm(halves, 2, torch.float32))
+    wide_norms = iter(torch._foreach_norm(wide) if wide else ())
+    return [next(narrow_norms if narrow else wide_norms) for narrow in is_narrow]
 
 
 def joined(norms: Iterable[float]) -> float:

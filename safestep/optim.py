@@ -302,9 +302,9 @@ class SafeStep:
 
     def _direction_options(self) -> tuple[float, ...]:
         """Return what turns the direction of an update: which parameters move, and how far."""
-        rates = [float(group.get("lr", nan)) for group in self.optimizer.param_groups]
-        shares = [round(rate / rates[0], 1) if rates[0] else rate for rate in rates]
-        return (len(self._change.params), *shares)
+        first, *others = (float(group.get("lr", nan)) for group in self.optimizer.param_groups)
+        shares = (round(rate / first, 1) if first else rate for rate in others)
+        return (len(self._change.params), bool(first), *shares)
 
     def _give_up_if_stuck(self, report: StepReport) -> None:
         skips = self._controller.skips_in_a_row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -44,8 +45,8 @@ class Predictor:
         self._steps = 0
         self._interval = 1
         self._since = 0
-        self._usual: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
-        self._measured: deque[tuple[float, ...]] = deque(maxlen=_RECENT)
+        self._usual = _Window(WINDOW)
+        self._measured = _Window(_RECENT)
         self._options: tuple[Any, ...] = ()
 
     def predict(
@@ -89,7 +90,7 @@ class Predictor:
         self._interval = min(2 * self._interval, LONGEST_INTERVAL) if held else 1
         self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
         self._factors.append(factor)
-        self._measured.append(self._usual[-1] if self._usual else ())
+        self._measured.append(self._usual.latest)
         self._since = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,8 +101,8 @@ class Predictor:
             "steps": self._steps,
             "interval": self._interval,
             "since": self._since,
-            "usual": [list(signals) for signals in self._usual],
-            "measured": [list(signals) for signals in self._measured],
+            "usual": self._usual.state(),
+            "measured": self._measured.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,8 +116,8 @@ class Predictor:
         self._steps = state["steps"]
         self._interval = state["interval"]
         self._since = state["since"]
-        self._usual = deque(map(tuple, state["usual"]), maxlen=WINDOW)
-        self._measured = deque(map(tuple, state["measured"]), maxlen=_RECENT)
+        self._usual = _Window(WINDOW, state["usual"])
+        self._measured = _Window(_RECENT, state["measured"])
 
     def _is_due(self, bound: float) -> bool:
         headroom = self.limit / (2 * bound) if bound > 0 else math.inf
@@ -126,12 +127,52 @@ class Predictor:
         return self._since >= min(self._interval, longest)
 
     def _is_unusual(self, signals: tuple[float, ...]) -> bool:
-        latest = (past[-1] for past in (self._usual, self._measured) if past)
-        if any(len(past) != len(signals) for past in latest):  # all of a window are alike
-            self._usual.clear()
-            self._measured.clear()
-        for factor, past in ((JUMP, self._usual), (DRIFT, self._measured)):
-            for now, seen in zip(signals, zip(*past, strict=True), strict=False):
-                if not now <= factor * max(seen):
-                    return True
-        return False
+        usual, measured = self._usual.largest, self._measured.largest
+        if len(usual) not in {0, len(signals)} or len(measured) not in {0, len(signals)}:
+            self._usual, self._measured = _Window(WINDOW), _Window(_RECENT)
+            return False
+        jumps = any(not now <= JUMP * seen for now, seen in zip(signals, usual, strict=False))
+        return jumps or any(
+            not now <= DRIFT * seen for now, seen in zip(signals, measured, strict=False)
+        )
+
+
+class _Window:
+    """The latest signals, all of one length, and the largest of each.
+
+    Args:
+        size: How many.
+        rows: The first ones.
+    """
+
+    def __init__(self, size: int, rows: Sequence[Sequence[float]] = ()) -> None:
+        self._size = size
+        self._oldest = 0
+        # By signal, side by side in memory: to fetch so many numbers from all over takes longer
+        # than all else that a prediction does.
+        self._columns = [array("d", column) for column in zip(*rows, strict=True)]
+        self.largest = tuple(map(max, self._columns))
+
+    @property
+    def latest(self) -> tuple[float, ...]:
+        """The latest signals, none before the first."""
+        return tuple(column[self._oldest - 1] for column in self._columns)
+
+    def append(self, signals: Sequence[float]) -> None:
+        """Take signals in, and let the oldest go where there are too many."""
+        if not self._columns:
+            self._columns = [array("d") for _ in signals]
+        oldest = self._oldest
+        if self._columns and len(self._columns[0]) < self._size:
+            for column, signal in zip(self._columns, signals, strict=True):
+                column.append(signal)
+        else:
+            for column, signal in zip(self._columns, signals, strict=True):
+                column[oldest] = signal
+            self._oldest = (oldest + 1) % self._size
+        self.largest = tuple(map(max, self._columns))
+
+    def state(self) -> list[list[float]]:
+        """Return the signals from the oldest to the latest, as lists."""
+        columns = (column[self._oldest :] + column[: self._oldest] for column in self._columns)
+        return [list(row) for row in zip(*columns, strict=True)]

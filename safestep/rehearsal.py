@@ -212,11 +212,11 @@ class _Change(Sequence[Tensor]):
                     yield whole
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Proposal(Update):
     """An update whose norm is found without holding all of it."""
 
-    def norms(self) -> list[Tensor]:
+    def parts(self) -> list[Tensor]:
         counts = counted_here(self.params)
         rehearsal = self.change._rehearsal  # type: ignore[attr-defined]
         norms = []

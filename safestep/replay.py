@@ -17,7 +17,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from safestep.capture.evidence import GradientEvidence
 from safestep.capture.plan import named_tensors
 from safestep.shards import is_sharded
-from safestep.untraced import RandomState, recent_numpy_state, walk
+from safestep.surroundings import Modes, Surroundings
+from safestep.untraced import RandomState
 from safestep.warn import warn_user
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
@@ -38,6 +39,8 @@ class Call:
         autocast: ``(device type, dtype)`` of every autocast region around the call.
         versions: Version counter of each tensor argument, to notice a change in place.
         modes: Every submodule, and whether it was in train mode.
+        surroundings: Where `random` and `modes` come from, to check them when the call runs again.
+        lacks: Where it was seen to draw from, when it ran again, that is not in `random`.
         unread: What tells what a gradient shows, by the name of its output tensor, where nobody
             has asked yet.
         signals: Smallest and largest output and 1-norm of the loss's gradient there, where a
@@ -52,7 +55,9 @@ class Call:
     random: RandomState
     autocast: tuple[tuple[str, torch.dtype], ...]
     versions: tuple[int, ...]
-    modes: tuple[tuple[nn.Module, bool], ...] = ()
+    modes: Modes
+    surroundings: Surroundings
+    lacks: list[str] = field(default_factory=list)
     unread: dict[str, Callable[[], GradientEvidence]] = field(default_factory=dict)
     signals: list[Tensor] = field(default_factory=list)
     is_fresh: Tensor | None = None
@@ -64,18 +69,18 @@ class Call:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        module: nn.Module | None = None,
+        surroundings: Surroundings,
     ) -> Call:
-        """Return the description of a call that is about to happen, in which `module` runs."""
+        """Return the description of a call that is about to happen."""
         if kwargs or not all(isinstance(arg, Tensor) for arg in args):
             leaves, structure = tree_flatten((args, kwargs))
         else:
             leaves, structure = args, None
         leaves = list(map(_detached, leaves))
-        within = walk(module) if module is not None else []
+        random, modes = surroundings.record()
         return cls(
-            function, leaves, structure, RandomState.capture(within, recent_numpy_state),
-            _autocast_regions(), _versions(leaves), tuple((m, m.training) for m, _ in within),
+            function, leaves, structure, random, _autocast_regions(), _versions(leaves), modes,
+            surroundings,
         )  # fmt: skip
 
     @property
@@ -115,12 +120,16 @@ class Call:
                         cache_enabled=False,
                     )
                 )
-            # New containers each time: some training steps pop the labels from their batch.
-            leaves = map(_detached, self.leaves)
-            if self.structure is None:
-                return self.function(*leaves)
-            args, kwargs = tree_unflatten(leaves, self.structure)
-            return self.function(*args, **kwargs)
+            with self.surroundings.checked(self.random, self.modes) as self.lacks:
+                return self._again()
+
+    def _again(self) -> Any:
+        # New containers each time: some training steps pop the labels from their batch.
+        leaves = map(_detached, self.leaves)
+        if self.structure is None:
+            return self.function(*leaves)
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        return self.function(*args, **kwargs)
 
 
 class Recorder:
@@ -154,6 +163,7 @@ class Recorder:
         self._backward = -1  # torch's number of the backward pass that queued the latest call
         self._step_start: tuple[int, ...] | None = None
         self._class_axes: dict[str, int] = {}
+        self._surroundings = Surroundings(self.module)
         target = without_data_parallel(model if part is None else part)
         if isinstance(target, torch.jit.ScriptModule):
             raise TypeError(
@@ -181,7 +191,7 @@ class Recorder:
         for handle in self._handles:  # in a compiled training step they would break the graph
             handle.remove()
         self._opened = None
-        call = Call.of(function, args, kwargs, self.module)
+        call = Call.of(function, args, kwargs, self._surroundings)
         self._queue(call)
         return call
 
@@ -213,14 +223,14 @@ class Recorder:
         if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         self._void_cleared()
-        self._opened = Call.of(self._part, args, kwargs, self.module)
+        self._opened = Call.of(self._part, args, kwargs, self._surroundings)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call, self._opened = self._opened, None
         if call is None:
             return
         for name, tensor in named_tensors(output):
-            if tensor.grad_fn is not None:
+            if not tensor.is_leaf:
                 # Held until the gradient comes, and only before anything is known about it.
                 output = None if name in self._class_axes else tensor.detach()
                 tensor.register_hook(self._on_gradient(call, name, output))

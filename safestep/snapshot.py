@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import LBFGS, Optimizer
 
 from safestep.gauge import Lazy, Update
-from safestep.norms import each_norm
 from safestep.replay import Call
 from safestep.shards import is_sharded, local
 
 # Elements of a tensor that is copied together with others: by itself it would take longer to
 # allocate than to copy.
 _SMALL = 2**16
+# Elements of all tensors together whose copies' memory is kept from step to step.
+_KEPT = 2**20
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may not know what to do
 
 
@@ -27,7 +29,7 @@ class Snapshot:
     """Parameters, optimizer state and group options as they were before a step.
 
     The copies live from `take` to `release`: during the step, when the activations of the forward
-    pass are gone, so that they seldom raise the peak of memory.
+    pass are gone, so that they seldom raise the peak of memory. The memory of small ones is kept.
 
     Args:
         optimizer: The optimizer whose step is going to run.
@@ -35,6 +37,7 @@ class Snapshot:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._copies = self._spare = _NONE
         self.release()
 
     @torch.no_grad()
@@ -42,7 +45,7 @@ class Snapshot:
         """Copy everything."""
         groups = self._optimizer.param_groups
         # A frozen parameter that still has a gradient is stepped all the same.
-        self.params = [
+        params = [
             param
             for group in groups
             for param in group["params"]
@@ -53,10 +56,11 @@ class Snapshot:
         self._state = {
             param: _regrouped(entry, tensors) for param, entry in self._optimizer.state.items()
         }
-        self._options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.shards = [local(param) for param in self.params]
-        self._params_before = _Packed(self.shards)
-        self._state_before = _Packed(tensors)
+        self._options = [dict(group) for group in groups]
+        is_fit = self._spare.are_of([*params, *tensors])
+        self._copies = self._spare if is_fit else _Copies(params, tensors)
+        self._copies.fill()
+        self.params, self.shards = params, self._copies.shards
 
     def update(self, calls: Sequence[Call]) -> Update:
         """Return the update that was made since `take`.
@@ -67,10 +71,10 @@ class Snapshot:
         Returns:
             The update.
         """
-        before = self._params_before
-        moves = before.moves()
-        self._start = Lazy(before.values)
-        self._change = Lazy(lambda: before.unpacked(moves))
+        copies = self._copies
+        moves = copies.moves()
+        self._start = Lazy(copies.params)
+        self._change = Lazy(lambda: copies.unpacked(moves))
         return _Made(calls, self.params, self._start, self._change, moves=moves)
 
     def rescale(self, scale: float) -> None:
@@ -88,8 +92,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back, bit for bit, into the tensors that it came from."""
-        self._params_before.put_back()
-        self._state_before.put_back()
+        self._copies.put_back()
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
         for group, options in zip(self._optimizer.param_groups, self._options, strict=True):
@@ -97,74 +100,105 @@ class Snapshot:
 
     def release(self) -> None:
         """Free the copies."""
+        if self._copies is not _NONE:
+            self._spare = self._copies if self._copies.are_small else _NONE
+        self._copies = _NONE
         self.params: list[Tensor] = []
         self.shards: list[Tensor] = []
         self._start: Sequence[Tensor] = []
         self._change: Sequence[Tensor] = []
-        self._params_before = self._state_before = _Packed([])
         self._state: dict[Tensor, Any] = {}
         self._options: list[dict[str, Any]] = []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Made(Update):
     """An update whose norm is found before it is unpacked."""
 
     moves: Sequence[Tensor] = ()
 
-    def norms(self) -> list[Tensor]:
+    def parts(self) -> list[Tensor]:
         if any(map(is_sharded, self.params)):
-            return Update.norms(self)
-        return each_norm(self.moves)
+            return Update.parts(self)
+        return list(self.moves)
 
 
-class _Packed:
-    """Copies of tensors, those of small ones in one buffer."""
+class _Copies:
+    """Memory for copies of tensors, those of small ones side by side in one buffer.
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors = list(map(local, tensors))
+    To find a place for each takes as long as to copy small ones, so it is done once for all steps.
+
+    Args:
+        params: Parameters.
+        state: Other tensors.
+    """
+
+    def __init__(self, params: list[Tensor], state: list[Tensor]) -> None:
+        self._tensors = [*params, *state]
+        self._all = list(map(local, self._tensors))
+        self.shards = self._all[: len(params)]
+        self.are_small = sum(map(Tensor.numel, self._all)) <= _KEPT
+        are_params = set(self.shards)
         small: dict[Any, list[Tensor]] = defaultdict(list)
-        self._groups: list[list[Tensor]] = []
-        for tensor in tensors:
+        places: dict[Tensor, Tensor] = {}
+        for tensor in self._all:
             is_plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
             if is_plain and tensor.numel() <= _SMALL:
                 small[tensor.device, tensor.dtype].append(tensor)
             else:
-                self._groups.append([tensor])
-        self._groups += small.values()
-        # One that is flattened alone would not be copied.
-        self._buffers = [
-            group[0].clone() if len(group) == 1 else _flatten_dense_tensors(group)
-            for group in self._groups
-        ]
+                places[tensor] = torch.empty_like(tensor)
+        # Parameters that are copied together, first in their buffer, and their copies there.
+        self._packed = [([param], places[param]) for param in self.shards if param in places]
+        for group in small.values():
+            buffer = _flatten_dense_tensors([torch.empty_like(tensor) for tensor in group])
+            places.update(zip(group, _unflatten_dense_tensors(buffer, group), strict=True))
+            packed = [tensor for tensor in group if tensor in are_params]
+            size = sum(map(Tensor.numel, packed))
+            if len(packed) > 1:
+                self._packed.append((packed, buffer[:size]))
+            elif packed:
+                self._packed.append((packed, places[packed[0]]))
+        self._places = [places[tensor] for tensor in self._all]
+        self._forms = list(map(_form, self._all))
 
-    def moves(self) -> list[Tensor]:
-        """Return by how much the tensors have changed since, packed as the copies are."""
-        return [
-            group[0] - buffer if len(group) == 1 else _flatten_dense_tensors(group).sub_(buffer)
-            for group, buffer in zip(self._groups, self._buffers, strict=True)
-        ]
+    def are_of(self, tensors: list[Tensor]) -> bool:
+        """Return whether there is a place for just these tensors."""
+        is_same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        return is_same and list(map(_form, self._all)) == self._forms
 
-    def unpacked(self, buffers: list[Tensor]) -> list[Tensor]:
-        """Return what is packed as the copies are, in the order of the tensors."""
-        found: dict[Tensor, Tensor] = {}
-        for group, buffer in zip(self._groups, buffers, strict=True):
-            if len(group) == 1:
-                found[group[0]] = buffer
-            else:
-                copies = _unflatten_dense_tensors(buffer, group)
-                found.update(zip(group, copies, strict=True))
-        return [found[tensor] for tensor in self._tensors]
-
-    def values(self) -> list[Tensor]:
-        """Return the copies, in the order of the tensors."""
-        return self.unpacked(self._buffers)
+    def fill(self) -> None:
+        """Copy the tensors as they are now."""
+        if self._all:
+            torch._foreach_copy_(self._places, self._all)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Write the copies into the tensors."""
-        for tensor, value in zip(self._tensors, self.values(), strict=True):
-            tensor.copy_(value)
+        for tensor, copy in zip(self._all, self._places, strict=True):
+            tensor.copy_(copy)
+
+    def params(self) -> list[Tensor]:
+        """Return the copies of the parameters, in their order."""
+        return self._places[: len(self.shards)]
+
+    def moves(self) -> list[Tensor]:
+        """Return by how much the parameters have changed since, packed as the copies are."""
+        return [
+            params[0] - copy if len(params) == 1 else _flatten_dense_tensors(params).sub_(copy)
+            for params, copy in self._packed
+        ]
+
+    def unpacked(self, moves: list[Tensor]) -> list[Tensor]:
+        """Return the moves of the parameters, in their order."""
+        found: dict[Tensor, Tensor] = {}
+        for (params, _), move in zip(self._packed, moves, strict=True):
+            parts = [move] if len(params) == 1 else _unflatten_dense_tensors(move, params)
+            found.update(zip(params, parts, strict=True))
+        return [found[param] for param in self.shards]
+
+
+_form = attrgetter("dtype", "shape")  # numbers of another one may be put into a parameter
+_NONE = _Copies([], [])
 
 
 def _regrouped(entry: Any, tensors: list[Tensor]) -> Any:

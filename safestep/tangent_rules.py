@@ -147,13 +147,18 @@ def _affine(
     weight: tuple[Tensor | None, Tensor | None],
     bias: tuple[Tensor | None, Tensor | None],
 ) -> Dual:
-    """Return unit * weight + bias and its tangent, in the memory of `unit` and `d_unit`."""
+    """Return unit * weight + bias, in the memory of `unit`, and its tangent."""
     (w, dw), (b, db) = weight, bias
-    tangent = torch.zeros_like(unit) if d_unit is None else d_unit if w is None else d_unit.mul_(w)
-    if dw is not None:
-        tangent.addcmul_(unit, dw)
-    if db is not None:
-        tangent.add_(db)
+    if dw is not None and db is not None:  # one pass less than one after the other
+        tangent = torch.addcmul(db, unit, dw, out=torch.empty_like(unit))
+        if d_unit is not None:
+            assert w is not None
+            tangent.addcmul_(d_unit, w)
+    else:
+        tangent = torch.zeros_like(unit) if d_unit is None else d_unit
+        tangent = tangent if w is None or d_unit is None else d_unit.mul_(w)
+        tangent = tangent if dw is None else tangent.addcmul_(unit, dw)
+        tangent = tangent if db is None else tangent.add_(db)
     if w is not None and b is not None:
         return torch.addcmul(b, unit, w, out=unit), tangent
     output = unit if w is None else unit.mul_(w)

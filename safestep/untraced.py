@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 import sys
 from collections import deque
@@ -46,14 +45,12 @@ class RandomState:
     own: tuple[tuple[Any, Any], ...]
 
     @classmethod
-    def capture(
-        cls, within: Iterable[Held] = (), numpy_state: Callable[[], Any] = np.random.get_state
-    ) -> RandomState:
-        """Return the state of the global generators and of those that modules hold.
+    def capture(cls, generators: Iterable[Any] = (), *, of_host: bool = True) -> RandomState:
+        """Return the state of the global generators and of others.
 
         Args:
-            within: The modules, from ``walk``.
-            numpy_state: What gives the state of numpy's global generator.
+            generators: The others, from ``generators_in``.
+            of_host: Whether those of Python and numpy are among the global ones.
 
         Returns:
             The state.
@@ -62,51 +59,26 @@ class RandomState:
         return cls(
             cpu=torch.get_rng_state(),
             cuda=tuple(cuda),
-            numpy=numpy_state(),
-            python=random.getstate(),
-            own=tuple(
-                (leaf, _GENERATORS[type(leaf)][0](leaf))
-                for _, leaves in within
-                for leaf in leaves
-                if type(leaf) in _GENERATORS
-            ),
+            numpy=np.random.get_state() if of_host else None,
+            python=random.getstate() if of_host else None,
+            own=tuple((each, _GENERATORS[type(each)][0](each)) for each in generators),
         )
+
+    @property
+    def is_of_host(self) -> bool:
+        """Whether the state of Python's and numpy's global generators is in it."""
+        return self.python is not None
 
     def restore(self) -> None:
         """Write the state back into the generators that it came from."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
-        if recent_numpy_state() is not self.numpy:
+        if self.is_of_host:
             np.random.set_state(self.numpy)
-        random.setstate(self.python)
+            random.setstate(self.python)
         for generator, state in self.own:
             _GENERATORS[type(generator)][1](generator, state)
-
-
-_STATE_BYTES = 4 * (624 + 1)  # of a Mersenne twister: its words, and how many are used up
-_latest_numpy: tuple[bytes, Any] = (b"", None)
-
-
-def recent_numpy_state() -> Any:
-    """Return ``np.random.get_state()``, which takes 40 us, asking only where it may have changed.
-
-    Its words are compared with those at the last call. A normal number that numpy keeps for the
-    next draw is not among them: while there is one, numpy is always asked. Only a ``set_state``
-    that gives such a number to words that had none stays unseen.
-
-    Returns:
-        The state of numpy's global generator.
-    """
-    global _latest_numpy
-    generator = np.random.mtrand._rand._bit_generator
-    if type(generator) is not np.random.MT19937:
-        return np.random.get_state()
-    words = ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES)
-    if words != _latest_numpy[0]:
-        state: Any = np.random.get_state()
-        _latest_numpy = (b"" if state[3] else words, state)
-    return _latest_numpy[1]
 
 
 @contextmanager
@@ -135,7 +107,7 @@ def untraced(module: nn.Module) -> Iterator[None]:
     children = [child for child, _ in within]
     _refuse_writers(children)
     reshard(module)
-    random_state = RandomState.capture(within)
+    random_state = RandomState.capture(generators_in(within))
     saved = [(child, dict(vars(child)), dict(child._buffers)) for child in children]
     try:
         _put_copies(saved, _Copier(module))
@@ -235,6 +207,18 @@ def walk(module: nn.Module) -> list[Held]:
             queue += (leaf for leaf in leaves if isinstance(leaf, nn.Module))
             queue += child._modules.values()
     return list(found.items())
+
+
+def generators_in(within: Iterable[Held]) -> list[Any]:
+    """Return the random generators that modules hold.
+
+    Args:
+        within: The modules, from ``walk``.
+
+    Returns:
+        Generators of torch, numpy and Python.
+    """
+    return [leaf for _, leaves in within for leaf in leaves if type(leaf) in _GENERATORS]
 
 
 def _held(child: nn.Module) -> list[Any]:

@@ -13,6 +13,7 @@ from safestep import SafeStep
 from safestep.estimators import difference, jvp, secant
 from safestep.gauge import CHECKED_STEPS
 from safestep.replay import Call
+from safestep.surroundings import Surroundings
 
 ESTIMATORS = ["jvp", "difference", "secant"]
 
@@ -208,7 +209,7 @@ def rows_of(estimator, factor, *, autocast=None):
     params = list(model.parameters())
     update = [factor * 0.01 * torch.randn(p.shape, generator=generator) for p in params]
     start = [p.detach().clone() for p in params]
-    call = Call.of(model, (inputs,), {}, model)
+    call = Call.of(model, (inputs,), {}, Surroundings(model))
     call.autocast = (("cpu", autocast),) if autocast else ()
     if estimator is secant:
         with torch.no_grad():

@@ -18,6 +18,7 @@ from safestep.controller import smallest_row
 from safestep.estimators import jvp
 from safestep.radius import certified_radius, radius_bound
 from safestep.replay import Call
+from safestep.surroundings import Surroundings
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -238,7 +239,7 @@ def test_radius_of_a_fused_head_is_that_of_the_plain_one(dtype, masked, rung, mo
     target = torch.arange(11) + 2
 
     def measured(fused):
-        call = Call.of(lambda: head(target, fused), (), {})
+        call = Call.of(lambda: head(target, fused), (), {}, Surroundings(head))
         rows = jvp([call], head, list(head.parameters()), update, LogitFinder())
         return smallest_row(rows, rung=rung, limit=1e-3)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.replay import Recorder
-from safestep.untraced import recent_numpy_state, untraced
+from safestep.untraced import untraced
 
 
 class Counting(nn.Module):
@@ -135,22 +135,6 @@ def train(steps, *, guarded):
     return [*losses, torch.rand(()).item(), np.random.random(), random.random()], model.state_dict()
 
 
-def test_numpys_state_is_told_anew_whenever_it_changed():
-    """Asked after draws, seeds and with a normal number that numpy keeps for the next draw."""
-    np.random.seed(3)
-    for change in (
-        lambda: None, np.random.random, np.random.randn, np.random.randn, lambda: None,
-        lambda: np.random.seed(3), np.random.randn, lambda: np.random.bytes(1),
-    ):  # fmt: skip
-        change()
-
-        found, state = recent_numpy_state(), np.random.get_state()
-
-        assert found[0] == state[0]
-        assert found[2:] == state[2:]
-        assert np.array_equal(found[1], state[1])
-
-
 def test_a_small_gradient_is_read_as_it_was_though_it_changes_later():
     model, inputs = nn.Linear(5, 3), torch.randn(8, 5)
     recorder = Recorder(model, lambda: list(model.parameters()))
@@ -180,3 +164,88 @@ def test_an_update_is_recorded_without_a_look_at_its_gradient():
     assert list(call.unread) == ["output"]
     assert list(call.gradients) == ["output"]
     assert not call.unread
+
+
+class Changing(nn.Module):
+    """Does something else in training, once it is told to."""
+
+    def __init__(self, change, *, has_changed):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.change, self.has_changed = change, has_changed
+
+    def forward(self, inputs):
+        return self.linear(self.change(self, inputs) if self.has_changed else inputs)
+
+
+def draw(model, inputs):
+    return inputs + random.random() + np.random.random()
+
+
+def drop(model, inputs):
+    model.dropout = getattr(model, "dropout", None) or nn.Dropout(0.5)
+    return model.dropout(inputs)
+
+
+def own_draw(model, inputs):
+    model.generator = getattr(model, "generator", None) or torch.Generator().manual_seed(1)
+    return inputs + torch.randn(5, generator=model.generator)
+
+
+def estimators_of(model, first_changed, steps):
+    """Train, let the model change at some step, and return the estimator of every step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, model)
+    estimators = []
+    for step in range(steps):
+        model.has_changed = step >= first_changed
+        optimizer.zero_grad()
+        functional.cross_entropy(model(torch.randn(8, 5)), torch.arange(8) % 3).backward()
+        optimizer.step()
+        estimators.append(guard.last.estimator)
+    return estimators
+
+
+@pytest.mark.parametrize("change", [draw, own_draw])
+def test_a_model_that_begins_to_draw_is_told_of_once_and_then_recorded_in_full(change):
+    with pytest.warns(UserWarning, match="r is that of another draw") as warned:
+        estimators = estimators_of(Changing(change, has_changed=False), 18, steps=22)
+
+    assert estimators.pop(18) == "jvp (of another random draw)"
+    assert set(estimators) == {"jvp"}
+    assert len(warned) == 1
+
+
+def test_a_module_that_comes_to_a_model_is_nothing_to_tell_of():
+    assert set(estimators_of(Changing(drop, has_changed=False), 18, steps=22)) == {"jvp"}
+
+
+@pytest.mark.parametrize("change", [draw, drop, own_draw])
+def test_what_a_model_always_depended_on_is_recorded_at_every_step(change):
+    model = Changing(change, has_changed=True)
+    inputs = torch.randn(8, 5)
+    recorder = Recorder(model, lambda: list(model.parameters()))
+    for step in range(40):
+        logits = model(inputs)
+        logits.sum().backward()
+        (call,) = recorder.take()
+        with torch.no_grad(), untraced(model):
+            again = call.run()
+
+        assert torch.equal(logits, again) or step == 0  # when it is there for the first time
+        assert not call.lacks
+
+
+def test_a_quiet_model_is_recorded_without_a_look_at_it():
+    model = mlp(dropout=0.5)
+    recorder = Recorder(model, lambda: list(model.parameters()))
+    is_looked_at = []
+    for _ in range(20):
+        logits = model(torch.randn(8, 5))
+        logits.sum().backward()
+        (call,) = recorder.take()
+        with torch.no_grad(), untraced(model):
+            assert torch.equal(logits, call.run())
+        is_looked_at.append(call.random.is_of_host)
+
+    assert is_looked_at == [True] * 16 + [False] * 4

@@ -85,7 +85,7 @@ def test_a_rehearsed_update_is_the_difference_that_the_step_makes(name, dtype, p
         fill_gradients(params, step, **({"missing": ((1, 1),)} if name == "sgd-fused" else {}))
         ahead.take()
         update = ahead.update([])
-        change, norm = list(update.change), joint_norm(update.norms())
+        change, norm = list(update.change), joint_norm(update.parts())
         stepped = list(update.params)
         before = [param.detach().clone() for param in stepped]
         optimizer.step()
@@ -119,7 +119,7 @@ def test_a_rehearsal_changes_nothing(name):
     versions = [param._version for param in params]
 
     ahead.take()
-    ahead.update([]).norms()
+    ahead.update([]).parts()
     ahead.release()
 
     now = [params, optimizer.state_dict(), kept]

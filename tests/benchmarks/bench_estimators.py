@@ -14,6 +14,7 @@ from torch.nn import functional
 from safestep import logits_jvp
 from safestep.estimators import LogitTangent, difference, jvp, moved_back, secant
 from safestep.replay import Call
+from safestep.surroundings import Surroundings
 
 FACTORS = (1e-4, 1e-2, 1.0, 1e2, 1e4)
 
@@ -68,7 +69,7 @@ def spread(tangent: Tensor) -> float:
 def errors(model: nn.Module, update: list[Tensor], inputs: Tensor, dtype: torch.dtype) -> list[str]:
     """Return the relative errors of the three estimators, as text."""
     exact = reference(model, update, inputs)
-    call = Call.of(model, (inputs,), {}, model)
+    call = Call.of(model, (inputs,), {}, Surroundings(model))
     call.autocast = () if dtype is torch.float32 else (("cpu", dtype),)
     params = list(model.parameters())
     start = list(torch._foreach_add([param.detach() for param in params], update))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from safestep import SafeStep
-from safestep.predict import FIRST_STEPS, LONGEST_INTERVAL
+from safestep.predict import FIRST_STEPS
 
 GUARDS = {
     "plain": "nothing",
@@ -168,11 +168,9 @@ def variant(
     optimizer = optimizer_class(model.parameters(), lr=LR)
     inputs, targets = (tensor.to(device) for tensor in data(name, shape))
     estimator, _, suffix = kind.partition(", ")
-    guard, zclip = None, _zclip() if kind == "ZClip" else None
+    zclip = _zclip() if kind == "ZClip" else None
     if estimator in _ESTIMATORS:
-        guard = SafeStep(optimizer, model, estimator=estimator, copy=suffix != "no copy")
-    if guard is not None and estimator == "auto":
-        _skip_the_first_steps(guard)
+        SafeStep(optimizer, model, estimator=estimator, copy=suffix != "no copy")
 
     def step() -> None:
         optimizer.zero_grad()
@@ -189,13 +187,6 @@ def variant(
 
 
 _ESTIMATORS = ("auto", "jvp", "secant", "difference")
-
-
-def _skip_the_first_steps(guard: SafeStep) -> None:
-    # Audits are rare only once a run has gone well for a while; that state is what is timed.
-    state = guard.state_dict()
-    state["predictor"] |= {"steps": FIRST_STEPS, "interval": LONGEST_INTERVAL}
-    guard.load_state_dict(state)
 
 
 def _stable_adamw() -> type[torch.optim.Optimizer]:
@@ -233,7 +224,7 @@ def time_steps(
     return seconds
 
 
-WARM_UP = 4  # the first three guarded steps are cross-checked by a second estimator
+WARM_UP = FIRST_STEPS + 4  # the first steps are all measured, three of them by two estimators
 
 
 def peak_memory(kind: str, name: str, shape: Shape, device: str, dtype: torch.dtype) -> float:

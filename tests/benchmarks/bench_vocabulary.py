@@ -30,6 +30,7 @@ from safestep.controller import Rung, smallest_row
 from safestep.estimators import jvp
 from safestep.logit_tangent import LogitTangent
 from safestep.replay import Call
+from safestep.surroundings import Surroundings
 
 # (label, rung, spread of the tangent in units of pi: over 1, every row climbs the whole ladder)
 CASES = (("bound", "bound", 0.5), ("certified, r < 1", "certified", 0.5),
@@ -53,7 +54,7 @@ class Head(nn.Module):
 def radius(head: Head, update: list[Tensor], rung: Rung, finder: LogitFinder) -> float:
     """Find the smallest radius of the head's rows, as a guarded step does; return the seconds."""
     target = torch.zeros(len(head.hidden), dtype=torch.int64)
-    calls = [Call.of(lambda: head(target), (), {})]
+    calls = [Call.of(lambda: head(target), (), {}, Surroundings(head))]
     rows = jvp(calls, head, list(head.parameters()), update, finder)
     first = [next(rows)]  # a list lets go of it
     return seconds(lambda: smallest_row(chain(emptied(first), rows), rung=rung, limit=1.0))
