@@ -218,7 +218,7 @@ class StepController:
         Returns:
             Their name; None if there is but one set of logits, or no such row.
         """
-        if len({name for name, _ in self._heads}) < 2 or bottleneck < 0:
+        if bottleneck < 0 or len({name for name, _ in self._heads}) < 2:
             return None
         for name, count in self._heads:
             bottleneck -= count

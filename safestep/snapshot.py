@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -137,13 +137,13 @@ class _Copies:
         self._tensors = [*params, *state]
         self._all = list(map(local, self._tensors))
         self.shards = self._all[: len(params)]
-        self.are_small = sum(map(Tensor.numel, self._all)) <= _KEPT
+        size = sum(map(Tensor.numel, self._all))
+        self.are_small = size <= _KEPT and all(map(_is_plain, self._all))
         are_params = set(self.shards)
         small: dict[Any, list[Tensor]] = defaultdict(list)
         places: dict[Tensor, Tensor] = {}
         for tensor in self._all:
-            is_plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
-            if is_plain and tensor.numel() <= _SMALL:
+            if _is_plain(tensor) and tensor.numel() <= _SMALL:
                 small[tensor.device, tensor.dtype].append(tensor)
             else:
                 places[tensor] = torch.empty_like(tensor)
@@ -159,12 +159,13 @@ class _Copies:
             elif packed:
                 self._packed.append((packed, places[packed[0]]))
         self._places = [places[tensor] for tensor in self._all]
-        self._forms = list(map(_form, self._all))
+        # Numbers of another dtype or shape that are put into a parameter lie elsewhere.
+        self._addresses = list(map(Tensor.data_ptr, self._all)) if self.are_small else []
 
     def are_of(self, tensors: list[Tensor]) -> bool:
         """Return whether there is a place for just these tensors."""
         is_same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        return is_same and list(map(_form, self._all)) == self._forms
+        return is_same and list(map(Tensor.data_ptr, self._all)) == self._addresses
 
     def fill(self) -> None:
         """Copy the tensors as they are now."""
@@ -197,7 +198,10 @@ class _Copies:
         return [found[param] for param in self.shards]
 
 
-_form = attrgetter("dtype", "shape")  # numbers of another one may be put into a parameter
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+
+
 _NONE = _Copies([], [])
 
 
