@@ -66,7 +66,8 @@ class Predictor:
         self._since += 1
         signals = (step_norm, *signals)
         is_unusual = self._is_unusual(signals) or options != self._options
-        self._usual.append(signals)
+        if all(map(math.isfinite, signals)):  # infinity would make everything usual after it
+            self._usual.append(signals)
         self._options = options
         if is_unusual or self._steps <= FIRST_STEPS or not self._factors:
             return None

@@ -67,6 +67,16 @@ def test_unusual_step_is_measured(step_norm, signal, options):
     assert predictor.predict(step_norm, [signal], options) is None
 
 
+@pytest.mark.parametrize("signal", [float("inf"), float("nan")], ids=str)
+def test_what_was_not_finite_does_not_count_as_usual(signal):
+    predictor = Predictor(1.0)
+    train(predictor, 0.01, 100)
+    assert predictor.predict(0.1, [signal], OPTIONS) is None  # the step was not taken
+
+    assert predictor.predict(0.1, [1.0], OPTIONS) is not None
+    assert predictor.predict(0.1, [JUMP * 1.01], OPTIONS) is None
+
+
 def test_signal_that_creeps_up_is_measured_at_every_doubling():
     predictor, measured = Predictor(1.0), []
     train(predictor, 0.01, 400)
