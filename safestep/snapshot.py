@@ -150,7 +150,7 @@ class _Copies:
         # Parameters that are copied together, first in their buffer, and their copies there.
         self._packed = [([param], places[param]) for param in self.shards if param in places]
         for group in small.values():
-            buffer = _flatten_dense_tensors([torch.empty_like(tensor) for tensor in group])
+            buffer = group[0].detach().new_empty(sum(map(Tensor.numel, group)))
             places.update(zip(group, _unflatten_dense_tensors(buffer, group), strict=True))
             packed = [tensor for tensor in group if tensor in are_params]
             size = sum(map(Tensor.numel, packed))
