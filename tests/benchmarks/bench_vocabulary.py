@@ -93,7 +93,7 @@ def extra_memory(sizes: tuple[int, int, int], rung: Rung, spread: float, queue: 
     head, update = case(sizes, rung, spread)
     small, few = case((64, 100, sizes[2]), rung, spread)
     radius(small, few, rung, LogitFinder())  # loads what is loaded once
-    for _ in range(2):  # what the training step itself holds
+    for _ in range(6):  # what training holds: where the heap has a hole, one step holds less
         head(torch.zeros(sizes[0], dtype=torch.int64)).backward()
     before = peak_memory()
     finder = LogitFinder()
