@@ -135,11 +135,12 @@ class _Copies:
 
     def __init__(self, params: list[Tensor], state: list[Tensor]) -> None:
         self._tensors = [*params, *state]
-        self._all = list(map(local, self._tensors))
-        self.shards = self._all[: len(params)]
+        self.shards = list(map(local, params))
+        # Each once: a state may hold a parameter, or share a tensor with another one.
+        self._all = list(dict.fromkeys([*self.shards, *map(local, state)]))
         size = sum(map(Tensor.numel, self._all))
-        self.are_small = size <= _KEPT and all(map(_is_plain, self._all))
-        are_params = set(self.shards)
+        self.are_small = size <= _KEPT and all(map(_is_plain, self._tensors))
+        are_params = dict.fromkeys(self.shards)
         small: dict[Any, list[Tensor]] = defaultdict(list)
         places: dict[Tensor, Tensor] = {}
         for tensor in self._all:
@@ -148,7 +149,7 @@ class _Copies:
             else:
                 places[tensor] = torch.empty_like(tensor)
         # Parameters that are copied together, first in their buffer, and their copies there.
-        self._packed = [([param], places[param]) for param in self.shards if param in places]
+        self._packed = [([param], places[param]) for param in are_params if param in places]
         for group in small.values():
             buffer = group[0].detach().new_empty(sum(map(Tensor.numel, group)))
             places.update(zip(group, _unflatten_dense_tensors(buffer, group), strict=True))
@@ -159,6 +160,7 @@ class _Copies:
             elif packed:
                 self._packed.append((packed, places[packed[0]]))
         self._places = [places[tensor] for tensor in self._all]
+        self._of_params = [places[param] for param in self.shards]
         # Numbers of another dtype or shape that are put into a parameter lie elsewhere.
         self._addresses = list(map(Tensor.data_ptr, self._all)) if self.are_small else []
 
@@ -180,7 +182,7 @@ class _Copies:
 
     def params(self) -> list[Tensor]:
         """Return the copies of the parameters, in their order."""
-        return self._places[: len(self.shards)]
+        return self._of_params
 
     def moves(self) -> list[Tensor]:
         """Return by how much the parameters have changed since, packed as the copies are."""

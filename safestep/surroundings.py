@@ -46,7 +46,7 @@ class Surroundings:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._look()
-        self._quiet = 0  # calls that ran again without news, in a row; -1 once there were any
+        self._quiet = 0  # calls that ran again without news, in a row; -1: some drew unrecorded
 
     def record(self) -> tuple[RandomState, Modes]:
         """Return what a call that is about to happen depends on."""

@@ -63,6 +63,28 @@ def test_restore_is_exact_for_tensors_of_any_size_type_and_layout():
     torch.testing.assert_close([params, optimizer.state_dict()], before, rtol=0, atol=0)
 
 
+def test_an_update_is_found_where_the_optimizer_keeps_its_parameters_in_its_state():
+    params = [nn.Parameter(torch.randn(3)) for _ in range(3)]
+    optimizer = SGD(params, lr=0.1)
+    optimizer.state[params[0]] = {"count": torch.ones(3), "anchor": params[2]}
+    optimizer.state[params[1]] = {"anchor": params[0]}
+    snapshot = Snapshot(optimizer)
+    for _ in range(2):
+        fill_gradients(params)
+        before = copy.deepcopy(params)
+        snapshot.take()
+        optimizer.step()
+
+        update = snapshot.update([])
+
+        moved = [p.detach() - old.detach() for p, old in zip(params, before, strict=True)]
+        torch.testing.assert_close(list(update.change), moved, rtol=0, atol=0)
+        torch.testing.assert_close(torch.cat(update.parts()), torch.cat(moved), rtol=0, atol=0)
+        snapshot.restore()
+        torch.testing.assert_close(params, before, rtol=0, atol=0)
+        snapshot.release()
+
+
 def test_a_state_of_a_tensor_subclass_is_copied_as_such():
     class Marked(torch.Tensor):
         pass
