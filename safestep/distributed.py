@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from safestep.controller import Finding, Measurement, worst_of
-from safestep.shards import is_sharded
+from safestep.shards import are_sharded
+
+_is_initialized = getattr(dist, "is_initialized", bool)  # which some builds of torch lack
 
 
 def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measurement:
@@ -69,7 +71,7 @@ def apart_from_shards(
     Returns:
         The group.
     """
-    if world_size(group) == 1 or not any(map(is_sharded, params)):
+    if world_size(group) == 1 or not are_sharded(params):
         return group
     group = group or dist.group.WORLD
     timeout = group._get_backend(_device(group)).options._timeout  # type: ignore[union-attr]
@@ -81,12 +83,12 @@ def apart_from_shards(
 
 def world_size(group: ProcessGroup | None = None) -> int:
     """Return the number of workers, 1 where there is no process group."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(group) if _is_initialized() else 1
 
 
 def rank(group: ProcessGroup | None = None) -> int:
     """Return this worker's rank, 0 where there is no process group."""
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(group) if _is_initialized() else 0
 
 
 def _device(group: ProcessGroup | None) -> torch.device:

@@ -29,7 +29,7 @@ from safestep.estimators import (
 )
 from safestep.inner_watch import InnerWatch
 from safestep.replay import Call
-from safestep.shards import counted_here, is_sharded, refuse_flattened
+from safestep.shards import are_sharded, counted_here, refuse_flattened
 
 EstimatorName = Literal["jvp", "difference", "secant"]
 Reduce = Callable[[Iterable[LogitTangent]], Tensor]
@@ -158,7 +158,7 @@ class Gauge:
 
     def _reading(self, update: Update, reduce: Reduce) -> Reading:
         refuse_flattened(update.params)
-        if any(map(is_sharded, update.params)):
+        if are_sharded(update.params):
             # Every forward pass gathers: ranks that ran different ones would wait for each other.
             return Reading(self._row(self.estimator, update, reduce), self.estimator)
         warning = None

@@ -15,7 +15,7 @@ from safestep.gauge import EstimatorName, Gauge, Reading, Update
 from safestep.inner_watch import InnerWatch
 from safestep.norms import each_norm, joined, joint_norm
 from safestep.predict import Predictor
-from safestep.shards import is_sharded, local
+from safestep.shards import are_sharded, local
 
 
 class Meter:
@@ -61,12 +61,15 @@ class Meter:
         Returns:
             The measurement, and the reading that it comes from.
         """
-        gradients = [local(g) for param in update.params if (g := param.grad) is not None]
-        norms = _Norms.of(update.parts(), gradients)
-        is_partial = any(map(is_sharded, update.params))
-        if self._predictor is not None and not is_partial:
-            predicted = self._predict(self._predictor, norms, update, options)
-            if predicted is not None:
+        gradients = [g for param in update.params if (g := param.grad) is not None]
+        is_partial = are_sharded(update.params)
+        predictor = None if is_partial else self._predictor
+        watched = [] if predictor is None else [s for call in update.calls for s in call.signals]
+        gradients = list(map(local, gradients)) if is_partial else gradients
+        norms = _Norms.of(update.parts(), gradients, watched)
+        if predictor is not None:
+            predicted = self._predict(predictor, norms, options)
+            if predicted is not None and update.calls:
                 return predicted, _PREDICTED
         reading, obstacle = self._read(update)
         # The one host synchronization of a measured step.
@@ -84,13 +87,11 @@ class Meter:
         self,
         predictor: Predictor,
         norms: _Norms,
-        update: Update,
         options: tuple[float, ...],
     ) -> Measurement | None:
-        signals = [signal for call in update.calls for signal in call.signals]
-        step_norm, gradient_norm, sizes = norms.read(signals)
-        r = predictor.predict(step_norm, [gradient_norm, *map(abs, sizes)], options)
-        if r is None or not update.calls:
+        step_norm, gradient_norm, signals = norms.read(norms.signals)
+        r = predictor.predict(step_norm, [gradient_norm, *signals], options)
+        if r is None:
             return None
         return Measurement(Finding.MEASURED, 1.0 / r if r else inf, r * pi, -1, step_norm)
 
@@ -131,20 +132,24 @@ _PREDICTED = Reading(torch.empty(0), "predicted")
 
 @dataclass(slots=True)
 class _Norms:
-    """Norms of parts of the update and of the gradient, on the device."""
+    """Norms of parts of the update, of the gradient and of signals, on the device."""
 
     update: Sequence[Tensor]
     gradient: Sequence[Tensor]
+    signals: Sequence[Tensor]
 
     @classmethod
-    def of(cls, update: Sequence[Tensor], gradient: Sequence[Tensor]) -> _Norms:
-        norms = each_norm([*update, *gradient])
-        return cls(norms[: len(update)], norms[len(update) :])
+    def of(
+        cls, update: Sequence[Tensor], gradient: Sequence[Tensor], signals: Sequence[Tensor]
+    ) -> _Norms:
+        norms = each_norm([*update, *gradient, *signals])
+        first, last = len(update), len(update) + len(gradient)
+        return cls(norms[:first], norms[first:last], norms[last:])
 
     def read(self, others: Sequence[Tensor]) -> tuple[float, float, list[float]]:
         """Return the norm of the update, that of the gradient, and `others`, all at once."""
         scalars = [*others, *self.update, *self.gradient]
-        if all(scalar.is_cpu for scalar in scalars):  # nothing to wait for
+        if not scalars or scalars[0].is_cpu:  # nothing to wait for
             numbers = [scalar.item() for scalar in scalars]
         else:
             numbers = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist()

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import compress
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-_HALVES = (torch.float16, torch.bfloat16)
+_HALVES = frozenset((torch.float16, torch.bfloat16))
+_is_sparse, _dtype = attrgetter("is_sparse"), attrgetter("dtype")
 
 
 @torch.no_grad()
@@ -43,10 +45,12 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         A scalar for each, in their order.
     """
-    dense = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
-    is_narrow = [tensor.dtype in _HALVES for tensor in dense]
-    if not any(is_narrow):
+    dense = list(tensors)
+    if any(map(_is_sparse, tensors)):
+        dense = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
+    if _HALVES.isdisjoint(map(_dtype, dense)):
         return list(torch._foreach_norm(dense)) if dense else []
+    is_narrow = [tensor.dtype in _HALVES for tensor in dense]
     halves = list(compress(dense, is_narrow))
     wide = [tensor for tensor in dense if tensor.dtype not in _HALVES]
     narrow_norms = iter(torch._foreach_norm(halves, 2, torch.float32))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from math import nan
 from pathlib import Path
 from time import perf_counter
@@ -268,13 +267,22 @@ class SafeStep:
         report, reading = self._verdict
         self._change.release()
         self._note_radii(reading, report.step_norm)
-        self.last = replace(report, seconds=perf_counter() - begin)
-        self._journal.publish(self.last)
-        self._give_up_if_stuck(self.last)
+        # Nobody has seen it yet, and a copy would take longer than the decision did.
+        object.__setattr__(report, "seconds", perf_counter() - begin)
+        self.last = report
+        self._journal.publish(report)
+        self._give_up_if_stuck(report)
 
-    @torch.no_grad()
     def _judge(self) -> None:
         """Measure the update, made or still to come, and scale it or keep it from counting."""
+        has_graph = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # what torch.no_grad does, which here shows in the cost
+        try:
+            self._verdict = self._judged_step()
+        finally:
+            torch._C._set_grad_enabled(has_graph)
+
+    def _judged_step(self) -> tuple[StepReport, Reading]:
         update = self._change.update(self._recorder.take())
         measurement, reading = self._meter.measure(update, self._direction_options())
         self._journal.introduce(self._meter.logits_found, self._controller.step)
@@ -290,7 +298,7 @@ class SafeStep:
             self._change.restore()
         elif report.scale != 1.0:
             self._change.rescale(report.scale)
-        self._verdict = report, reading
+        return report, reading
 
     def _note_radii(self, reading: Reading, step_norm: float) -> None:
         if self._inside is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import eq, le
 from typing import Any
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
@@ -91,7 +91,8 @@ class Predictor:
         self._interval = min(2 * self._interval, LONGEST_INTERVAL) if held else 1
         self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
         self._factors.append(factor)
-        self._measured.append(self._usual.latest)
+        if self._usual.rows:
+            self._measured.append(self._usual.rows[-1])
         self._since = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,9 +133,10 @@ class Predictor:
         if len(usual) not in {0, len(signals)} or len(measured) not in {0, len(signals)}:
             self._usual, self._measured = _Window(WINDOW), _Window(_RECENT)
             return False
-        jumps = any(not now <= JUMP * seen for now, seen in zip(signals, usual, strict=False))
-        return jumps or any(
-            not now <= DRIFT * seen for now, seen in zip(signals, measured, strict=False)
+        # What is not a number is not below anything.
+        return not (
+            all(map(le, signals, [JUMP * seen for seen in usual]))
+            and all(map(le, signals, [DRIFT * seen for seen in measured]))
         )
 
 
@@ -146,34 +148,22 @@ class _Window:
         rows: The first ones.
     """
 
-    def __init__(self, size: int, rows: Sequence[Sequence[float]] = ()) -> None:
-        self._size = size
-        self._oldest = 0
-        # By signal, side by side in memory: to fetch so many numbers from all over takes longer
-        # than all else that a prediction does.
-        self._columns = [array("d", column) for column in zip(*rows, strict=True)]
-        self.largest = tuple(map(max, self._columns))
+    def __init__(self, size: int, rows: Iterable[Sequence[float]] = ()) -> None:
+        self.rows = deque(map(tuple, rows), maxlen=size)
+        self.largest = self._largest()
 
-    @property
-    def latest(self) -> tuple[float, ...]:
-        """The latest signals, none before the first."""
-        return tuple(column[self._oldest - 1] for column in self._columns)
-
-    def append(self, signals: Sequence[float]) -> None:
+    def append(self, signals: tuple[float, ...]) -> None:
         """Take signals in, and let the oldest go where there are too many."""
-        if not self._columns:
-            self._columns = [array("d") for _ in signals]
-        oldest = self._oldest
-        if self._columns and len(self._columns[0]) < self._size:
-            for column, signal in zip(self._columns, signals, strict=True):
-                column.append(signal)
-        else:
-            for column, signal in zip(self._columns, signals, strict=True):
-                column[oldest] = signal
-            self._oldest = (oldest + 1) % self._size
-        self.largest = tuple(map(max, self._columns))
+        rows, largest = self.rows, self.largest
+        is_largest_lost = len(rows) == rows.maxlen and any(map(eq, rows[0], largest))
+        rows.append(signals)
+        # To look at all of them takes longer than all else that a prediction does.
+        is_simple = largest and not is_largest_lost
+        self.largest = tuple(map(max, largest, signals)) if is_simple else self._largest()
 
     def state(self) -> list[list[float]]:
         """Return the signals from the oldest to the latest, as lists."""
-        columns = (column[self._oldest :] + column[: self._oldest] for column in self._columns)
-        return [list(row) for row in zip(*columns, strict=True)]
+        return list(map(list, self.rows))
+
+    def _largest(self) -> tuple[float, ...]:
+        return tuple(map(max, zip(*self.rows, strict=True)))

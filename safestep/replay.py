@@ -16,6 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from safestep.capture.evidence import GradientEvidence
 from safestep.capture.plan import named_tensors
+from safestep.norms import each_norm
 from safestep.shards import is_sharded
 from safestep.surroundings import Modes, Surroundings
 from safestep.untraced import RandomState
@@ -38,13 +39,13 @@ class Call:
         random: Random state just before the call, so that dropout draws the same mask.
         autocast: ``(device type, dtype)`` of every autocast region around the call.
         versions: Version counter of each tensor argument, to notice a change in place.
-        modes: Every submodule, and whether it was in train mode.
+        modes: Every submodule, and which of them were in train mode.
         surroundings: Where `random` and `modes` come from, to check them when the call runs again.
         lacks: Where it was seen to draw from, when it ran again, that is not in `random`.
         unread: What tells what a gradient shows, by the name of its output tensor, where nobody
             has asked yet.
-        signals: Smallest and largest output and 1-norm of the loss's gradient there, where a
-            Recorder watches them: scalars on the device, which tell unusual data from usual.
+        signals: What has a 2-norm that tells unusual data from usual, where a Recorder watches it:
+            smallest and largest output, and the loss's gradient there or its norm.
         is_fresh: Whether every gradient was zero when its backward pass began: a boolean on the
             device, or None where that is known without a look at the numbers.
     """
@@ -105,7 +106,7 @@ class Call:
                 "an input of the model was changed in place between its forward pass and the step"
             )
         self.random.restore()
-        for child, mode in self.modes:
+        for child, mode in zip(*self.modes, strict=True):
             if child.training is not mode:
                 child.training = mode
         regions, recorded = ExitStack(), dict(self.autocast)
@@ -246,14 +247,14 @@ class Recorder:
                 self._queue(call)
             if gradient.numel() > _SMALL:
                 call.gradients[name] = self._evidence(name, gradient, output)
-                size = partial(torch.linalg.vector_norm, gradient, 1)
+                signals = each_norm([gradient.detach()]) if self._watches else ()
             else:  # a copy of which is read when the call runs again
                 kept = gradient.detach().clone()
                 values = None if output is None else output.clone()
                 call.unread[name] = partial(self._evidence, name, kept, values)
-                size = kept.abs().sum  # of little, in a third of the time
+                signals = (kept,)
             if self._watches:
-                call.signals.append(size())
+                call.signals += signals
 
         return look
 
@@ -374,6 +375,8 @@ def _versions(leaves: Iterable[Any]) -> tuple[int, ...]:
 
 
 def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
+    if not torch._C._is_any_autocast_enabled():
+        return ()
     return tuple(
         (device_type, torch.get_autocast_dtype(device_type))
         for device_type in ("cpu", "cuda")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,22 @@ def local(tensor: Tensor) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is a DTensor; asked by its methods, since this layer has none."""
     return hasattr(tensor, "to_local")
+
+
+def are_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any of the tensors is a DTensor.
+
+    Args:
+        tensors: The tensors.
+
+    Returns:
+        What ``is_sharded`` says of any, without asking each where all are plain tensors.
+    """
+    kinds = set(map(type, tensors)) - _WHOLE
+    return any(hasattr(kind, "to_local") for kind in kinds)
+
+
+_WHOLE = frozenset((Tensor, nn.Parameter))
 
 
 def counted_here(params: Sequence[Tensor]) -> list[bool]:

@@ -17,17 +17,19 @@ from safestep.untraced import Held, RandomState, generators_in, walk
 # Calls that must have run again without news before less of the next ones is recorded.
 _SETTLED = 16
 
-Modes = tuple[tuple[nn.Module, bool], ...]
+# Modules, and which of them are in train mode.
+Modes = tuple[list[nn.Module], list[bool]]
 
 
 class Surroundings:
     """Random state and train modes of the calls of a module.
 
-    To look through a small module for generators, and to ask Python and numpy for the state of
-    theirs, takes as long as a layer. Calls that run again show whether there is a need: where 16 in
-    a row met the same modules and generators, and drew nothing from ``random`` and numpy, the next
-    ones are recorded without a look. All that run again are still checked, and the first that draws
-    from what was not recorded ends this for good.
+    To look through a small module for generators, and to ask all of them for their state, takes as
+    long as a layer. Calls that run again show whether there is a need: where 16 in a row met the
+    same modules, generators and train modes, and drew nothing from ``random`` and numpy, the next
+    ones are recorded without a look, and without torch's generators if none drew from these. All
+    that run again are still checked, and the first that draws from what was not recorded ends this
+    for good.
 
     Args:
         module: The root module of the calls.
@@ -36,7 +38,7 @@ class Surroundings:
         >>> surroundings = Surroundings(nn.Dropout())
         >>> state, modes = surroundings.record()
         >>> modes
-        ((Dropout(p=0.5, inplace=False), True),)
+        ([Dropout(p=0.5, inplace=False)], [True])
         >>> with surroundings.checked(state, modes) as news:
         ...     _ = random.random()
         >>> news  # it drew, but that was recorded
@@ -47,14 +49,19 @@ class Surroundings:
         self._module = module
         self._look()
         self._quiet = 0  # calls that ran again without news, in a row; -1: some drew unrecorded
+        self._quiet_modes: Modes = ([], [])  # in which those ran
+        self._draws_from_torch = False
 
     def record(self) -> tuple[RandomState, Modes]:
         """Return what a call that is about to happen depends on."""
-        is_settled = self._quiet >= _SETTLED
-        if not is_settled:
-            self._look()
-        state = RandomState.capture(self._generators, of_host=not is_settled)
-        return state, tuple((child, child.training) for child in self._children)
+        modes = self._modes()
+        if self._quiet >= _SETTLED and modes == self._quiet_modes:
+            of_torch = self._draws_from_torch
+            if not (of_torch or self._generators):
+                return _NOTHING, modes
+            return RandomState.capture(self._generators, of_torch=of_torch, of_host=False), modes
+        self._look()
+        return RandomState.capture(self._generators), self._modes()
 
     @contextmanager
     def checked(self, state: RandomState, modes: Modes) -> Iterator[list[str]]:
@@ -71,20 +78,28 @@ class Surroundings:
         within = walk(self._module)
         recorded = {id(generator) for generator, _ in state.own}
         others = [each for each in generators_in(within) if id(each) not in recorded]
-        host, own = _host_state(), _states_of(others)
+        torchs, host, own = _torch_state(), _host_state(), _states_of(others)
         yield news
+        draws_from_torch = _torch_state() != torchs
         draws = {
+            "torch's generator": draws_from_torch and state.cpu is None,
             "`random` or numpy.random": _host_state() != host,
             "a generator that its modules did not hold before": _states_of(others) != own,
         }
-        is_same = not others and {child for child, _ in within} == {child for child, _ in modes}
+        self._draws_from_torch |= draws_from_torch
+        is_same = not others and {child for child, _ in within} == set(modes[0])
         if is_same and not any(draws.values()):
+            is_in_row = modes == self._quiet_modes or self._quiet < 0
+            self._quiet, self._quiet_modes = (self._quiet if is_in_row else 0), modes
             self._quiet += self._quiet >= 0
-        elif state.is_of_host or not any(draws.values()):
+        elif state.python is not None or not any(draws.values()):
             self._quiet = min(self._quiet, 0)  # all was recorded, or is now as it was then
         else:
             news += (where for where, is_so in draws.items() if is_so)
             self._quiet = -1
+
+    def _modes(self) -> Modes:
+        return self._children, [child.training for child in self._children]
 
     def _look(self) -> None:
         within: list[Held] = walk(self._module)
@@ -92,8 +107,17 @@ class Surroundings:
         self._generators = generators_in(within)
 
 
+_NOTHING = RandomState.capture(of_torch=False, of_host=False)
+
+
 def _states_of(generators: list[Any]) -> list[bytes]:
-    return [pickle.dumps(state) for _, state in RandomState.capture(generators, of_host=False).own]
+    state = RandomState.capture(generators, of_torch=False, of_host=False)
+    return [pickle.dumps(each) for _, each in state.own]
+
+
+def _torch_state() -> list[bytes]:
+    state = RandomState.capture(of_host=False)
+    return [each.numpy().tobytes() for each in (state.cpu, *state.cuda) if each is not None]
 
 
 def _host_state() -> tuple[Any, bytes]:

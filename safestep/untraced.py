@@ -36,45 +36,52 @@ _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] 
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """State of every random generator that a forward pass may draw from."""
+    """State of every random generator that a forward pass may draw from.
 
-    cpu: Tensor
+    Attributes:
+        cpu: Of torch's generator for the CPU; None where torch's are left out.
+        cuda: Of those of every CUDA device.
+        numpy: Of numpy's global generator.
+        python: Of Python's; None where this and numpy's are left out.
+        own: Other generators, and the state of each.
+    """
+
+    cpu: Tensor | None
     cuda: tuple[Tensor, ...]
     numpy: Any
     python: Any
     own: tuple[tuple[Any, Any], ...]
 
     @classmethod
-    def capture(cls, generators: Iterable[Any] = (), *, of_host: bool = True) -> RandomState:
+    def capture(
+        cls, generators: Iterable[Any] = (), *, of_torch: bool = True, of_host: bool = True
+    ) -> RandomState:
         """Return the state of the global generators and of others.
 
         Args:
             generators: The others, from ``generators_in``.
-            of_host: Whether those of Python and numpy are among the global ones.
+            of_torch: Whether those of torch are among the global ones.
+            of_host: Whether those of Python and numpy are.
 
         Returns:
             The state.
         """
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+        has_cuda = of_torch and torch.cuda.is_initialized()
         return cls(
-            cpu=torch.get_rng_state(),
-            cuda=tuple(cuda),
+            cpu=torch.get_rng_state() if of_torch else None,
+            cuda=tuple(torch.cuda.get_rng_state_all()) if has_cuda else (),
             numpy=np.random.get_state() if of_host else None,
             python=random.getstate() if of_host else None,
             own=tuple((each, _GENERATORS[type(each)][0](each)) for each in generators),
         )
 
-    @property
-    def is_of_host(self) -> bool:
-        """Whether the state of Python's and numpy's global generators is in it."""
-        return self.python is not None
-
     def restore(self) -> None:
         """Write the state back into the generators that it came from."""
-        torch.set_rng_state(self.cpu)
+        if self.cpu is not None:
+            torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
-        if self.is_of_host:
+        if self.python is not None:
             np.random.set_state(self.numpy)
             random.setstate(self.python)
         for generator, state in self.own:

@@ -206,7 +206,7 @@ def estimators_of(model, first_changed, steps):
     return estimators
 
 
-@pytest.mark.parametrize("change", [draw, own_draw])
+@pytest.mark.parametrize("change", [draw, drop, own_draw])
 def test_a_model_that_begins_to_draw_is_told_of_once_and_then_recorded_in_full(change):
     with pytest.warns(UserWarning, match="r is that of another draw") as warned:
         estimators = estimators_of(Changing(change, has_changed=False), 18, steps=22)
@@ -216,8 +216,18 @@ def test_a_model_that_begins_to_draw_is_told_of_once_and_then_recorded_in_full(c
     assert len(warned) == 1
 
 
-def test_a_module_that_comes_to_a_model_is_nothing_to_tell_of():
-    assert set(estimators_of(Changing(drop, has_changed=False), 18, steps=22)) == {"jvp"}
+def test_dropout_that_a_model_is_put_into_train_mode_for_is_recorded():
+    model = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).eval()
+    recorder = Recorder(model, lambda: list(model.parameters()))
+    for step in range(40):
+        model.train(20 <= step < 30)
+        logits = model(torch.randn(8, 5))
+        logits.sum().backward()
+        (call,) = recorder.take()
+        with torch.no_grad(), untraced(model):
+            assert torch.equal(logits, call.run())
+
+        assert not call.lacks
 
 
 @pytest.mark.parametrize("change", [draw, drop, own_draw])
@@ -236,16 +246,19 @@ def test_what_a_model_always_depended_on_is_recorded_at_every_step(change):
         assert not call.lacks
 
 
-def test_a_quiet_model_is_recorded_without_a_look_at_it():
-    model = mlp(dropout=0.5)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_quiet_model_is_recorded_without_a_look_at_it(dropout):
+    model = mlp(dropout)
     recorder = Recorder(model, lambda: list(model.parameters()))
-    is_looked_at = []
+    is_looked_at, is_torch_recorded = [], []
     for _ in range(20):
         logits = model(torch.randn(8, 5))
         logits.sum().backward()
         (call,) = recorder.take()
         with torch.no_grad(), untraced(model):
             assert torch.equal(logits, call.run())
-        is_looked_at.append(call.random.is_of_host)
+        is_looked_at.append(call.random.python is not None)
+        is_torch_recorded.append(call.random.cpu is not None)
 
     assert is_looked_at == [True] * 16 + [False] * 4
+    assert is_torch_recorded == [True] * 16 + [dropout > 0] * 4

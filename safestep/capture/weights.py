@@ -34,7 +34,8 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
         By index, True where a row has a gradient: shape ``[*B]``, or ``[]`` where all share one.
         Nothing for an event that no gradient comes back to.
     """
-    root = call.modes[0][0] if call.modes else torch.nn.Module()
+    children, _ = call.modes
+    root = children[0] if children else torch.nn.Module()
     with untraced(root), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         with _Results(events) as watch:
             output = call.run()
