@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safestep.shards import is_sharded, local, tangents_when_gathered
 from safestep.tangent_rules import TangentRules, dual_of
+
+
+@runtime_checkable
+class Written(Protocol):
+    """Tangents that need less memory to be written where they belong than to be made."""
+
+    def write(self, places: Sequence[Tensor]) -> None:
+        """Write each into its place."""
+        ...
 
 
 @contextmanager
@@ -29,7 +38,8 @@ def tangents_in_place(
 
     Args:
         params: The parameters. Their values do not change.
-        tangents: A tangent for each; of a sharded parameter, this rank's shard of it.
+        tangents: A tangent for each; of a sharded parameter, this rank's shard of it. If they are
+            `Written`, no tangent is held twice.
         module: The module that gathers sharded parameters when it runs.
 
     Yields:
@@ -38,13 +48,16 @@ def tangents_in_place(
     _load_forward_ad()
     whole = tuple(param for param in params if not is_sharded(param))
     shards: dict[Tensor, Tensor] = {}
+    is_written = isinstance(tangents, Written) and len(whole) == len(params)
     with (
         forward_ad.dual_level(),
         torch.autograd._unsafe_preserve_version_counter(whole),
         ExitStack() as stack,
     ):
+        if is_written:
+            tangents.write(list(map(_zero_tangent, params)))  # type: ignore[attr-defined]
         # One at a time: the copy takes the tangent too, and those given may be made as they come.
-        for param, tangent in zip(params, tangents, strict=True):
+        for param, tangent in () if is_written else zip(params, tangents, strict=True):
             if is_sharded(param):
                 shards[param] = local(tangent)
             else:
@@ -76,6 +89,18 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
             stack.enter_context(_plain_calls(checkpoints.CheckpointFunction))
         stack.enter_context(TangentRules())
         yield
+
+
+def _zero_tangent(param: Tensor) -> Tensor:
+    """Give a parameter a tangent of zeros, which is all that is allocated.
+
+    Returns:
+        The tangent, which torch makes of the whole where an empty part gets one.
+    """
+    nothing = param.unsqueeze(0).narrow(0, 0, 0)
+    empty = torch.empty_like(nothing.detach())
+    nothing.copy_(dual_of(empty, torch.empty_like(empty)))
+    return torch._unpack_dual(param, level=0)[1]
 
 
 @cache

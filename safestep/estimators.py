@@ -13,11 +13,11 @@ from torch.autograd import forward_ad
 
 from safestep.absent import without_absent
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
-from safestep.duals import differentiable_kernels, tangents_in_place
+from safestep.duals import Written, differentiable_kernels, tangents_in_place
 from safestep.inner_watch import InnerWatch
 from safestep.logit_tangent import LogitTangent
 from safestep.replay import Call, eager_module
-from safestep.shards import is_sharded, local
+from safestep.shards import are_sharded, local
 from safestep.untraced import untraced
 
 # Distance of a finite difference, as a share of the parameters' norm. Measured on a Transformer, an
@@ -27,7 +27,8 @@ _DISTANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 _DISTANCE_HALF = 2e-2
 
 
-_CHUNK = 2**16  # elements
+# Elements that are exchanged together, and most that are at once.
+_CHUNK, _LARGEST_CHUNK = 2**16, 2**19
 
 
 class MissingTangentError(RuntimeError):
@@ -189,7 +190,7 @@ def difference(
         for call in calls:
             before = _run(call, module, finder)  # shows in which precision the call computes
             eps = difference_scale(calls, params, tangents, finder) if scale is None else scale
-            displaced = [q + eps * p.to(q) for q, p in zip(places, tangents, strict=True)]
+            displaced = _displaced(places, tangents, eps)
             with moved_back(params, displaced):
                 after = _run(call, module, finder)
             for old, new in zip(before, after, strict=True):
@@ -266,7 +267,7 @@ def difference_scale(
     Raises:
         RuntimeError: If a parameter is sharded: ranks would go different distances.
     """
-    if any(map(is_sharded, params)):
+    if are_sharded(params):
         raise RuntimeError(
             "the distance of a finite difference would depend on each rank's shard of the "
             "parameters; use estimator='jvp' or 'secant'"
@@ -348,16 +349,38 @@ def _quotient(before: Tensor, after: Tensor, scale: float) -> Tensor:
     return without_absent(before, (after.to(wide) - before.to(wide)) / scale)
 
 
+def _displaced(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """Return places + eps * tangents, holding little else."""
+    displaced = list(map(torch.empty_like, places))
+    if isinstance(tangents, Written):
+        tangents.write(displaced)
+    else:
+        torch._foreach_copy_(displaced, list(tangents))
+    torch._foreach_mul_(displaced, eps)
+    torch._foreach_add_(displaced, places)
+    return displaced
+
+
 def _demand_change(has_changed: bool) -> None:
     if not has_changed:
         raise MissingTangentError("the logits do not change along the update")
 
 
 def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
-    for ones, others in _chunks(zip(left, right, strict=True)):
+    for ones, others in _chunks(_pieces(left, right)):
         kept = [one.detach().clone() for one in ones]
         torch._foreach_copy_(ones, others)
         torch._foreach_copy_(others, kept)
+        del kept  # before the next is made
+
+
+def _pieces(left: Iterable[Tensor], right: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    for one, other in zip(left, right, strict=True):
+        if one.numel() <= _LARGEST_CHUNK or not (one.is_contiguous() and other.is_contiguous()):
+            yield one, other
+        else:
+            flat = (each.view(-1).split(_LARGEST_CHUNK) for each in (one, other))
+            yield from zip(*flat, strict=True)
 
 
 def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

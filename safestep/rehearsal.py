@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from safestep.gauge import Update
 from safestep.norms import joint_norm
 from safestep.replay import Call
-from safestep.shards import counted_here, is_sharded, local
+from safestep.shards import are_sharded, counted_here, local
 
 # Proportional to lr, with a state that does not depend on it: a step is scaled by scaling lr.
 _NAMES = ("SGD", "Adam", "AdamW", "Muon")
@@ -198,18 +198,28 @@ class _Change(Sequence[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         whole = torch.empty(0)
+        for piece, update in self._written():
+            if piece.rows is None:
+                whole = update
+            else:
+                if piece.is_first:
+                    whole = torch.empty_like(local(piece.param.detach()))
+                whole[piece.rows] = update
+            if piece.is_last:
+                yield whole
+
+    def write(self, places: Sequence[Tensor]) -> None:
+        """Write the update of every parameter into its place, without holding any of them."""
+        for piece, update in self._written():
+            place = places[piece.index]
+            (place if piece.rows is None else place[piece.rows]).copy_(update)
+
+    def _written(self) -> Iterator[tuple[_Piece, Tensor]]:
         for pieces in self._rehearsal.pieces():
             for piece in pieces:
                 assert piece.update is not None
-                if piece.rows is None:
-                    whole = piece.update
-                else:
-                    if piece.is_first:
-                        whole = torch.empty_like(local(piece.param.detach()))
-                    whole[piece.rows] = piece.update
+                yield piece, piece.update
                 piece.update = None
-                if piece.is_last:
-                    yield whole
 
 
 @dataclass(slots=True)
@@ -234,7 +244,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__}. Leave `copy` at True: that works with every optimizer."
         )
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if type(optimizer).__name__ == "Muon" and any(map(is_sharded, params)):
+    if type(optimizer).__name__ == "Muon" and are_sharded(params):
         raise ValueError(
             "SafeStep: expected whole parameters for a Muon `optimizer` with copy=False, got "
             "sharded ones. Leave `copy` at True."

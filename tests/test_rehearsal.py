@@ -3,14 +3,19 @@
 import copy
 import gc
 import math
+from itertools import accumulate
 
 import pytest
 import torch
 from torch import nn, optim
+from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
 
 from safestep import SafeStep, rehearsal
+from safestep.duals import tangents_in_place
+from safestep.estimators import _displaced, moved_back
 from safestep.norms import joint_norm
 from safestep.rehearsal import Rehearsal
 
@@ -168,6 +173,47 @@ def test_a_rehearsal_holds_a_small_part_of_the_model():
     extra = max(live_bytes() - before for _ in ahead.pieces())
 
     assert size / 32 <= extra <= size / 16 * 1.01
+
+
+def peak_of(function):
+    """Return the most bytes that are alive at once of those that a call allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(change for _, change in changes))
+
+
+def test_a_measured_step_holds_the_update_once():
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(2)))
+    optimizer = optim.AdamW(model.parameters())
+    for step in range(2):
+        fill_gradients(list(model.parameters()), step, missing=())
+        optimizer.step()
+    ahead = Rehearsal(optimizer)
+    ahead.take()
+    params, change = list(model.parameters()), ahead.update([]).change
+    start = [param.detach().clone() for param in params]
+    found = []
+
+    @torch.no_grad()
+    def carry_tangents(look=lambda: None):
+        with tangents_in_place(params, change):
+            look()
+
+    @torch.no_grad()
+    def go_ahead():
+        found[:] = _displaced(list(map(torch.Tensor.detach, params)), change, 0.5)
+        with moved_back(params, found):
+            pass
+
+    size = sum(param.nbytes for param in params)
+    assert size < peak_of(carry_tangents) < 1.2 * size
+    assert size < peak_of(go_ahead) < 1.3 * size
+    assert_bitwise_equal(found, [q + 0.5 * p for q, p in zip(start, change, strict=True)])
+    carry_tangents(lambda: found.extend(forward_ad.unpack_dual(p).tangent for p in params))
+    assert_bitwise_equal(found[len(params) :], list(change))
+    assert_bitwise_equal(list(map(torch.Tensor.detach, params)), start)
 
 
 def test_sparse_gradients_are_rehearsed_too():
