@@ -140,7 +140,8 @@ class _Copies:
         own = {tensor: local(tensor).detach() for tensor in self._tensors}
         self.shards = [own[param] for param in params]
         size = sum(map(Tensor.numel, own.values()))
-        self.are_small = size <= _KEPT and all(map(_is_plain, self._tensors))
+        is_usual = not torch.is_inference_mode_enabled()  # what is made there cannot be written to
+        self.are_small = is_usual and size <= _KEPT and all(map(_is_plain, self._tensors))
         are_params = dict.fromkeys(self.shards)
         small: dict[Any, list[Tensor]] = defaultdict(list)  # parameters first
         large: list[Tensor] = []

@@ -204,3 +204,20 @@ def test_release_frees_the_copies():
 
     update = snapshot.update([])
     assert [*update.params, *update.start, *update.change] == []
+
+
+def test_steps_in_and_out_of_inference_mode_do_not_share_memory():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=0.5)
+    snapshot = Snapshot(optimizer)
+    for is_inference in (True, False, True, False):
+        param.grad = torch.ones(3)
+        with torch.inference_mode(is_inference):
+            start = param.detach().clone()
+            snapshot.take()
+            optimizer.step()
+            update = snapshot.update([])
+
+            assert torch.equal(update.start[0], start)
+            assert torch.equal(update.change[0], torch.full((3,), -0.5))
+            snapshot.release()
