@@ -195,7 +195,9 @@ def _scaled_dot_product_attention(
         score.masked_fill_(hidden, -math.inf)
     elif attn_mask is not None:
         score += attn_mask
-    share = torch._safe_softmax(score, -1).flatten(0, 1)
+    # Only a mask that is given can hide all keys from a query, and that costs two more passes.
+    softmax = torch.softmax if attn_mask is None else torch._safe_softmax
+    share = softmax(score, -1).flatten(0, 1)
     output = torch.bmm(share, v)
     tangent = torch.zeros_like(output) if dv is None else torch.bmm(share, dv)
     if dq is not None or dk is not None:
