@@ -201,11 +201,12 @@ def _scaled_dot_product_attention(
     output = torch.bmm(share, v)
     tangent = torch.zeros_like(output) if dv is None else torch.bmm(share, dv)
     if dq is not None or dk is not None:
-        d_share = score.flatten(0, 1)  # its memory, no longer needed
-        d_share.zero_()
+        d_share = score.flatten(0, 1)  # its memory: beta = 0 does not look at what is in it
+        beta = 0
         for left, right in ((dq, k), (q, dk)):
             if left is not None and right is not None:
-                d_share.baddbmm_(left, right.mT, alpha=scale)
+                d_share.baddbmm_(left, right.mT, beta=beta, alpha=scale)
+                beta = 1
         d_share.mul_(share)
         d_share.addcmul_(share, d_share.sum(-1, keepdim=True), value=-1)
         tangent.baddbmm_(d_share, v)
