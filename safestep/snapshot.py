@@ -135,9 +135,8 @@ class _Copies:
 
     def __init__(self, params: list[Tensor], state: list[Tensor]) -> None:
         self._tensors = [*params, *state]
-        # Each once: a state may hold a parameter, or share a tensor with another one. Detached,
-        # since to leave gradient mode takes longer than to copy small ones.
-        own = {tensor: local(tensor).detach() for tensor in self._tensors}
+        # Each once: a state may hold a parameter, or share a tensor with another one.
+        own = {tensor: _without_graph(local(tensor)) for tensor in self._tensors}
         self.shards = [own[param] for param in params]
         size = sum(map(Tensor.numel, own.values()))
         is_usual = not torch.is_inference_mode_enabled()  # what is made there cannot be written to
@@ -231,6 +230,11 @@ class _Pack:
 
 def _parts(packed: Tensor, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(tensors, _unflatten_dense_tensors(packed, tensors), strict=True)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    # To leave gradient mode at every step would take longer than to copy small tensors.
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _is_plain(tensor: Tensor) -> bool:

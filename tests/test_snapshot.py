@@ -221,3 +221,22 @@ def test_steps_in_and_out_of_inference_mode_do_not_share_memory():
             assert torch.equal(update.start[0], start)
             assert torch.equal(update.change[0], torch.full((3,), -0.5))
             snapshot.release()
+
+
+def test_a_state_that_is_a_tensor_of_its_own_kind_is_copied_by_what_it_can_do():
+    class Quantized(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.detach, torch.Tensor.view):
+                raise NotImplementedError
+            return super().__torch_function__(func, types, args, kwargs)
+
+    param = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=0.5)
+    optimizer.state[param]["kept"] = torch.arange(3.0).as_subclass(Quantized)
+    snapshot = Snapshot(optimizer)
+    snapshot.take()
+    optimizer.state[param]["kept"] += 1
+    snapshot.restore()
+
+    assert optimizer.state[param]["kept"].tolist() == [0.0, 1.0, 2.0]
