@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 
 from safestep.absent import without_absent
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
-from safestep.duals import Written, differentiable_kernels, tangents_in_place
+from safestep.displacement import displaced_by, moved_back
+from safestep.duals import differentiable_kernels, tangents_in_place
 from safestep.inner_watch import InnerWatch
 from safestep.logit_tangent import LogitTangent
 from safestep.replay import Call, eager_module
@@ -25,10 +26,6 @@ from safestep.untraced import untraced
 # relative error of r at most 1e-3 in float32, 8e-2 in bfloat16.
 _DISTANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 _DISTANCE_HALF = 2e-2
-
-
-# Elements that are exchanged together, and most that are at once.
-_CHUNK, _LARGEST_CHUNK = 2**16, 2**19
 
 
 class MissingTangentError(RuntimeError):
@@ -190,7 +187,7 @@ def difference(
         for call in calls:
             before = _run(call, module, finder)  # shows in which precision the call computes
             eps = difference_scale(calls, params, tangents, finder) if scale is None else scale
-            displaced = _displaced(places, tangents, eps)
+            displaced = displaced_by(places, tangents, eps)
             with moved_back(params, displaced):
                 after = _run(call, module, finder)
             for old, new in zip(before, after, strict=True):
@@ -310,26 +307,6 @@ def is_repeatable(
         )
 
 
-@contextmanager
-def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[None]:
-    """Exchange the contents of `params` and `start` inside, bit for bit both ways.
-
-    Args:
-        params: The parameters, after the step.
-        start: Their values before the step; holds those after it inside.
-
-    Yields:
-        Nothing.
-    """
-    held = tuple(map(local, params))
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(held):
-        _exchange(held, start)
-        try:
-            yield
-        finally:
-            _exchange(held, start)
-
-
 def _run(call: Call, module: nn.Module, logits: LogitsFn | LogitFinder | None) -> list[Logits]:
     # A trace of its own each time: the second run must not see what the first one left.
     with untraced(module):
@@ -349,52 +326,9 @@ def _quotient(before: Tensor, after: Tensor, scale: float) -> Tensor:
     return without_absent(before, (after.to(wide) - before.to(wide)) / scale)
 
 
-def _displaced(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -> list[Tensor]:
-    """Return places + eps * tangents, holding little else."""
-    displaced = list(map(torch.empty_like, places))
-    if isinstance(tangents, Written):
-        tangents.write(displaced)
-    else:
-        torch._foreach_copy_(displaced, list(tangents))
-    torch._foreach_mul_(displaced, eps)
-    torch._foreach_add_(displaced, places)
-    return displaced
-
-
 def _demand_change(has_changed: bool) -> None:
     if not has_changed:
         raise MissingTangentError("the logits do not change along the update")
-
-
-def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
-    for ones, others in _chunks(_pieces(left, right)):
-        kept = [one.detach().clone() for one in ones]
-        torch._foreach_copy_(ones, others)
-        torch._foreach_copy_(others, kept)
-        del kept  # before the next is made
-
-
-def _pieces(left: Iterable[Tensor], right: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    for one, other in zip(left, right, strict=True):
-        if one.numel() <= _LARGEST_CHUNK or not (one.is_contiguous() and other.is_contiguous()):
-            yield one, other
-        else:
-            flat = (each.view(-1).split(_LARGEST_CHUNK) for each in (one, other))
-            yield from zip(*flat, strict=True)
-
-
-def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of."""
-    ones, others, size = [], [], 0
-    for one, other in pairs:
-        if size > _CHUNK:
-            yield ones, others
-            ones, others, size = [], [], 0
-        ones.append(one)
-        others.append(other)
-        size += one.numel()
-    if ones:
-        yield ones, others
 
 
 def _unpacked(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from safestep.absent import absent_classes
 from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
+from safestep.displacement import moved_back
 from safestep.estimators import (
     LogitTangent,
     MissingTangentError,
@@ -23,7 +24,6 @@ from safestep.estimators import (
     difference_scale,
     is_repeatable,
     jvp,
-    moved_back,
     secant,
     working_dtype,
 )

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from safestep import logit_spread, logits_jvp
-from safestep.estimators import MissingTangentError, moved_back, tangents_in_place
+from safestep.displacement import moved_back
+from safestep.estimators import MissingTangentError, tangents_in_place
 
 MODELS = ["linear", "multilayer", "residual", "attention", "recurrent", "cached"]
 

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
 
 from safestep import SafeStep, rehearsal
+from safestep.displacement import displaced_by, moved_back
 from safestep.duals import tangents_in_place
-from safestep.estimators import _displaced, moved_back
 from safestep.norms import joint_norm
 from safestep.rehearsal import Rehearsal
 
@@ -203,7 +203,7 @@ def test_a_measured_step_holds_the_update_once():
 
     @torch.no_grad()
     def go_ahead():
-        found[:] = _displaced(list(map(torch.Tensor.detach, params)), change, 0.5)
+        found[:] = displaced_by(list(map(torch.Tensor.detach, params)), change, 0.5)
         with moved_back(params, found):
             pass
 

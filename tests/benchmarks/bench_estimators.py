@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safestep import logits_jvp
-from safestep.estimators import LogitTangent, difference, jvp, moved_back, secant
+from safestep.displacement import moved_back
+from safestep.estimators import LogitTangent, difference, jvp, secant
 from safestep.replay import Call
 from safestep.surroundings import Surroundings
 

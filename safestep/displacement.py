@@ -1,0 +1,87 @@
+"""Layer 1: parameters elsewhere for a while: at the start of an update, or a part of it ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from safestep.duals import Written
+from safestep.shards import local
+
+# Elements that are exchanged together, and most that are at once.
+_CHUNK, _LARGEST_CHUNK = 2**16, 2**19
+
+
+@contextmanager
+def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[None]:
+    """Exchange the contents of `params` and `start` inside, bit for bit both ways.
+
+    Args:
+        params: The parameters, after the step.
+        start: Their values before the step; holds those after it inside.
+
+    Yields:
+        Nothing.
+    """
+    held = tuple(map(local, params))
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(held):
+        _exchange(held, start)
+        try:
+            yield
+        finally:
+            _exchange(held, start)
+
+
+def displaced_by(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """Return places + eps * tangents, and hold little else.
+
+    Args:
+        places: Values of the parameters.
+        tangents: A direction for each.
+        eps: How far to go.
+
+    Returns:
+        New tensors.
+    """
+    displaced = list(map(torch.empty_like, places))
+    if isinstance(tangents, Written):
+        tangents.write(displaced)
+    else:
+        torch._foreach_copy_(displaced, list(tangents))
+    torch._foreach_mul_(displaced, eps)
+    torch._foreach_add_(displaced, places)
+    return displaced
+
+
+def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
+    for ones, others in _chunks(_pieces(left, right)):
+        kept = [one.detach().clone() for one in ones]
+        torch._foreach_copy_(ones, others)
+        torch._foreach_copy_(others, kept)
+        del kept  # before the next is made
+
+
+def _pieces(left: Iterable[Tensor], right: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    for one, other in zip(left, right, strict=True):
+        if one.numel() <= _LARGEST_CHUNK or not (one.is_contiguous() and other.is_contiguous()):
+            yield one, other
+        else:
+            flat = (each.view(-1).split(_LARGEST_CHUNK) for each in (one, other))
+            yield from zip(*flat, strict=True)
+
+
+def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of."""
+    ones, others, size = [], [], 0
+    for one, other in pairs:
+        if size > _CHUNK:
+            yield ones, others
+            ones, others, size = [], [], 0
+        ones.append(one)
+        others.append(other)
+        size += one.numel()
+    if ones:
+        yield ones, others
