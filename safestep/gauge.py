@@ -29,7 +29,7 @@ from safestep.estimators import (
 )
 from safestep.inner_watch import InnerWatch
 from safestep.replay import Call
-from safestep.shards import are_sharded, counted_here, refuse_flattened
+from safestep.shards import counted_here, refuse_flattened
 
 EstimatorName = Literal["jvp", "difference", "secant"]
 Reduce = Callable[[Iterable[LogitTangent]], Tensor]
@@ -49,6 +49,7 @@ class Update:
         start: Their values before it.
         change: The update of each of them.
         is_made: False where the update is still to come: `params` are at the start.
+        is_sharded: Whether this rank holds but a shard of any parameter.
     """
 
     calls: Sequence[Call]
@@ -56,6 +57,7 @@ class Update:
     start: Sequence[Tensor]
     change: Sequence[Tensor]
     is_made: bool = True
+    is_sharded: bool = False
 
     def parts(self) -> list[Tensor]:
         """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""
@@ -158,7 +160,7 @@ class Gauge:
 
     def _reading(self, update: Update, reduce: Reduce) -> Reading:
         refuse_flattened(update.params)
-        if are_sharded(update.params):
+        if update.is_sharded:
             # Every forward pass gathers: ranks that ran different ones would wait for each other.
             return Reading(self._row(self.estimator, update, reduce), self.estimator)
         warning = None

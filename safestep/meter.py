@@ -15,7 +15,7 @@ from safestep.gauge import EstimatorName, Gauge, Reading, Update
 from safestep.inner_watch import InnerWatch
 from safestep.norms import each_norm, joined, joint_norm
 from safestep.predict import Predictor
-from safestep.shards import are_sharded, local
+from safestep.shards import local
 
 
 class Meter:
@@ -62,7 +62,7 @@ class Meter:
             The measurement, and the reading that it comes from.
         """
         gradients = [g for param in update.params if (g := param.grad) is not None]
-        is_partial = are_sharded(update.params)
+        is_partial = update.is_sharded
         predictor = None if is_partial else self._predictor
         watched = [] if predictor is None else [s for call in update.calls for s in call.signals]
         gradients = list(map(local, gradients)) if is_partial else gradients
@@ -90,7 +90,7 @@ class Meter:
         options: tuple[float, ...],
     ) -> Measurement | None:
         step_norm, gradient_norm, signals = norms.read(norms.signals)
-        r = predictor.predict(step_norm, [gradient_norm, *signals], options)
+        r = predictor.predict(step_norm, [gradient_norm, *map(abs, signals)], options)
         if r is None:
             return None
         return Measurement(Finding.MEASURED, 1.0 / r if r else inf, r * pi, -1, step_norm)
@@ -142,9 +142,10 @@ class _Norms:
     def of(
         cls, update: Sequence[Tensor], gradient: Sequence[Tensor], signals: Sequence[Tensor]
     ) -> _Norms:
-        norms = each_norm([*update, *gradient, *signals])
+        sizes = [signal for signal in signals if not signal.ndim]  # whose norm is their size
+        norms = each_norm([*update, *gradient, *(signal for signal in signals if signal.ndim)])
         first, last = len(update), len(update) + len(gradient)
-        return cls(norms[:first], norms[first:last], norms[last:])
+        return cls(norms[:first], norms[first:last], sizes + norms[last:])
 
     def read(self, others: Sequence[Tensor]) -> tuple[float, float, list[float]]:
         """Return the norm of the update, that of the gradient, and `others`, all at once."""

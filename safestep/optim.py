@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from safestep.binding import radii_of_step
 from safestep.capture import LogitsFn
-from safestep.controller import Action, Rung, StepController, StepReport
+from safestep.controller import Action, Measurement, Rung, StepController, StepReport
 from safestep.distributed import agree, apart_from_shards
 from safestep.gauge import Reading
 from safestep.inner_watch import RadiusName, inner_watch
@@ -285,12 +285,8 @@ class SafeStep:
     def _judged_step(self) -> tuple[StepReport, Reading]:
         update = self._change.update(self._recorder.take())
         measurement, reading = self._meter.measure(update, self._direction_options())
-        self._journal.introduce(self._meter.logits_found, self._controller.step)
-        if reading.warning is not None:
-            self._journal.warn_once(reading.warning)
-        head = self._controller.head_of(measurement.bottleneck)
-        if head is not None:
-            self._journal.note({"head": head})
+        if reading.estimator != "predicted":
+            self._tell(measurement, reading)
         measurement = agree(measurement, self._group)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr, reading.estimator)
@@ -299,6 +295,14 @@ class SafeStep:
         elif report.scale != 1.0:
             self._change.rescale(report.scale)
         return report, reading
+
+    def _tell(self, measurement: Measurement, reading: Reading) -> None:
+        self._journal.introduce(self._meter.logits_found, self._controller.step)
+        if reading.warning is not None:
+            self._journal.warn_once(reading.warning)
+        head = self._controller.head_of(measurement.bottleneck)
+        if head is not None:
+            self._journal.note({"head": head})
 
     def _note_radii(self, reading: Reading, step_norm: float) -> None:
         if self._inside is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from operator import eq, le
+from itertools import accumulate
+from operator import le
 from typing import Any
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
@@ -149,21 +150,34 @@ class _Window:
     """
 
     def __init__(self, size: int, rows: Iterable[Sequence[float]] = ()) -> None:
-        self.rows = deque(map(tuple, rows), maxlen=size)
-        self.largest = self._largest()
+        self.rows: deque[tuple[float, ...]] = deque(maxlen=size)
+        self.largest: tuple[float, ...] = ()
+        # The largest of the later rows, and of the earlier ones: of all of them, without the first,
+        # without the first two and so on, last things first. To look at all anew in every step
+        # takes longer than all else that a prediction does.
+        self._later: tuple[float, ...] = ()
+        self._earlier: list[tuple[float, ...]] = []
+        for row in rows:
+            self.append(tuple(row))
 
     def append(self, signals: tuple[float, ...]) -> None:
         """Take signals in, and let the oldest go where there are too many."""
-        rows, largest = self.rows, self.largest
-        is_largest_lost = len(rows) == rows.maxlen and any(map(eq, rows[0], largest))
-        rows.append(signals)
-        # To look at all of them takes longer than all else that a prediction does.
-        is_simple = largest and not is_largest_lost
-        self.largest = tuple(map(max, largest, signals)) if is_simple else self._largest()
+        is_full = len(self.rows) == self.rows.maxlen
+        self.rows.append(signals)
+        if is_full and len(self._earlier) < 2:
+            self._earlier = list(accumulate(reversed(self.rows), _larger))
+            self._later, self.largest = (), self._earlier[-1]
+            return
+        if is_full:
+            self._earlier.pop()
+        self._later = _larger(self._later, signals) if self._later else signals
+        earlier = self._earlier
+        self.largest = _larger(earlier[-1], self._later) if earlier else self._later
 
     def state(self) -> list[list[float]]:
         """Return the signals from the oldest to the latest, as lists."""
         return list(map(list, self.rows))
 
-    def _largest(self) -> tuple[float, ...]:
-        return tuple(map(max, zip(*self.rows, strict=True)))
+
+def _larger(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(max, one, other))

@@ -76,7 +76,10 @@ class Rehearsal:
         groups = self._optimizer.param_groups
         self.params = [p for group in groups for p in group["params"] if p.grad is not None]
         start = list(map(local, self.params))
-        return _Proposal(calls, self.params, start, _Change(self), is_made=False)
+        return _Proposal(
+            calls, self.params, start, _Change(self),
+            is_made=False, is_sharded=are_sharded(self.params),
+        )  # fmt: skip
 
     def restore(self) -> None:
         """Keep the step from changing anything, bit for bit: without gradients it does nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -234,7 +234,7 @@ class Recorder:
             if not tensor.is_leaf:
                 # Held until the gradient comes, and only before anything is known about it.
                 output = None if name in self._class_axes else tensor.detach()
-                tensor.register_hook(self._on_gradient(call, name, output))
+                _hook_gradient(tensor, self._on_gradient(call, name, output))
                 if self._watches:
                     call.signals += tensor.detach().aminmax()
 
@@ -341,6 +341,18 @@ def eager_module(model: nn.Module) -> nn.Module:
     while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
         model = without_data_parallel(original)
     return model
+
+
+def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+    if type(tensor) is Tensor and tensor._backward_hooks is None:
+        # What register_hook does without a handle, which takes longer to make than all the rest.
+        tensor._backward_hooks = OrderedDict({_HOOK: hook})
+        tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
+    else:
+        tensor.register_hook(hook)
+
+
+_HOOK = -1  # handles count from 0
 
 
 def _has_gradient(param: Tensor) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.optim import LBFGS, Optimizer
 
 from safestep.gauge import Lazy, Update
+from safestep.holdings import Holdings
 from safestep.replay import Call
 from safestep.shards import are_sharded, local
 
@@ -24,7 +24,6 @@ _SMALL = 2**16
 # Elements of all tensors together whose copies' memory is kept from step to step.
 _KEPT = 2**20
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may not know what to do
-_TENSORS, _DICTS = frozenset((Tensor,)), frozenset((dict,))
 
 
 class Snapshot:
@@ -44,23 +43,14 @@ class Snapshot:
 
     def take(self) -> None:
         """Copy everything."""
-        groups = self._optimizer.param_groups
-        # A frozen parameter that still has a gradient is stepped all the same.
-        params = [
-            param
-            for group in groups
-            for param in group["params"]
-            if param.requires_grad or param.grad is not None
-        ]
-        # New containers around the optimizer's own tensors, whose values are copied aside.
-        state = self._optimizer.state
-        entries, tensors = _regrouped_all(list(state.values()))
-        self._state = list(state), entries
-        self._options = [dict(group) for group in groups]
-        is_fit = self._spare.are_of([*params, *tensors])
-        self._copies = self._spare if is_fit else _Copies(params, tensors)
+        held = self._spare.held
+        if not held.are_still_of(self._optimizer):
+            held = Holdings.of(self._optimizer)
+        self._options = list(map(dict.copy, self._optimizer.param_groups))
+        self._copies = self._spare if self._spare.are_of(held) else _Copies(held)
+        self._copies.held = held
         self._copies.fill()
-        self.params, self.shards = params, self._copies.shards
+        self.params, self.shards = held.params, self._copies.shards
 
     def update(self, calls: Sequence[Call]) -> Update:
         """Return the update that was made since `take`.
@@ -73,9 +63,11 @@ class Snapshot:
         """
         copies = self._copies
         moves = copies.moves()
-        self._start = Lazy(copies.params)
         self._change = Lazy(lambda: copies.unpacked(moves))
-        return _Made(calls, self.params, self._start, self._change, moves=moves)
+        return _Made(
+            calls, self.params, copies.of_params, self._change,
+            is_sharded=copies.are_sharded, moves=moves,
+        )  # fmt: skip
 
     def rescale(self, scale: float) -> None:
         """Make the update `scale` times as long.
@@ -83,7 +75,7 @@ class Snapshot:
         Args:
             scale: Factor of the update.
         """
-        torch._foreach_copy_(self.shards, list(self._start))
+        torch._foreach_copy_(self.shards, self._copies.of_params)
         torch._foreach_add_(self.shards, list(self._change), alpha=scale)
         if isinstance(self._optimizer, LBFGS):
             # It would pair the move it believes in with the next gradient: its steps then grow
@@ -93,8 +85,7 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back, bit for bit, into the tensors that it came from."""
         self._copies.put_back()
-        self._optimizer.state.clear()
-        self._optimizer.state.update(zip(*self._state, strict=True))
+        self._copies.held.put_back(self._optimizer)
         for group, options in zip(self._optimizer.param_groups, self._options, strict=True):
             group.update(options)
 
@@ -105,9 +96,7 @@ class Snapshot:
         self._copies = _NONE
         self.params: list[Tensor] = []
         self.shards: list[Tensor] = []
-        self._start: Sequence[Tensor] = []
         self._change: Sequence[Tensor] = []
-        self._state: tuple[list[Tensor], list[Any]] = ([], [])
         self._options: list[dict[str, Any]] = []
 
 
@@ -118,9 +107,7 @@ class _Made(Update):
     moves: Sequence[Tensor] = ()
 
     def parts(self) -> list[Tensor]:
-        if are_sharded(self.params):
-            return Update.parts(self)
-        return list(self.moves)
+        return Update.parts(self) if self.is_sharded else list(self.moves)
 
 
 class _Copies:
@@ -129,15 +116,22 @@ class _Copies:
     To find a place for each takes as long as to copy small ones, so it is done once for all steps.
 
     Args:
-        params: Parameters.
-        state: Other tensors.
+        held: What to copy.
+
+    Attributes:
+        held: What is copied.
+        shards: What is copied of the parameters.
+        of_params: The copies of the parameters, in their order.
+        are_small: Whether they are kept for the next step.
+        are_sharded: Whether this rank holds but a shard of any parameter.
     """
 
-    def __init__(self, params: list[Tensor], state: list[Tensor]) -> None:
-        self._tensors = [*params, *state]
+    def __init__(self, held: Holdings) -> None:
+        self.held, self._tensors = held, held.tensors
         # Each once: a state may hold a parameter, or share a tensor with another one.
         own = {tensor: _without_graph(local(tensor)) for tensor in self._tensors}
-        self.shards = [own[param] for param in params]
+        self.shards = [own[param] for param in held.params]
+        self.are_sharded = are_sharded(held.params)
         size = sum(map(Tensor.numel, own.values()))
         is_usual = not torch.is_inference_mode_enabled()  # what is made there cannot be written to
         self.are_small = is_usual and size <= _KEPT and all(map(_is_plain, self._tensors))
@@ -157,13 +151,15 @@ class _Copies:
         self._large_params = [pair for pair in self._places.items() if pair[0] in are_params]
         for pack in self._packs:
             self._places.update(_parts(pack.copies, pack.tensors))
+        self.of_params = [self._places[param] for param in self.shards]
         # Numbers of another dtype or shape that are put into a parameter lie elsewhere.
         self._addresses = list(map(Tensor.data_ptr, self._tensors)) if self.are_small else []
 
-    def are_of(self, tensors: list[Tensor]) -> bool:
-        """Return whether there is a place for just these tensors."""
-        is_same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        return is_same and list(map(Tensor.data_ptr, tensors)) == self._addresses
+    def are_of(self, held: Holdings) -> bool:
+        """Return whether there is a place for just the tensors of these."""
+        tensors, mine = held.tensors, self._tensors
+        are_same = len(tensors) == len(mine) and all(map(is_, tensors, mine))
+        return are_same and list(map(Tensor.data_ptr, tensors)) == self._addresses
 
     def fill(self) -> None:
         """Copy the tensors as they are now."""
@@ -177,10 +173,6 @@ class _Copies:
         """Write the copies into the tensors."""
         for tensor, copy in self._places.items():
             tensor.copy_(copy)
-
-    def params(self) -> list[Tensor]:
-        """Return the copies of the parameters, in their order."""
-        return [self._places[param] for param in self.shards]
 
     def moves(self) -> list[Tensor]:
         """Return by how much the parameters have changed since, packed as the copies are.
@@ -241,27 +233,4 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
-_NONE = _Copies([], [])
-
-
-def _regrouped_all(entries: list[Any]) -> tuple[list[Any], list[Tensor]]:
-    """Return new dicts and lists around the same leaves, and the tensors among these."""
-    if _DICTS.issuperset(map(type, entries)):
-        leaves = list(chain.from_iterable(map(dict.values, entries)))
-        if _TENSORS.issuperset(map(type, leaves)):  # as torch's optimizers have them
-            return list(map(dict.copy, entries)), leaves
-    tensors: list[Tensor] = []
-    return [_regrouped(entry, tensors) for entry in entries], tensors
-
-
-def _regrouped(entry: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(entry, (dict, list)):
-        entry = entry.copy()
-        for key, value in entry.items() if isinstance(entry, dict) else enumerate(entry):
-            if isinstance(value, Tensor):
-                tensors.append(value)
-            elif isinstance(value, (dict, list)):
-                entry[key] = _regrouped(value, tensors)
-    elif isinstance(entry, Tensor):
-        tensors.append(entry)
-    return entry
+_NONE = _Copies(Holdings([], [], [], []))
