@@ -70,7 +70,7 @@ class StepSafety(Callback):
         *,
         max_normalized_step: float = 1.0,
         radius: Literal["bound", "certified"] = "bound",
-        estimator: Literal["jvp", "auto", "secant", "difference"] = "jvp",
+        estimator: Literal["auto", "jvp", "secant", "difference"] = "auto",
         action: Literal["clip", "set", "monitor"] = "clip",
         logits: Callable[[Any], Any] | None = None,
         quantile: float | None = None,

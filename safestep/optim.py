@@ -46,9 +46,10 @@ class SafeStep:
         radius: "bound" is pi / spread; "certified" is larger and still proven.
         estimator: "jvp" runs the recorded forward calls again in forward-mode automatic
             differentiation: exact, at every step. "auto" does so only where the last measurements
-            cannot vouch for this step; the others are reported as "predicted". "difference" and
-            "secant" run them twice instead; "difference" also takes over from "jvp" where a model
-            has no forward-mode derivative. Their scope: ``safestep.estimators``.
+            cannot vouch for a step (the first 16, at least one in 320, what is unusual or near the
+            limit); the others are reported as "predicted". "difference" and "secant" run them twice
+            instead; "difference" also takes over from "jvp" where a model has no forward-mode
+            derivative. Their scope: ``safestep.estimators``; of "auto", ``safestep.predict``.
         action: "clip" scales down a step with r over the limit; "set" scales every step to
             r = the limit, up or down; "monitor" only measures.
         logits: How to get from the model's output to the numbers that enter the softmax, where they
@@ -103,7 +104,7 @@ class SafeStep:
         *,
         max_normalized_step: float = 1.0,
         radius: Rung = "bound",
-        estimator: Literal["jvp", "auto", "secant", "difference"] = "jvp",
+        estimator: Literal["auto", "jvp", "secant", "difference"] = "auto",
         action: Action = "clip",
         logits: LogitsFn | None = None,
         quantile: float | None = None,
@@ -361,9 +362,9 @@ def _check_arguments(
             f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "
             "Pass the module whose forward computes the logits."
         )
-    if estimator not in ("jvp", "auto", "secant", "difference"):
+    if estimator not in ("auto", "jvp", "secant", "difference"):
         raise ValueError(
-            "SafeStep: expected `estimator` to be 'jvp', 'auto', 'secant' or 'difference', got "
+            "SafeStep: expected `estimator` to be 'auto', 'jvp', 'secant' or 'difference', got "
             f"{estimator!r}. 'jvp' measures every step exactly."
         )
     if logits is not None and not callable(logits):

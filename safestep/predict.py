@@ -11,7 +11,7 @@ from typing import Any
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
 AUDIT_INTERVAL = 40  # a JVP costs about one step: 1/40 of it keeps an audit at 2.5 %
-LONGEST_INTERVAL = 160  # where r may grow by 8 before it is over the limit
+LONGEST_INTERVAL = 320  # where r may grow by 16 before it is over the limit
 WINDOW = 32  # steps that say what is usual
 JUMP = 1.5  # times the window's maximum: minibatch noise stays below
 DRIFT = 2.0  # times the largest at the last measurements: a warm-up goes there without a jump
@@ -27,7 +27,7 @@ class Predictor:
     distance of this step, times a margin that grows with every prediction that fell short. An
     exact measurement is called for
 
-    - in the first steps, and after at most 40 steps without one, up to 160 as the bound lies below
+    - in the first steps, and after at most 40 steps without one, up to 320 as the bound lies below
       half the limit, down to 5 as it comes from there to the limit;
     - where the bound is over the limit;
     - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)

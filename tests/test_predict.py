@@ -1,6 +1,7 @@
 """When the exact radius is spared, and when it is not."""
 
 import json
+import random
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from safestep.predict import (
     LONGEST_INTERVAL,
     MARGIN,
     Predictor,
+    _Window,
 )
 
 OPTIONS = (3, 1.0)
@@ -116,3 +118,16 @@ def test_state_survives_json_and_the_first_step_after_it_is_measured():
     assert other.predict(0.1, [1.0], OPTIONS) is None
     other.learn(0.1, 0.2)
     assert other.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 32])
+def test_a_window_knows_the_largest_of_the_rows_that_are_left(size):
+    rng = random.Random(size)
+    rows = [(rng.gauss(0, 1), 100.0 - index, float(index)) for index in range(200)]
+    window = _Window(size)
+    for index, row in enumerate(rows):
+        window.append(row)
+
+        left = rows[max(0, index + 1 - size) : index + 1]
+        assert window.largest == tuple(map(max, zip(*left, strict=True)))
+        assert _Window(size, window.state()).largest == window.largest

@@ -166,6 +166,26 @@ def test_an_update_is_recorded_without_a_look_at_its_gradient():
     assert not call.unread
 
 
+@pytest.mark.parametrize("is_hooked_before", [False, True])
+def test_hooks_of_others_on_an_output_are_called_beside_the_recorders(is_hooked_before):
+    model, seen = nn.Linear(4, 3), []
+    if is_hooked_before:
+        model.register_forward_hook(lambda *call: call[-1].register_hook(seen.append) and None)
+    recorder = Recorder(model, lambda: list(model.parameters()), watches=True)
+    output = model(torch.randn(5, 4))
+    if not is_hooked_before:
+        output.register_hook(lambda gradient: 2 * gradient)
+        handle = output.register_hook(seen.append)
+        output.register_hook(seen.append)
+        handle.remove()
+
+    output.sum().backward()
+
+    (call,) = recorder.take()
+    assert call.signals[-1].sum() == 15  # before it was doubled
+    assert [float(gradient.sum()) for gradient in seen] == [15 if is_hooked_before else 30]
+
+
 class Changing(nn.Module):
     """Does something else in training, once it is told to."""
 
@@ -195,7 +215,7 @@ def own_draw(model, inputs):
 def estimators_of(model, first_changed, steps):
     """Train, let the model change at some step, and return the estimator of every step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = SafeStep(optimizer, model)
+    guard = SafeStep(optimizer, model, estimator="jvp")
     estimators = []
     for step in range(steps):
         model.has_changed = step >= first_changed

@@ -240,3 +240,68 @@ def test_a_state_that_is_a_tensor_of_its_own_kind_is_copied_by_what_it_can_do():
     snapshot.restore()
 
     assert optimizer.state[param]["kept"].tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("change", ["list", "count", "entry", "tensor", "data", "frozen", "group"])
+def test_what_an_optimizer_came_to_hold_since_the_last_step_is_put_back(change):
+    params = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+    optimizer = Adam(params, lr=0.1)
+    optimizer.state[params[0]] = {"list": [torch.ones(2)], "count": 1} if change == "list" else {}
+    if change == "count":
+        optimizer.state[params[0]] = {"count": 1}
+    elif change not in ("list", "count"):
+        fill_gradients(params)
+        optimizer.step()
+    snapshot = Snapshot(optimizer)
+    for _ in range(2):  # the second finds what the first one knew
+        snapshot.take()
+        snapshot.release()
+    state = optimizer.state[params[0]]
+    if change == "list":
+        state["list"].append(torch.zeros(2))
+    elif change == "count":
+        state["count"] = 2
+    elif change == "entry":
+        state["more"] = torch.ones(1)
+    elif change == "tensor":
+        state["exp_avg"] = torch.full((3,), 5.0)
+    elif change == "data":
+        state["exp_avg"].data = torch.full((3,), 5.0)
+    elif change == "frozen":
+        params[1].requires_grad_(False)
+        params[1].grad = None
+    else:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(4))]})
+    before = copy.deepcopy([optimizer.param_groups, list(optimizer.state.values())])
+
+    snapshot.take()
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.detach().add_(1.0)
+    optimizer.state[params[0]].clear()
+    snapshot.restore()
+
+    after = [optimizer.param_groups, list(optimizer.state.values())]
+    if change == "frozen":  # without a gradient no optimizer moves it
+        params[1].detach().copy_(before[0][0]["params"][1])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_what_was_put_back_can_change_and_be_put_back_again():
+    model = nn.Linear(3, 2)
+    optimizer = Adam(model.parameters(), lr=0.1)
+    fill_gradients(model.parameters())
+    optimizer.step()
+    snapshot = Snapshot(optimizer)
+    for count in range(4):
+        before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        snapshot.take()
+        optimizer.step()
+        for state in optimizer.state.values():
+            state["count"] = torch.full((1,), float(count))
+        snapshot.restore()
+        torch.testing.assert_close(
+            [model.state_dict(), optimizer.state_dict()], before, rtol=0, atol=0
+        )
+        snapshot.release()
+        optimizer.step()
