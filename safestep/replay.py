@@ -45,7 +45,8 @@ class Call:
         unread: What tells what a gradient shows, by the name of its output tensor, where nobody
             has asked yet.
         signals: What has a 2-norm that tells unusual data from usual, where a Recorder watches it:
-            smallest and largest output, and the loss's gradient there or its norm.
+            smallest and largest output, and the loss's gradient there or its norm; of a call that
+            it was told of, whose output is the loss, the largest input.
         is_fresh: Whether every gradient was zero when its backward pass began: a boolean on the
             device, or None where that is known without a look at the numbers.
     """
@@ -193,6 +194,8 @@ class Recorder:
             handle.remove()
         self._opened = None
         call = Call.of(function, args, kwargs, self._surroundings)
+        if self._watches:
+            call.signals += _largest(call.leaves)
         self._queue(call)
         return call
 
@@ -365,6 +368,22 @@ def _are_zero(grads: list[Tensor]) -> Tensor:
     # A 2-norm of tiny numbers would underflow; on a CPU an inf-norm takes twenty times as long.
     ends = [end.to(grads[0].device) != 0 for grad in grads for end in grad.aminmax()]
     return ~torch.stack(ends).any()
+
+
+@torch.no_grad()
+def _largest(leaves: Iterable[Any]) -> list[Tensor]:
+    """Return the size of the largest number among tensors; nothing if there is none."""
+    ends = [
+        end.float()
+        for leaf in leaves
+        if type(leaf) is Tensor and leaf.dtype in _FLOATS and leaf.layout is torch.strided
+        if leaf.numel() and not (leaf.is_nested or leaf.is_meta)
+        for end in leaf.aminmax()
+    ]
+    return [torch.stack([end.to(ends[0].device) for end in ends]).abs().amax()] if ends else []
+
+
+_FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def _since_cleared(calls: list[Call]) -> list[Call]:

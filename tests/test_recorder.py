@@ -186,6 +186,16 @@ def test_hooks_of_others_on_an_output_are_called_beside_the_recorders(is_hooked_
     assert [float(gradient.sum()) for gradient in seen] == [15 if is_hooked_before else 30]
 
 
+def test_the_largest_input_of_a_call_that_was_told_is_watched():
+    recorder = Recorder(nn.Linear(4, 3), list, watches=True)
+    inputs = {"x": torch.tensor([1.0, -7.0]), "y": torch.tensor([5.0]).half(), "n": torch.arange(9)}
+
+    call = recorder.record(print, inputs, torch.empty(0), "text")
+
+    assert [float(signal) for signal in call.signals] == [7.0]
+    assert recorder.record(print, torch.arange(9), 2.0).signals == []
+
+
 class Changing(nn.Module):
     """Does something else in training, once it is told to."""
 

@@ -199,8 +199,8 @@ SCENARIOS = {
 }  # fmt: skip
 
 
-def run(task: Task, scenario: str, seed: int) -> Tally:
-    """Train once under "auto" and count what it let through."""
+def run(task: Task, scenario: str, seed: int, *, is_told: bool = False) -> Tally:
+    """Train once under "auto" and count what it let through; with `is_told`, of recorded steps."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = task.make()
@@ -214,8 +214,9 @@ def run(task: Task, scenario: str, seed: int) -> Tally:
         factor = SCENARIOS[scenario](step, rng, model)
         optimizer.param_groups[0]["lr"] = task.lr * factor
         optimizer.zero_grad()
-        logits = model(batch[0])
-        cross_entropy(logits.flatten(0, -2), batch[1].flatten()).backward()
+        if is_told:
+            guard.record(training_loss, model, *batch)
+        training_loss(model, *batch).backward()
         if task.clip:
             nn.utils.clip_grad_norm_(model.parameters(), task.clip)
         before = {name: param.detach().clone() for name, param in model.named_parameters()}
@@ -225,6 +226,11 @@ def run(task: Task, scenario: str, seed: int) -> Tally:
             audit(tally, exact_r(model, twin, before, batch[0]))
     guard.detach()
     return tally
+
+
+def training_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return what is minimised."""
+    return cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
 
 
 def exact_r(model: nn.Module, twin: nn.Module, before: dict[str, Tensor], inputs: Tensor) -> float:
@@ -272,13 +278,16 @@ def main() -> None:
     """Run tasks and scenarios in turn until enough steps are done."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200_000, help="guarded steps in all")
+    parser.add_argument(
+        "--told", action="store_true", help="record training steps, as the Lightning callback does"
+    )
     parser.add_argument("--json", type=Path, default=None, help="write the counts here")
     arguments = parser.parse_args()
     tallies: list[Tally] = []
     seed = 0
     while sum(tally.steps for tally in tallies) < arguments.steps:
         for task in tasks():
-            tallies += [run(task, scenario, seed) for scenario in SCENARIOS]
+            tallies += [run(task, scenario, seed, is_told=arguments.told) for scenario in SCENARIOS]
         seed += 1
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([asdict(tally) for tally in tallies], indent=1))

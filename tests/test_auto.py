@@ -1,0 +1,91 @@
+"""The default estimator spares what it can predict, and measures what it cannot."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from safestep import SafeStep
+
+
+class Run:
+    """Train a classifier with clipped gradients: neither their norm nor the step's can jump."""
+
+    def __init__(self, *, is_told, lr=0.05):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        self.guard = SafeStep(self.optimizer, self.model)
+        self.is_told = is_told
+
+    def loss(self, inputs, labels):
+        return cross_entropy(self.model(inputs), labels)
+
+    def step(self, inputs, labels):
+        self.optimizer.zero_grad()
+        if self.is_told:
+            self.guard.record(self.loss, inputs, labels)
+        self.loss(inputs, labels).backward()
+        for param in self.model.parameters():
+            param.grad.div_(param.grad.norm())
+        self.optimizer.step()
+        return self.guard.last
+
+
+def batch():
+    return torch.randn(32, 6), torch.randint(4, (32,))
+
+
+@pytest.fixture(params=[False, True], ids=["forward call", "recorded step"])
+def run(request):
+    run = Run(is_told=request.param)
+    for _ in range(40):
+        report = run.step(*batch())
+    assert report.estimator == "predicted"
+    return run
+
+
+def test_most_steps_are_predicted_and_no_prediction_is_far_below_r(run, dense_normalized_step):
+    predicted = 0
+    for step in range(60):
+        inputs, labels = batch()
+        before = copy.deepcopy(run.model)
+        report = run.step(inputs, labels)
+        predicted += report.estimator == "predicted"
+        if report.estimator == "predicted" and step % 6 == 0:
+            r = dense_normalized_step(before, run.model, inputs)
+            assert r < 2.5 * report.normalized_step
+
+    assert predicted > 50
+
+
+def test_a_batch_out_of_range_is_measured(run):
+    inputs, labels = batch()
+
+    assert run.step(30 * inputs, labels).estimator == "jvp"
+
+
+def test_a_row_out_of_range_is_measured(run):
+    inputs, labels = batch()
+    inputs[3] *= 30
+
+    assert run.step(inputs, labels).estimator == "jvp"
+
+
+def test_a_long_step_is_measured_and_scaled(run):
+    run.optimizer.param_groups[0]["lr"] *= 1000
+
+    report = run.step(*batch())
+
+    assert (report.estimator, report.status) == ("jvp", "clipped")
+
+
+def test_a_batch_that_is_not_finite_is_skipped(run):
+    inputs, labels = batch()
+    inputs[3, 0] = torch.nan
+    before = copy.deepcopy(run.model.state_dict())
+
+    assert run.step(inputs, labels).status == "skipped"
+    torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
