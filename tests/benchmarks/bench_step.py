@@ -2,7 +2,8 @@
 
 Every variant trains its own copy of the model; the steps of all of them are interleaved in one
 process, so that whatever else the machine does hits all alike. Memory is measured in a process of
-its own for each variant, as the peak.
+its own for each variant, as the peak. The learning rate is so small that "auto" has to measure
+only now and then; what it costs where r is larger is seen with ``--lr``.
 
     python tests/benchmarks/bench_step.py --model mlp gpt resnet18 --json cost.json
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from safestep import SafeStep
+from safestep import SafeStep, StepReport
 from safestep.predict import FIRST_STEPS
 
 GUARDS = {
@@ -160,19 +161,21 @@ def variant(
     device: str,
     dtype: torch.dtype,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-) -> Callable[[], None]:
-    """Return a function that makes one training step of a variant."""
+    lr: float = LR,
+) -> Callable[[], StepReport | None]:
+    """Return a function that makes one training step of a variant and returns its report."""
     torch.manual_seed(0)
     model = wrap({"mlp": mlp, "gpt": GPT, "resnet18": resnet18}[name](shape).to(device))
     optimizer_class = _stable_adamw() if kind == "StableAdamW" else torch.optim.AdamW
-    optimizer = optimizer_class(model.parameters(), lr=LR)
+    optimizer = optimizer_class(model.parameters(), lr=lr)
     inputs, targets = (tensor.to(device) for tensor in data(name, shape))
     estimator, _, suffix = kind.partition(", ")
     zclip = _zclip() if kind == "ZClip" else None
+    guard = None
     if estimator in _ESTIMATORS:
-        SafeStep(optimizer, model, estimator=estimator, copy=suffix != "no copy")
+        guard = SafeStep(optimizer, model, estimator=estimator, copy=suffix != "no copy")
 
-    def step() -> None:
+    def step() -> StepReport | None:
         optimizer.zero_grad()
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = cross_entropy(model(inputs).flatten(0, -2), targets)
@@ -182,6 +185,7 @@ def variant(
         if zclip is not None:
             zclip.step(model)
         optimizer.step()
+        return None if guard is None else guard.last
 
     return step
 
@@ -209,18 +213,22 @@ def time_steps(
     device: str,
     dtype: torch.dtype,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    lr: float = LR,
+    reports: dict[str, list[StepReport | None]] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of every step of every variant, interleaved."""
-    variants = {kind: variant(kind, name, shape, device, dtype, wrap) for kind in kinds}
+    """Return the seconds of every step of every variant, interleaved; collect their `reports`."""
+    variants = {kind: variant(kind, name, shape, device, dtype, wrap, lr) for kind in kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for index in range(steps + WARM_UP):
         for kind, step in variants.items():
             begin = perf_counter()
-            step()
+            report = step()
             if device == "cuda":
                 torch.cuda.synchronize()
             if index >= WARM_UP:
                 seconds[kind].append(perf_counter() - begin)
+                if reports is not None:
+                    reports.setdefault(kind, []).append(report)
     return seconds
 
 
@@ -244,10 +252,17 @@ def _peak_memory_here(kind: str, name: str, shape: Shape, device: str, dtype: to
 
 
 def measure(
-    kinds: list[str], name: str, shape: Shape, steps: int, device: str, dtype: torch.dtype
+    kinds: list[str],
+    name: str,
+    shape: Shape,
+    steps: int,
+    device: str,
+    dtype: torch.dtype,
+    lr: float,
 ) -> Iterator[dict[str, object]]:
     """Yield one record for each variant of a model."""
-    seconds = time_steps(kinds, name, shape, steps, device, dtype)
+    reports: dict[str, list[StepReport | None]] = {}
+    seconds = time_steps(kinds, name, shape, steps, device, dtype, lr=lr, reports=reports)
     plain_memory = peak_memory("plain", name, shape, device, dtype)
     for kind in kinds:
         memory = peak_memory(kind, name, shape, device, dtype)
@@ -257,8 +272,18 @@ def measure(
             "mean_ratio": statistics.mean(seconds[kind]) / statistics.mean(seconds["plain"]),
             "median_ratio": statistics.median(seconds[kind]) / statistics.median(seconds["plain"]),
             "plain_ms": 1e3 * statistics.median(seconds["plain"]),
-            "memory_ratio": memory / plain_memory,
+            "memory_ratio": memory / plain_memory, "learning_rate": lr,
+            **_looked(list(filter(None, reports[kind]))),
         }  # fmt: skip
+
+
+def _looked(reports: list[StepReport]) -> dict[str, float]:
+    """Return the usual r and the share of steps that were measured; nothing without a guard."""
+    if not reports:
+        return {}
+    measured = [report.estimator != "predicted" for report in reports]
+    r = statistics.median(report.normalized_step for report in reports)
+    return {"normalized_step": r, "measured_share": statistics.mean(measured)}
 
 
 def _device_name(device: str) -> str:
@@ -268,8 +293,8 @@ def _device_name(device: str) -> str:
 def table(records: list[dict]) -> str:
     """Return the records as a Markdown table."""
     lines = [
-        "| model | variant | mean time | median time | peak memory | guards |",
-        "|---|---|---|---|---|---|",
+        "| model | variant | mean time | median time | peak memory | r | measured | guards |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         shape = record["shape"]
@@ -277,10 +302,17 @@ def table(records: list[dict]) -> str:
         size += f", {shape['vocabulary']} classes"
         lines.append(
             f"| {record['model']} ({size}) | {record['variant']} | {record['mean_ratio']:.2f} | "
-            f"{record['median_ratio']:.2f} | {record['memory_ratio']:.2f} | {record['guards']} |"
+            f"{record['median_ratio']:.2f} | {record['memory_ratio']:.2f} | {_seen(record)} | "
+            f"{record['guards']} |"
         )
     where = f"{records[0]['device']}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     return "\n".join([*lines, "", f"Multiples of the plain step. {where}."])
+
+
+def _seen(record: dict) -> str:
+    if "normalized_step" not in record:
+        return " | "
+    return f"{record['normalized_step']:.2g} | {record['measured_share']:.1%}"
 
 
 def main() -> None:
@@ -291,6 +323,7 @@ def main() -> None:
     kinds = [kind for kind in GUARDS if kind not in peers or find_spec(peers[kind])]
     parser.add_argument("--variant", nargs="+", choices=list(GUARDS), default=kinds)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path)
@@ -299,7 +332,10 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     records = []
     for name in arguments.model:
-        records += measure(kinds, name, SHAPES[name], arguments.steps, arguments.device, dtype)
+        shape = SHAPES[name]
+        records += measure(
+            kinds, name, shape, arguments.steps, arguments.device, dtype, arguments.lr
+        )
     print(table(records))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(records, indent=1))
