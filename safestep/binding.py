@@ -31,7 +31,7 @@ def radii_of_step(watch: InnerWatch, reading: Reading, step_norm: float) -> dict
         What the run log holds: ``radii`` has "output" and, by layer, "attention" and "ffn", as far
         as they were measured; ``binding`` is the name of the smallest, None if no radius is finite
         or one is NaN; ``radii_reason`` says why one that was asked for is missing. Empty where the
-        step's own radius was not measured, or only predicted.
+        step's own radius was not measured.
 
     Reference:
         Ghosts of Softmax, arXiv:2603.13552, Sec. 6.6.
@@ -43,7 +43,7 @@ def radii_of_step(watch: InnerWatch, reading: Reading, step_norm: float) -> dict
         {'output': 1.5}
     """
     inside = watch.take()
-    if reading.estimator == "predicted" or bool(reading.row.isnan().any()):
+    if bool(reading.row.isnan().any()):
         return {}
     is_exact = reading.estimator.startswith("jvp")
     if not is_exact:  # of an attempt that failed half-way

@@ -58,7 +58,8 @@ class SafeStep:
             passes is then not certified for every row.
         radii: What to log beside the output's radius, on which alone the decision rests:
             "attention", of the softmax over attention scores, and "ffn", where ReLU-like units
-            switch; by layer, and which binds. See ``safestep.inner_watch``. Only "jvp" measures it.
+            switch; by layer, and which binds. See ``safestep.inner_watch``. Only "jvp" measures
+            it, and "auto", which then measures every step.
         run_dir: Directory for ``run.jsonl``, the input of ``safestep report``. None writes none.
         process_group: The workers that must take the same step; by default all of them, if
             ``torch.distributed`` is initialized.
@@ -130,8 +131,8 @@ class SafeStep:
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()
         self._journal = Journal(run_dir, {**self._settings(), "radii": list(radii)}, process_group)
-        # "set" needs the exact r at every step, so there is nothing to predict.
-        is_sparing = estimator == "auto" and action != "set"
+        # "set" needs the exact r at every step, and so do radii inside the model.
+        is_sparing = estimator == "auto" and action != "set" and set(radii) <= {"output"}
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
         self._recorder = Recorder(model, self._trained, part=part, watches=is_sparing)
         module = self._recorder.module

@@ -290,11 +290,11 @@ def test_radii_of_other_estimators_are_said_to_be_missing():
     assert guard.last_radii["radii_reason"] == {"ffn": "only the estimator 'jvp' sees it"}
 
 
-def test_a_predicted_step_has_no_radii():
+def test_no_step_is_predicted_whose_radii_were_asked_for():
     guard, _, _ = train(make_tiny(), {"radii": ALL, "estimator": "auto"}, steps=30, lr=1e-3)
 
-    assert guard.last.estimator == "predicted"
-    assert guard.last_radii == {}
+    assert guard.last.estimator == "jvp"
+    assert guard.last_radii["radii"].keys() == set(ALL)
 
 
 def test_a_softmax_that_weighs_no_matrix_is_no_attention():
