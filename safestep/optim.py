@@ -18,13 +18,14 @@ from safestep.capture import LogitsFn
 from safestep.controller import Action, Measurement, Rung, StepController, StepReport
 from safestep.distributed import agree, apart_from_shards
 from safestep.gauge import Reading
+from safestep.hooks import DetachableHook
 from safestep.inner_watch import RadiusName, inner_watch
 from safestep.innermost import innermost_optimizer, is_within_step
 from safestep.journal import Journal
 from safestep.meter import Meter
 from safestep.predict import Predictor
 from safestep.rehearsal import Rehearsal
-from safestep.replay import DetachableHook, Recorder
+from safestep.replay import Recorder
 from safestep.snapshot import Snapshot
 
 

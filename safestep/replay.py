@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from safestep.capture.evidence import GradientEvidence
 from safestep.capture.plan import named_tensors
+from safestep.hooks import DetachableHook, hook_gradient
 from safestep.norms import each_norm
 from safestep.shards import is_sharded
 from safestep.surroundings import Modes, Surroundings
@@ -237,7 +238,7 @@ class Recorder:
             if not tensor.is_leaf:
                 # Held until the gradient comes, and only before anything is known about it.
                 output = None if name in self._class_axes else tensor.detach()
-                _hook_gradient(tensor, self._on_gradient(call, name, output))
+                hook_gradient(tensor, self._on_gradient(call, name, output))
                 if self._watches:
                     call.signals += tensor.detach().aminmax()
 
@@ -302,30 +303,6 @@ class Recorder:
         self._calls.append(call)
 
 
-class DetachableHook:
-    """A hook that does nothing in a copy of the module it is on.
-
-    ``copy.deepcopy(model)`` for an averaged model, or pickling a model, would otherwise copy the
-    hook's owner: the controller, the optimizer and its state.
-    """
-
-    def __init__(self, function: Callable[..., Any] | None) -> None:
-        self._function = function
-        # A compiled optimizer step or model must not trace what the guard does.
-        self._untraced = torch.compiler.disable(function) if function is not None else None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the function returns, None if this is a copy."""
-        function = self._untraced if torch.compiler.is_compiling() else self._function
-        return function(*args, **kwargs) if function is not None else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DetachableHook:
-        return DetachableHook(None)
-
-    def __reduce__(self) -> tuple[type[DetachableHook], tuple[None]]:
-        return DetachableHook, (None,)
-
-
 def without_data_parallel(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel, DataParallel and Fabric wrappers."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -344,18 +321,6 @@ def eager_module(model: nn.Module) -> nn.Module:
     while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
         model = without_data_parallel(original)
     return model
-
-
-def _hook_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
-    if type(tensor) is Tensor and tensor._backward_hooks is None:
-        # What register_hook does without a handle, which takes longer to make than all the rest.
-        tensor._backward_hooks = OrderedDict({_HOOK: hook})
-        tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
-    else:
-        tensor.register_hook(hook)
-
-
-_HOOK = -1  # handles count from 0
 
 
 def _has_gradient(param: Tensor) -> bool:
