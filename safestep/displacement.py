@@ -11,8 +11,8 @@ from torch import Tensor
 from safestep.duals import Written
 from safestep.shards import local
 
-# Elements that are exchanged together, and most that are at once.
-_CHUNK, _LARGEST_CHUNK = 2**16, 2**19
+# Fewest elements that are worth a call, and chunks of all: what is held of one at a time is little.
+_CHUNK, _CHUNKS = 2**16, 64
 
 
 @contextmanager
@@ -56,32 +56,45 @@ def displaced_by(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -
     return displaced
 
 
-def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
-    for ones, others in _chunks(_pieces(left, right)):
+def _exchange(left: Sequence[Tensor], right: Iterable[Tensor]) -> None:
+    for ones, others in in_chunks(left, right):
         kept = [one.detach().clone() for one in ones]
         torch._foreach_copy_(ones, others)
         torch._foreach_copy_(others, kept)
         del kept  # before the next is made
 
 
-def _pieces(left: Iterable[Tensor], right: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    for one, other in zip(left, right, strict=True):
-        if one.numel() <= _LARGEST_CHUNK or not (one.is_contiguous() and other.is_contiguous()):
-            yield one, other
-        else:
-            flat = (each.view(-1).split(_LARGEST_CHUNK) for each in (one, other))
-            yield from zip(*flat, strict=True)
+def in_chunks(
+    left: Sequence[Tensor], right: Iterable[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of.
 
+    Args:
+        left: Tensors.
+        right: One for each of them, of its shape.
 
-def _chunks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of."""
+    Yields:
+        Tensors of both, whole or pieces of them.
+    """
+    limit = max(_CHUNK, sum(map(Tensor.numel, left)) // _CHUNKS)
     ones, others, size = [], [], 0
-    for one, other in pairs:
-        if size > _CHUNK:
-            yield ones, others
-            ones, others, size = [], [], 0
+    for one, other in _pieces(left, right, limit):
         ones.append(one)
         others.append(other)
         size += one.numel()
+        if size >= limit:
+            yield ones, others
+            ones, others, size = [], [], 0
     if ones:
         yield ones, others
+
+
+def _pieces(
+    left: Iterable[Tensor], right: Iterable[Tensor], limit: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for one, other in zip(left, right, strict=True):
+        if one.numel() <= limit or not (one.is_contiguous() and other.is_contiguous()):
+            yield one, other
+        else:
+            flat = (each.view(-1).split(limit) for each in (one, other))
+            yield from zip(*flat, strict=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import compress
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,26 +63,9 @@ class Update:
         """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""
         return list(compress(self.change, counted_here(self.params)))
 
-
-class Lazy(Sequence[Tensor]):
-    """Tensors that are made when someone looks at them.
-
-    Args:
-        make: Makes all of them.
-    """
-
-    def __init__(self, make: Callable[[], Sequence[Tensor]]) -> None:
-        self._make = make
-
-    @cached_property
-    def _made(self) -> Sequence[Tensor]:
-        return self._make()
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._made[index]
+    def at_start(self) -> AbstractContextManager[None]:
+        """Return a context in which the parameters are where the update begins."""
+        return moved_back(self.params, self.start) if self.is_made else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +173,7 @@ class Gauge:
         ahead = partial(difference, scale=1.0)  # the secant, before the update is made
         estimate = {"jvp": self._jvp, "difference": difference, "secant": ahead}[estimator]
         with (
-            moved_back(params, start) if update.is_made else nullcontext(),
+            update.at_start(),
             closing(estimate(calls, self._module, params, update.change, self.finder)) as rows,
         ):
             return reduce(rows)

@@ -10,8 +10,8 @@ from operator import le
 from typing import Any
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
-AUDIT_INTERVAL = 40  # a JVP costs about one step: 1/40 of it keeps an audit at 2.5 %
-LONGEST_INTERVAL = 320  # where r may grow by 16 before it is over the limit
+AUDIT_INTERVAL = 60  # a JVP costs about one step: one in 60 keeps an audit below 2 %
+LONGEST_INTERVAL = 320  # where the bound may grow tenfold before it is over the limit
 WINDOW = 32  # steps that say what is usual
 JUMP = 1.5  # times the window's maximum: minibatch noise stays below
 DRIFT = 2.0  # times the largest at the last measurements: a warm-up goes there without a jump
@@ -27,8 +27,9 @@ class Predictor:
     distance of this step, times a margin that grows with every prediction that fell short. An
     exact measurement is called for
 
-    - in the first steps, and after at most 40 steps without one, up to 320 as the bound lies below
-      half the limit, down to 5 as it comes from there to the limit;
+    - in the first steps, and after at most 60 steps without one, up to 320 as the bound lies below
+      half the limit, down to 4 as it comes from there to the limit; sooner after a prediction that
+      fell short;
     - where the bound is over the limit;
     - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)
       exceeds what was usual: another direction or other data; or where it has crept to twice
@@ -88,8 +89,9 @@ class Predictor:
         factor = normalized_step / step_norm
         growth = factor / max(self._factors) if self._factors and max(self._factors) > 0 else 1.0
         # A prediction that held makes the next ones last longer; one that fell short, shorter.
-        held = growth <= self._margin
-        self._interval = min(2 * self._interval, LONGEST_INTERVAL) if held else 1
+        has_held = growth <= self._margin
+        longer, shorter = min(2 * self._interval, LONGEST_INTERVAL), max(self._interval // 8, 1)
+        self._interval = longer if has_held else shorter
         self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
         self._factors.append(factor)
         if self._usual.rows:
@@ -125,7 +127,7 @@ class Predictor:
     def _is_due(self, bound: float) -> bool:
         headroom = self.limit / (2 * bound) if bound > 0 else math.inf
         # Close to the limit r may be twice what it was before any signal shows it.
-        share = headroom if headroom > 1 else headroom**3
+        share = headroom if headroom > 1 else headroom**4
         longest = min(AUDIT_INTERVAL * share, LONGEST_INTERVAL)
         return self._since >= min(self._interval, longest)
 

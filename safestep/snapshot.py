@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from operator import is_
 from typing import Any
 
@@ -13,10 +15,12 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.optim import LBFGS, Optimizer
 
-from safestep.gauge import Lazy, Update
+from safestep.displacement import in_chunks
+from safestep.gauge import Update
 from safestep.holdings import Holdings
+from safestep.norms import each_norm
 from safestep.replay import Call
-from safestep.shards import are_sharded, local
+from safestep.shards import are_sharded, counted_here, local
 
 # Elements of a tensor that is copied together with others: by itself it would take longer to
 # allocate than to copy.
@@ -62,11 +66,10 @@ class Snapshot:
             The update.
         """
         copies = self._copies
-        moves = copies.moves()
-        self._change = Lazy(lambda: copies.unpacked(moves))
+        change = _Change(self.shards, copies.of_params)
         return _Made(
-            calls, self.params, copies.of_params, self._change,
-            is_sharded=copies.are_sharded, moves=moves,
+            calls, self.params, copies.of_params, change,
+            is_sharded=copies.are_sharded, copies=copies,
         )  # fmt: skip
 
     def rescale(self, scale: float) -> None:
@@ -75,8 +78,11 @@ class Snapshot:
         Args:
             scale: Factor of the update.
         """
-        torch._foreach_copy_(self.shards, self._copies.of_params)
-        torch._foreach_add_(self.shards, list(self._change), alpha=scale)
+        for params, copies in in_chunks(self.shards, self._copies.of_params):
+            moves = torch._foreach_sub(params, copies)
+            torch._foreach_copy_(params, copies)
+            torch._foreach_add_(params, moves, alpha=scale)
+            del moves  # before the next are made
         if isinstance(self._optimizer, LBFGS):
             # It would pair the move it believes in with the next gradient: its steps then grow
             # without end (measured: r to 1e19 within 60 steps).
@@ -96,18 +102,51 @@ class Snapshot:
         self._copies = _NONE
         self.params: list[Tensor] = []
         self.shards: list[Tensor] = []
-        self._change: Sequence[Tensor] = []
         self._options: list[dict[str, Any]] = []
 
 
 @dataclass(slots=True)
 class _Made(Update):
-    """An update whose norm is found before it is unpacked."""
+    """An update that is nowhere held as a whole."""
 
-    moves: Sequence[Tensor] = ()
+    copies: _Copies = None  # type: ignore[assignment]  # a field after others with defaults
 
     def parts(self) -> list[Tensor]:
-        return Update.parts(self) if self.is_sharded else list(self.moves)
+        return self.copies.moves()
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        change: _Change = self.change  # type: ignore[assignment]
+        with Update.at_start(self):
+            change.turn_round()
+            try:
+                yield
+            finally:
+                change.turn_round()
+
+
+class _Change(Sequence[Tensor]):
+    """The update of every parameter, made anew whenever it is looked at, one at a time.
+
+    Args:
+        after: The parameters.
+        before: Their values before the update.
+    """
+
+    def __init__(self, after: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        self._after, self._before = after, before
+
+    def turn_round(self) -> None:
+        """Take note that the contents of the two were exchanged."""
+        self._after, self._before = self._before, self._after
+
+    def __len__(self) -> int:
+        return len(self._after)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        return self._after[index].detach() - self._before[index].detach()
 
 
 class _Copies:
@@ -148,10 +187,14 @@ class _Copies:
         ]
         self._large = large, [torch.empty_like(tensor) for tensor in large]
         self._places = dict(zip(*self._large, strict=True))
-        self._large_params = [pair for pair in self._places.items() if pair[0] in are_params]
         for pack in self._packs:
             self._places.update(_parts(pack.copies, pack.tensors))
         self.of_params = [self._places[param] for param in self.shards]
+        # What the norm of an update is made of besides the packs: of several ranks, one counts.
+        apart = [tensor for tensor in large if tensor in are_params]
+        if self.are_sharded:
+            apart = list(compress(self.shards, counted_here(held.params)))
+        self._apart = apart, [self._places[param] for param in apart]
         # Numbers of another dtype or shape that are put into a parameter lie elsewhere.
         self._addresses = list(map(Tensor.data_ptr, self._tensors)) if self.are_small else []
 
@@ -175,23 +218,15 @@ class _Copies:
             tensor.copy_(copy)
 
     def moves(self) -> list[Tensor]:
-        """Return by how much the parameters have changed since, packed as the copies are.
+        """Return tensors whose joint 2-norm is the distance that the parameters have moved since.
 
         Returns:
-            Tensors that the next ``moves`` may write to.
+            Small moves, until the next call, and the norms of large ones.
         """
-        packed = [pack.move() for pack in self._packs if pack.params]
-        return packed + [param - copy for param, copy in self._large_params]
-
-    def unpacked(self, moves: list[Tensor]) -> list[Tensor]:
-        """Return the moves of the parameters, in their order."""
-        left = iter(moves)
-        found: dict[Tensor, Tensor] = {}
-        for pack in self._packs:
-            if pack.params:
-                found.update(_parts(next(left), pack.params))
-        found.update(zip((param for param, _ in self._large_params), left, strict=True))
-        return [found[param] for param in self.shards]
+        moves = [pack.move() for pack in self._packs if pack.params and not self.are_sharded]
+        for params, copies in in_chunks(*self._apart):
+            moves += each_norm(torch._foreach_sub(params, copies))
+        return moves
 
 
 class _Pack:

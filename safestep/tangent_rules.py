@@ -9,7 +9,7 @@ forward derivative too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -189,14 +189,58 @@ def _scaled_dot_product_attention(
     assert k is not None
     assert v is not None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    score = torch.bmm(q * scale, k.mT).view(*query.shape[:3], -1)
-    hidden = _hidden(attn_mask, is_causal, score)
-    if hidden is not None:
-        score.masked_fill_(hidden, -math.inf)
-    elif attn_mask is not None:
-        score += attn_mask
-    # Only a mask that is given can hide all keys from a query, and that costs two more passes.
-    softmax = torch.softmax if attn_mask is None else torch._safe_softmax
+    length, columns = q.shape[1], k.shape[1]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-2], length, columns)
+    parts = []
+    # A few queries at a time: the scores of all would be the largest tensors of the pass, and no
+    # query looks at a key that comes after it.
+    for begin in range(0, max(1, length), _QUERIES):
+        rows = slice(begin, min(begin + _QUERIES, length))
+        seen = slice(min(rows.stop, columns) if is_causal else columns)
+        queries = [each if each is None else each[:, rows] for each in (q, dq)]
+        keys = [each if each is None else each[:, seen] for each in (k, dk, v, dv)]
+        mask = None if attn_mask is None else attn_mask[..., rows, :]
+        if is_causal:
+            mask = q.new_ones(rows.stop - begin, seen.stop, dtype=torch.bool).tril_(begin)
+        parts.append(_attended(queries, keys, mask, is_causal, scale, query.shape[:2]))
+    shape = (*query.shape[:3], value.shape[-1])
+    output, tangent = (
+        (each[0] if len(each) == 1 else torch.cat(each, 1)).view(shape)
+        for each in zip(*parts, strict=True)
+    )
+    return output, tangent
+
+
+_QUERIES = 128
+
+
+def _attended(
+    queries: list[Any],
+    keys: list[Any],
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    lead: Sequence[int],
+) -> Dual:
+    """Return what some queries see and its tangent, of operands of shape ``[batch * heads, *, *]``.
+
+    Args:
+        queries: The queries, and their tangent or None.
+        keys: Keys, their tangent or None, values, and theirs.
+        mask: True where a query sees a key, or what is added to the scores; None: all of it.
+        is_causal: Whether the mask leaves every query a key.
+        scale: Factor of the scores.
+        lead: Batch size and number of heads, over which a mask may differ.
+    """
+    (q, dq), (k, dk, v, dv) = queries, keys
+    score = torch.bmm(q * scale, k.mT).unflatten(0, lead)
+    if mask is not None and mask.dtype == torch.bool:
+        score.masked_fill_(~mask, -math.inf)
+    elif mask is not None:
+        score += mask
+    # Where all keys are hidden from a query, which costs two more passes to look for.
+    softmax = torch.softmax if mask is None or is_causal else torch._safe_softmax
     share = softmax(score, -1).flatten(0, 1)
     output = torch.bmm(share, v)
     tangent = torch.zeros_like(output) if dv is None else torch.bmm(share, dv)
@@ -210,15 +254,7 @@ def _scaled_dot_product_attention(
         d_share.mul_(share)
         d_share.addcmul_(share, d_share.sum(-1, keepdim=True), value=-1)
         tangent.baddbmm_(d_share, v)
-    shape = (*query.shape[:3], value.shape[-1])
-    return output.view(shape), tangent.view(shape)
-
-
-def _hidden(attn_mask: Tensor | None, is_causal: bool, score: Tensor) -> Tensor | None:
-    """Return True where a query must not see a key, None if no boolean mask says so."""
-    if is_causal:
-        return score.new_ones(score.shape[-2:], dtype=torch.bool).triu_(1)
-    return ~attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else None
+    return output, tangent
 
 
 def _unpacked(value: Tensor | None) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ def train(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
 
 @pytest.mark.parametrize(
     ("r", "longest"),
-    [(0.45, 11), (0.286, AUDIT_INTERVAL), (0.1, 115), (0.01, LONGEST_INTERVAL)],
+    [(0.45, 10), (0.286, AUDIT_INTERVAL), (0.1, 172), (0.01, LONGEST_INTERVAL)],
     ids=str,
 )
 def test_measurements_grow_rare_as_far_as_r_is_from_the_limit(r, longest):
@@ -46,7 +46,7 @@ def test_measurements_grow_rare_as_far_as_r_is_from_the_limit(r, longest):
 
 def test_prediction_is_in_proportion_to_the_step_distance():
     predictor = Predictor(1.0)
-    train(predictor, 0.2, 100)
+    train(predictor, 0.2, 80)
 
     assert predictor.predict(0.12, [1.0], OPTIONS) == pytest.approx(0.24)
 
@@ -104,8 +104,19 @@ def test_prediction_that_fell_short_is_followed_by_measurements_and_a_wider_marg
 
     predictor.learn(0.1, 0.2)
 
-    assert predictor.predict(0.1, [1.0], OPTIONS) is None
+    assert [predictor.predict(0.1, [1.0], OPTIONS) for _ in range(4)][-1] is None
     assert predictor.state_dict()["margin"] > 4
+
+
+def test_measurements_grow_rare_again_after_a_prediction_that_fell_short():
+    predictor = Predictor(1.0)
+    train(predictor, 0.005, 1000)
+    predictor.learn(0.1, 0.01)
+
+    measured = train(predictor, 0.01, 2000)
+
+    assert measured[0] == LONGEST_INTERVAL // 8 - 1
+    assert measured[-1] - measured[-2] == LONGEST_INTERVAL
 
 
 def test_state_survives_json_and_the_first_step_after_it_is_measured():

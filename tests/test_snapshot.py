@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
+from safestep.norms import joint_norm
 from safestep.snapshot import Snapshot
 
 
@@ -57,10 +58,55 @@ def test_restore_is_exact_for_tensors_of_any_size_type_and_layout():
     optimizer.state[params[1]]["count"].zero_()
     update = snapshot.update([])
     moved = [p.detach() - old.detach() for p, old in zip(params, before[0], strict=True)]
+    torch.testing.assert_close(list(update.change), moved, rtol=0, atol=0)
     snapshot.restore()
 
-    torch.testing.assert_close(list(update.change), moved, rtol=0, atol=0)
     torch.testing.assert_close([params, optimizer.state_dict()], before, rtol=0, atol=0)
+
+
+def moved_params(dtype=torch.float32):
+    """Small and large parameters, one of them not contiguous, and a step that moves them."""
+    torch.manual_seed(0)
+    shapes = [(3, 2), (300, 700), (512, 9, 5, 5), (7,)]
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    params[2] = nn.Parameter(params[2].detach().to(memory_format=torch.channels_last))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params, SGD(params, lr=0.1)
+
+
+def test_the_parts_of_an_update_have_its_norm():
+    params, optimizer = moved_params(torch.float64)
+    before = [param.detach().clone() for param in params]
+    snapshot = Snapshot(optimizer)
+
+    snapshot.take()
+    optimizer.step()
+
+    moved = [(p.detach() - old).flatten() for p, old in zip(params, before, strict=True)]
+    norm = float(joint_norm(snapshot.update([]).parts()))
+    assert norm == pytest.approx(float(torch.cat(moved).norm()), rel=1e-12)
+
+
+def test_an_update_is_the_same_where_it_begins_and_where_it_ends():
+    params, optimizer = moved_params()
+    before = [param.detach().clone() for param in params]
+    snapshot = Snapshot(optimizer)
+    snapshot.take()
+    optimizer.step()
+    after = [param.detach().clone() for param in params]
+    moved = [new - old for new, old in zip(after, before, strict=True)]
+    update = snapshot.update([])
+
+    with update.at_start():
+        assert all(map(torch.equal, params, before))
+        assert all(map(torch.equal, update.change, moved))
+
+    assert all(map(torch.equal, params, after))
+    assert all(map(torch.equal, update.change, moved))
+    snapshot.rescale(0.25)
+    for param, old, move in zip(params, before, moved, strict=True):
+        assert torch.equal(param, old + 0.25 * move)
 
 
 def test_an_update_is_found_where_the_optimizer_keeps_its_parameters_in_its_state():

@@ -20,6 +20,7 @@ def attention(*args, **kwargs):
 
 QUERY, KEY, VALUE = (numbers(2, 3, length, width, seed=length)
                      for length, width in ((5, 4), (7, 4), (7, 6)))  # fmt: skip
+LONG = [numbers(1, 3, 300, 4, seed=seed) for seed in range(3)]
 MASK = torch.arange(35).view(5, 7) % 3 != 0
 CASES = {
     "linear": (functional.linear, [numbers(2, 5, 3), numbers(4, 3), numbers(4)], {}),
@@ -50,6 +51,21 @@ CASES = {
     "attention, one query sees nothing": (
         attention, [QUERY, KEY, VALUE], {"attn_mask": MASK & (torch.arange(5) != 2)[:, None]}
     ),
+    "attention, long": (attention, LONG, {}),
+    "attention, long and causal": (attention, LONG, {"is_causal": True}),
+    "attention, causal with fewer keys": (
+        attention, [LONG[0], KEY[:1], VALUE[:1]], {"is_causal": True}
+    ),
+    "attention, causal with more keys": (
+        attention, [QUERY[:1], LONG[1], LONG[2]], {"is_causal": True}
+    ),
+    "attention, long with a mask for all queries": (
+        attention, LONG, {"attn_mask": torch.arange(300) % 7 < 3}
+    ),
+    "attention, long with a mask for each head": (
+        attention, LONG, {"attn_mask": numbers(3, 300, 300) > 0}
+    ),
+    "attention, no query": (attention, [QUERY[:, :, :0], KEY, VALUE], {}),
     "attention, scaled": (attention, [QUERY, KEY, VALUE], {"scale": 0.3}),
     "attention, grouped queries": (
         attention, [numbers(2, 6, 5, 4), KEY, VALUE], {"enable_gqa": True}
