@@ -142,12 +142,10 @@ class _Norms:
     def of(
         cls, update: Sequence[Tensor], gradient: Sequence[Tensor], signals: Sequence[Tensor]
     ) -> _Norms:
-        # The norm of a scalar is its size.
-        sizes, parts = ([t for t in tensors if not t.ndim] for tensors in (signals, update))
-        wide = [[t for t in tensors if t.ndim] for tensors in (update, signals)]
-        norms = each_norm([*wide[0], *gradient, *wide[1]])
-        first, last = len(wide[0]), len(wide[0]) + len(gradient)
-        return cls(parts + norms[:first], norms[first:last], sizes + norms[last:])
+        sizes = [signal for signal in signals if not signal.ndim]  # whose norm is their size
+        norms = each_norm([*update, *gradient, *(signal for signal in signals if signal.ndim)])
+        first, last = len(update), len(update) + len(gradient)
+        return cls(norms[:first], norms[first:last], sizes + norms[last:])
 
     def read(self, others: Sequence[Tensor]) -> tuple[float, float, list[float]]:
         """Return the norm of the update, that of the gradient, and `others`, all at once."""

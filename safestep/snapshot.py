@@ -224,7 +224,7 @@ class _Copies:
             Small moves, until the next call, and the norms of large ones.
         """
         moves = [pack.move() for pack in self._packs if pack.params and not self.are_sharded]
-        for params, copies in in_chunks(*self._apart):
+        for params, copies in in_chunks(*self._apart) if self._apart[0] else ():
             moves += each_norm(torch._foreach_sub(params, copies))
         return moves
 

@@ -9,7 +9,7 @@ forward derivative too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -181,47 +181,46 @@ def _scaled_dot_product_attention(
         return None
     if attn_mask is not None and (is_causal or _tangent(attn_mask) is not None):
         return None
-    (q, dq), (k, dk), (v, dv) = (
-        [None if each is None else each.flatten(0, 1) for each in _unpacked(operand)]
-        for operand in (query, key, value)
-    )
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    length, columns = q.shape[1], k.shape[1]
+    operands = [_unpacked(operand) for operand in (query, key, value)]
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    (batch, heads, length, _), columns = query.shape, key.shape[2]
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*attn_mask.shape[:-2], length, columns)
-    parts = []
-    # A few queries at a time: the scores of all would be the largest tensors of the pass, and no
-    # query looks at a key that comes after it.
-    for begin in range(0, max(1, length), _QUERIES):
-        rows = slice(begin, min(begin + _QUERIES, length))
-        seen = slice(min(rows.stop, columns) if is_causal else columns)
-        queries = [each if each is None else each[:, rows] for each in (q, dq)]
-        keys = [each if each is None else each[:, seen] for each in (k, dk, v, dv)]
-        mask = None if attn_mask is None else attn_mask[..., rows, :]
-        if is_causal:
-            mask = q.new_ones(rows.stop - begin, seen.stop, dtype=torch.bool).tril_(begin)
-        parts.append(_attended(queries, keys, mask, is_causal, scale, query.shape[:2]))
-    shape = (*query.shape[:3], value.shape[-1])
+        attn_mask = attn_mask.expand(batch, heads, length, columns)
+    like, shape = operands[0][0], (*query.shape[:3], value.shape[-1])
+    # Laid out as torch's fused kernels do: models have views of it.
     output, tangent = (
-        (each[0] if len(each) == 1 else torch.cat(each, 1)).view(shape)
-        for each in zip(*parts, strict=True)
+        torch.empty_like(like) if shape == like.shape else like.new_empty(shape) for _ in range(2)
     )
+    # A few samples and queries at a time: the scores of all would be the largest tensors of the
+    # pass, those of a few stay in a cache, and no query looks at a key that comes after it.
+    at_once, size = _SCORES.get(query.device.type, _SCORES_ELSEWHERE)
+    samples = max(1, size // max(1, heads * min(at_once, length) * columns))
+    for first in range(0, batch, samples):
+        some = slice(first, first + samples)
+        (q, dq), (k, dk), (v, dv) = (
+            [None if each is None else each[some].flatten(0, 1) for each in operand]
+            for operand in operands
+        )
+        for begin in range(0, length, at_once):
+            rows = slice(begin, min(begin + at_once, length))
+            seen = slice(min(rows.stop, columns) if is_causal else columns)
+            queries = [None if each is None else each[:, rows] for each in (q, dq)]
+            keys = [None if each is None else each[:, seen] for each in (k, dk, v, dv)]
+            mask = None if attn_mask is None else attn_mask[some, :, rows].flatten(0, 1)
+            found = _attended(queries, keys, mask, begin if is_causal else None, scale)
+            for each, place in zip(found, (output, tangent), strict=True):
+                place = place[some, :, rows]
+                place.copy_(each.view(place.shape))
     return output, tangent
 
 
-_QUERIES = 128
+# How many queries at once, and about how many scores: on a CPU, what its cache holds.
+_SCORES = {"cpu": (64, 2**16)}
+_SCORES_ELSEWHERE = (256, 2**26)
 
 
 def _attended(
-    queries: list[Any],
-    keys: list[Any],
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    lead: Sequence[int],
+    queries: list[Any], keys: list[Any], mask: Tensor | None, first: int | None, scale: float
 ) -> Dual:
     """Return what some queries see and its tangent, of operands of shape ``[batch * heads, *, *]``.
 
@@ -229,30 +228,29 @@ def _attended(
         queries: The queries, and their tangent or None.
         keys: Keys, their tangent or None, values, and theirs.
         mask: True where a query sees a key, or what is added to the scores; None: all of it.
-        is_causal: Whether the mask leaves every query a key.
+        first: Number of the first query, if none looks at keys after it, else None.
         scale: Factor of the scores.
-        lead: Batch size and number of heads, over which a mask may differ.
     """
     (q, dq), (k, dk, v, dv) = queries, keys
-    score = torch.bmm(q * scale, k.mT).unflatten(0, lead)
+    score = torch.bmm(q * scale, k.mT)
     if mask is not None and mask.dtype == torch.bool:
         score.masked_fill_(~mask, -math.inf)
     elif mask is not None:
         score += mask
-    # Where all keys are hidden from a query, which costs two more passes to look for.
-    softmax = torch.softmax if mask is None or is_causal else torch._safe_softmax
-    share = softmax(score, -1).flatten(0, 1)
+    if first is not None:
+        later = score[..., first:]
+        later.masked_fill_(later.new_ones(later.shape[1:], dtype=torch.bool).triu_(1), -math.inf)
+    # Only a mask that is given can hide all keys from a query, and that costs two more passes.
+    share = (torch.softmax if mask is None else torch._safe_softmax)(score, -1)
     output = torch.bmm(share, v)
     tangent = torch.zeros_like(output) if dv is None else torch.bmm(share, dv)
     if dq is not None or dk is not None:
-        d_share = score.flatten(0, 1)  # its memory: beta = 0 does not look at what is in it
-        beta = 0
+        d_score, beta = score, 0  # its memory: beta = 0 does not look at what is in it
         for left, right in ((dq, k), (q, dk)):
             if left is not None and right is not None:
-                d_share.baddbmm_(left, right.mT, beta=beta, alpha=scale)
+                d_score.baddbmm_(left, right.mT, beta=beta, alpha=scale)
                 beta = 1
-        d_share.mul_(share)
-        d_share.addcmul_(share, d_share.sum(-1, keepdim=True), value=-1)
+        d_share = torch._softmax_backward_data(d_score, share, -1, share.dtype)
         tangent.baddbmm_(d_share, v)
     return output, tangent
 

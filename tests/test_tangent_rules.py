@@ -127,6 +127,20 @@ def test_autocast_regions_keep_torch_rules():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_attention_is_laid_out_as_by_the_fused_kernel(is_packed, width):
+    query = numbers(2, 5, 3, 3, 4)[:, :, 0].transpose(1, 2) if is_packed else numbers(2, 3, 5, 4)
+    value = numbers(2, 3, 5, width)
+    with torch.no_grad(), forward_ad.dual_level(), TangentRules():
+        dual = forward_ad.make_dual(query, query.cos())
+        found = functional.scaled_dot_product_attention(dual, query, value)
+        expected = functional.scaled_dot_product_attention(query, query, value)
+
+        assert found.stride() == expected.stride()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_fused_attention_has_a_tangent():
     """Torch itself has none for its fused kernels: the rule is what answers here."""
     with torch.no_grad(), forward_ad.dual_level(), TangentRules():
