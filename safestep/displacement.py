@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safestep.duals import Written
 from safestep.shards import local
@@ -93,8 +93,13 @@ def _pieces(
     left: Iterable[Tensor], right: Iterable[Tensor], limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for one, other in zip(left, right, strict=True):
-        if one.numel() <= limit or not (one.is_contiguous() and other.is_contiguous()):
+        if one.numel() <= limit or not (_can_be_split(one) and _can_be_split(other)):
             yield one, other
         else:
             flat = (each.view(-1).split(limit) for each in (one, other))
             yield from zip(*flat, strict=True)
+
+
+def _can_be_split(tensor: Tensor) -> bool:
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and tensor.is_contiguous()
