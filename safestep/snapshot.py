@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from operator import is_
 from typing import Any
@@ -109,7 +109,7 @@ class Snapshot:
 class _Made(Update):
     """An update that is nowhere held as a whole."""
 
-    copies: _Copies = None  # type: ignore[assignment]  # a field after others with defaults
+    copies: _Copies = field(kw_only=True)
 
     def parts(self) -> list[Tensor]:
         return self.copies.moves()
