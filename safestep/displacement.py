@@ -100,6 +100,13 @@ def _pieces(
             yield from zip(*flat, strict=True)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor surely takes views: a subclass may not know what to do."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def _can_be_split(tensor: Tensor) -> bool:
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return is_plain and tensor.is_contiguous()
+    return is_plain(tensor) and tensor.is_contiguous()

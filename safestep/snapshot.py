@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.optim import LBFGS, Optimizer
 
-from safestep.displacement import in_chunks
+from safestep.displacement import in_chunks, is_plain
 from safestep.gauge import Update
 from safestep.holdings import Holdings
 from safestep.norms import each_norm
@@ -27,7 +27,6 @@ from safestep.shards import are_sharded, counted_here, local
 _SMALL = 2**16
 # Elements of all tensors together whose copies' memory is kept from step to step.
 _KEPT = 2**20
-_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may not know what to do
 
 
 class Snapshot:
@@ -173,12 +172,12 @@ class _Copies:
         self.are_sharded = are_sharded(held.params)
         size = sum(map(Tensor.numel, own.values()))
         is_usual = not torch.is_inference_mode_enabled()  # what is made there cannot be written to
-        self.are_small = is_usual and size <= _KEPT and all(map(_is_plain, self._tensors))
+        self.are_small = is_usual and size <= _KEPT and all(map(is_plain, self._tensors))
         are_params = dict.fromkeys(self.shards)
         small: dict[Any, list[Tensor]] = defaultdict(list)  # parameters first
         large: list[Tensor] = []
         for tensor in own.values():
-            is_small = _is_plain(tensor) and tensor.numel() <= _SMALL and tensor.is_contiguous()
+            is_small = is_plain(tensor) and tensor.numel() <= _SMALL and tensor.is_contiguous()
             group = small[tensor.device, tensor.dtype] if is_small else large
             group.append(tensor)
         self._packs = [
@@ -262,10 +261,6 @@ def _parts(packed: Tensor, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tens
 def _without_graph(tensor: Tensor) -> Tensor:
     # To leave gradient mode at every step would take longer than to copy small tensors.
     return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
 _NONE = _Copies(Holdings([], [], [], []))
