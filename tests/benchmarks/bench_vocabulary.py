@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from time import perf_counter
 
 import torch
+from bench_step import peak_resident
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -95,18 +94,11 @@ def extra_memory(sizes: tuple[int, int, int], rung: Rung, spread: float, queue: 
     radius(small, few, rung, LogitFinder())  # loads what is loaded once
     for _ in range(6):  # what training holds: where the heap has a hole, one step holds less
         head(torch.zeros(sizes[0], dtype=torch.int64)).backward()
-    before = peak_memory()
+    before = peak_resident()
     finder = LogitFinder()
     for _ in range(2):
         radius(head, update, rung, finder)
-    queue.put(peak_memory() - before)
-
-
-def peak_memory() -> float:
-    """Return the peak resident size in MiB, on Linux."""
-    # Not getrusage: what it says of a spawned process is at least the size of its parent.
-    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(line) / 1024
+    queue.put(peak_resident() - before)
 
 
 def main() -> None:
