@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import hypot
 
 import torch
 import torch.distributed as dist
@@ -32,27 +31,41 @@ def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measur
     """
     if world_size(group) == 1:
         return measurement
-    mine = torch.tensor(
-        [
-            measurement.finding, measurement.radius, measurement.spread,
-            measurement.bottleneck, measurement.step_norm,
-        ],
-        dtype=torch.float64, device=_device(group),
+    rows = gathered(
+        (measurement.finding, measurement.radius, measurement.spread, measurement.bottleneck,
+         measurement.step_norm), group,
     )  # fmt: skip
-    rows = [torch.empty_like(mine) for _ in range(world_size(group))]
-    dist.all_gather(rows, mine, group=group)
-    everyone = [
-        Measurement(Finding(int(finding)), radius, spread, int(bottleneck), step_norm)
-        for finding, radius, spread, bottleneck, step_norm in torch.stack(rows).tolist()
-    ]
-    if any(worker.finding is not Finding.MEASURED for worker in everyone):
-        reasons: list[str | None] = [None for _ in everyone]
+    findings, radii, _, _, step_norms = rows.unbind(1)
+    if not findings.any():  # all measured: thousands of workers are not looked at one by one
+        worst = _measurement(rows[radii.argmin()].tolist())
+    else:
+        reasons: list[str | None] = [None for _ in rows]
         dist.all_gather_object(reasons, measurement.reason, group=group)
-        everyone = [replace(m, reason=r) for m, r in zip(everyone, reasons, strict=True)]
-    worst = worst_of(everyone)
+        everyone = map(_measurement, rows.tolist())
+        worst = worst_of([replace(m, reason=r) for m, r in zip(everyone, reasons, strict=True)])
     if measurement.is_partial:
-        worst = replace(worst, step_norm=hypot(*(worker.step_norm for worker in everyone)))
+        worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
     return worst
+
+
+def gathered(numbers: Sequence[float], group: ProcessGroup | None = None) -> Tensor:
+    """Return the numbers of every worker.
+
+    One small all-gather, which every rank of the group must run.
+
+    Args:
+        numbers: This worker's; as many on every worker.
+        group: The workers; None for the default process group, if there is one.
+
+    Returns:
+        A float64 tensor on the CPU of shape ``[N, K]``: a row for each worker, by rank.
+    """
+    if world_size(group) == 1:
+        return torch.tensor([numbers], dtype=torch.float64)
+    mine = torch.tensor(numbers, dtype=torch.float64, device=_device(group))
+    rows = mine.new_empty(world_size(group), len(numbers))
+    dist.all_gather(list(rows), mine, group=group)
+    return rows.cpu()
 
 
 def apart_from_shards(
@@ -79,6 +92,11 @@ def apart_from_shards(
     # The rank that raised waits for the others' timeout, and longer: they have to get here.
     options = {"timeout": 2 * timeout, "use_local_synchronization": True}
     return dist.new_group(ranks, **options)  # type: ignore[return-value]
+
+
+def _measurement(row: Sequence[float]) -> Measurement:
+    finding, radius, spread, bottleneck, step_norm = row
+    return Measurement(Finding(int(finding)), radius, spread, int(bottleneck), step_norm)
 
 
 def world_size(group: ProcessGroup | None = None) -> int:

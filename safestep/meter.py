@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan, pi
 
@@ -16,6 +16,9 @@ from safestep.inner_watch import InnerWatch
 from safestep.norms import each_norm, joined, joint_norm
 from safestep.predict import Predictor
 from safestep.shards import local
+
+# Takes the numbers of this worker and returns those of all, a row for each.
+Gather = Callable[[Sequence[float]], Tensor]
 
 
 class Meter:
@@ -51,25 +54,29 @@ class Meter:
         """One line that says which logits are measured; None before any were."""
         return self._gauge.finder.description
 
-    def measure(self, update: Update, options: tuple[float, ...]) -> tuple[Measurement, Reading]:
+    def measure(
+        self, update: Update, options: tuple[float, ...], gather: Gather | None = None
+    ) -> tuple[Measurement, Reading]:
         """Return what was measured and how; an obstacle is in the measurement's reason.
 
         Args:
             update: The update.
             options: What turns the direction of an update when it changes.
+            gather: Where there are several workers: returns the numbers of every worker as rows.
+                All predict from the same numbers, and all measure where one would: the others would
+                wait for it, or it for shards that no other gathers.
 
         Returns:
             The measurement, and the reading that it comes from.
         """
         gradients = [g for param in update.params if (g := param.grad) is not None]
-        is_partial = update.is_sharded
-        predictor = None if is_partial else self._predictor
+        is_partial, predictor = update.is_sharded, self._predictor
         watched = [] if predictor is None else [s for call in update.calls for s in call.signals]
         gradients = list(map(local, gradients)) if is_partial else gradients
         norms = _Norms.of(update.parts(), gradients, watched)
         if predictor is not None:
-            predicted = self._predict(predictor, norms, options)
-            if predicted is not None and update.calls:
+            predicted = self._predict(predictor, norms, options, update, gather)
+            if predicted is not None:
                 return predicted, _PREDICTED
         reading, obstacle = self._read(update)
         # The one host synchronization of a measured step.
@@ -78,20 +85,37 @@ class Meter:
         reason = self._reason(finding, obstacle, update)
         if finding is not Finding.MEASURED:
             return Measurement(finding, radius, spread, -1, step_norm, reason, is_partial), reading
-        if self._predictor is not None:
-            self._predictor.learn(step_norm, 1.0 / radius)
         found = Measurement(finding, radius, spread, int(index), step_norm, None, is_partial)
         return found, reading
+
+    def learn(self, measurement: Measurement) -> None:
+        """Take what was measured, agreed over all workers, to predict from.
+
+        Args:
+            measurement: The measurement.
+        """
+        if self._predictor is not None and measurement.finding is Finding.MEASURED:
+            r = 1.0 / measurement.radius if measurement.radius else inf
+            self._predictor.learn(measurement.step_norm, r)
 
     def _predict(
         self,
         predictor: Predictor,
         norms: _Norms,
         options: tuple[float, ...],
+        update: Update,
+        gather: Gather | None,
     ) -> Measurement | None:
         step_norm, gradient_norm, signals = norms.read(norms.signals)
-        r = predictor.predict(step_norm, [gradient_norm, *map(abs, signals)], options)
-        if r is None:
+        sizes = [step_norm, gradient_norm, *map(abs, signals)]
+        if gather is not None:
+            sizes = _over_workers(sizes, gather, are_parts=update.is_sharded)
+        step_norm, *signals = sizes
+        r = predictor.predict(step_norm, signals, options)
+        r = nan if r is None or not update.calls else r
+        if gather is not None:
+            r = float(gather([r]).amax())  # NaN where any is
+        if r != r:
             return None
         return Measurement(Finding.MEASURED, 1.0 / r if r else inf, r * pi, -1, step_norm)
 
@@ -128,6 +152,32 @@ class Meter:
 
 # No row: nothing was measured.
 _PREDICTED = Reading(torch.empty(0), "predicted")
+
+
+def _over_workers(sizes: Sequence[float], gather: Gather, *, are_parts: bool) -> list[float]:
+    """Return the sizes that the batch of all workers has: two norms, and signals.
+
+    That is what keeps the number of workers out of the decision: each one's own data would look
+    unusual now and then, and with enough workers there would be such a one in every step.
+
+    Args:
+        sizes: Those of this worker.
+        gather: Returns what every worker has.
+        are_parts: Whether the norms are those of this worker's shard.
+
+    Returns:
+        The norms over all workers, and the largest of each signal.
+    """
+    slots = [0.0] * _SLOTS  # as many on every worker
+    for index, signal in enumerate(sizes[2:]):
+        # NaN is as unusual as infinity, and infinity stays the largest.
+        slots[index % _SLOTS] = max(signal, slots[index % _SLOTS]) if signal == signal else inf
+    rows = gather([*sizes[:2], *slots])
+    norms = rows[:, :2].norm(dim=0) if are_parts else rows[:, :2].amax(0)
+    return [*norms.tolist(), *rows[:, 2:].amax(0).tolist()]
+
+
+_SLOTS = 3 * 8  # three signals each of eight outputs or micro-batches; those after share a slot
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from math import nan
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from safestep.binding import radii_of_step
 from safestep.capture import LogitsFn
 from safestep.controller import Action, Measurement, Rung, StepController, StepReport
-from safestep.distributed import agree, apart_from_shards
+from safestep.distributed import agree, apart_from_shards, gathered, world_size
 from safestep.gauge import Reading
 from safestep.hooks import DetachableHook
 from safestep.inner_watch import RadiusName, inner_watch
@@ -141,8 +142,7 @@ class SafeStep:
         self._inside = inner_watch(module, radii)
         self._meter = Meter(
             module, names, self._controller,
-            "jvp" if estimator == "auto" else estimator, self._predictor, logits,
-            self._inside,
+            "jvp" if estimator == "auto" else estimator, self._predictor, logits, self._inside,
         )  # fmt: skip
         self._handles = (
             self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
@@ -287,10 +287,12 @@ class SafeStep:
 
     def _judged_step(self) -> tuple[StepReport, Reading]:
         update = self._change.update(self._recorder.take())
-        measurement, reading = self._meter.measure(update, self._direction_options())
-        if reading.estimator != "predicted":
+        gather = partial(gathered, group=self._group) if world_size(self._group) > 1 else None
+        measurement, reading = self._meter.measure(update, self._direction_options(), gather)
+        if reading.estimator != "predicted":  # which all workers know already
             self._tell(measurement, reading)
-        measurement = agree(measurement, self._group)
+            measurement = agree(measurement, self._group)
+            self._meter.learn(measurement)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr, reading.estimator)
         if report.status == "skipped":

@@ -97,6 +97,18 @@ def test_ranks_report_the_same(ranks, scenario):
         assert len(seen) == 1
 
 
+def test_ranks_predict_from_the_same_numbers_and_measure_in_the_same_steps(ranks):
+    """What looks unusual in one's own data need not be so in the batch of all."""
+    steps = zip(*(found["predicted"]["reports"] for found in ranks), strict=True)
+    seen = [{(r.estimator, r.normalized_step, r.scale) for r in reports} for reports in steps]
+
+    assert all(len(found) == 1 for found in seen)
+    is_predicted = [estimator == "predicted" for ((estimator, _, _),) in seen]
+    assert not any(is_predicted[:16])
+    assert is_predicted[30]  # where the gradient of one rank, far below the others', jumps
+    assert sum(is_predicted[16:]) > 0.5 * len(is_predicted[16:])
+
+
 def test_a_rank_that_raises_is_named_and_holds_nobody_up(ranks):
     reports = ranks[0]["raises"]["reports"]
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from safestep.predict import MARGIN
 from safestep.shards import counted_here, is_sharded, local
 
 PROCESSES = Path(__file__).parent / "processes"
 LIMIT = 1.0
+JUMP, OUTLIER = 35, 50  # steps of the longer run, as in guarded_shards.py
 
 
 @pytest.fixture(
@@ -66,6 +68,32 @@ def test_shards_are_measured_like_whole_parameters(
     for found in ranks:
         measured = [report["normalized_step"] for report in found[scenario]["reports"]]
         assert measured == pytest.approx(expected, rel=tolerance)
+
+
+def test_ranks_predict_together_and_measure_together(ranks, dense_normalized_step):
+    """A rank that ran again alone would wait for shards that no other rank gathers."""
+    reports = [found["predicted"]["reports"] for found in ranks]
+    steps = ranks[0]["predicted"]["steps"]
+
+    for seen in zip(*reports, strict=True):  # one step, on every rank
+        assert len({(r["estimator"], r["normalized_step"], r["step_norm"]) for r in seen}) == 1
+    is_predicted = [report["estimator"] == "predicted" for report in reports[0]]
+    assert 0.3 < sum(is_predicted[16:]) / len(is_predicted[16:]) < 1
+    assert not any(is_predicted[:16])
+    # The learning rate of all, and the loss of one.
+    assert reports[0][JUMP]["status"] == "clipped"
+    assert not is_predicted[JUMP]
+    assert not is_predicted[OUTLIER]
+    for step, report in enumerate(reports[0]):
+        if step == JUMP:
+            continue  # its update was scaled: what is left of it has an r of 1
+        batches = [found["predicted"]["steps"][step][2] for found in ranks]
+        before, after, _ = steps[step]
+        exact = dense_normalized_step(whole(before), whole(after), *batches)
+        if is_predicted[step]:  # from the largest of a few, over the ranks
+            assert exact / MARGIN < report["normalized_step"] < 8 * exact
+        else:  # up to the rounding of an update of 1e-4
+            assert report["normalized_step"] == pytest.approx(exact, rel=1e-2)
 
 
 @pytest.mark.parametrize("scenario", ["clipped", "replicated, clipped", "ahead-clipped"])

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_growth.py --axis batch width depth vocabulary ranks --figure g.png
 
-Guarded and plain steps are interleaved, as in bench_step.py. Ranks are gloo processes under DDP,
-each with a batch of its own on one thread.
+Guarded and plain steps are interleaved, as in bench_step.py. Ranks are gloo processes, each with a
+batch of its own on one thread: under DDP ("ranks"), or with sharded parameters ("shards", FSDP2).
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from bench_step import Shape, time_steps
+from bench_step import Block, Shape, time_steps
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.append(str(Path(__file__).parents[1] / "processes"))
 from launch import run
 
-AXES = ("batch", "width", "depth", "vocabulary", "ranks")
+AXES = ("batch", "width", "depth", "vocabulary", "ranks", "shards")
 KINDS = ["plain", "auto", "jvp"]
 FACTORS = (0.25, 0.5, 1, 2)
 RANKS = (1, 2, 4)
@@ -50,22 +53,31 @@ def grown(axis: str, steps: int) -> list[Point]:
     return points
 
 
-def on_ranks(steps: int) -> list[Point]:
-    """Return a point for each number of ranks."""
+def on_ranks(steps: int, axis: str) -> list[Point]:
+    """Return a point for each number of ranks, which hold all parameters or a shard of each."""
     points = []
     for ranks in RANKS:
         output = Path(tempfile.mkdtemp(), "point.json")
-        run(_on_rank, ranks, steps, output, timeout=900)
+        run(_on_rank, ranks, steps, axis, output, timeout=900)
         points.append(json.loads(output.read_text()))
     return points
 
 
-def _on_rank(rank: int, steps: int, output: Path) -> None:
-    seconds = time_steps(
-        KINDS, "gpt", BASE, steps, "cpu", torch.float32, wrap=DistributedDataParallel
-    )
+def _on_rank(rank: int, steps: int, axis: str, output: Path) -> None:
+    wrap = WRAPPERS[axis]
+    seconds = time_steps(KINDS, "gpt", BASE, steps, "cpu", torch.float32, wrap=wrap)
     if rank == 0:
         output.write_text(json.dumps(point(dist.get_world_size(), seconds)))
+
+
+def _sharded(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in filter(lambda module: isinstance(module, Block), model.modules()):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPERS = {"ranks": DistributedDataParallel, "shards": _sharded}
 
 
 def draw(growth: dict[str, list[Point]], path: Path) -> None:
@@ -98,9 +110,9 @@ def main() -> None:
     arguments = parser.parse_args()
     growth = {}
     # Ranks first: processes are forked, which must happen before the first backward.
-    for axis in sorted(arguments.axis, key=lambda axis: axis != "ranks"):
+    for axis in sorted(arguments.axis, key=lambda axis: axis not in WRAPPERS):
         growth[axis] = (
-            on_ranks(arguments.steps) if axis == "ranks" else grown(axis, arguments.steps)
+            on_ranks(arguments.steps, axis) if axis in WRAPPERS else grown(axis, arguments.steps)
         )
         print(f"\n| {axis} | plain, ms | auto | jvp |\n|---|---|---|---|")
         for found in growth[axis]:

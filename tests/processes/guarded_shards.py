@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from safestep import SafeStep
 
 STEPS = 5
+# What happens in a longer run: every rank's learning rate jumps, or the loss of the last rank does.
+JUMP, OUTLIER = 35, 50
 
 
 def network():
@@ -29,6 +31,7 @@ def main(rank, output):
         "secant": train(rank, lr=0.01, estimator="secant"),
         "difference": train(rank, lr=0.01, estimator="difference"),
         "auto": train(rank, lr=0.01, estimator="auto"),
+        "predicted": train(rank, lr=1e-4, estimator="auto", num_steps=60),
         "skipped": train(rank, lr=0.01, spoiled=1),
         "watched": train(rank, **watched),
         "unguarded": train(rank, lr=0.01, action=None),
@@ -49,7 +52,7 @@ def main(rank, output):
 
 def train(
     rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replicas=None, num_batches=1,
-    copy=True, is_padded=False, **sharding,
+    copy=True, is_padded=False, num_steps=STEPS, **sharding,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = network()
@@ -64,8 +67,10 @@ def train(
     guard = SafeStep(optimizer, model, **options) if action else None
     generator = torch.Generator().manual_seed(rank)
     steps, reports = [], []
-    for step in range(STEPS):
+    for step in range(num_steps):
+        optimizer.param_groups[0]["lr"] = 1e4 * lr if step == JUMP else lr
         inputs = torch.randn(8 * num_batches, 6, generator=generator)
+        is_outlier = step == OUTLIER and rank == dist.get_world_size() - 1
         inputs[:8] *= num_batches  # the first of several has the longest rows
         if spoiled == rank and step == 1:
             inputs[0] = torch.nan
@@ -75,7 +80,7 @@ def train(
             if is_padded and guard:
                 guard.record(padded_loss, model, batch)
             loss = padded_loss if is_padded else plain_loss
-            loss(model, batch).backward()
+            (loss(model, batch) * (20 if is_outlier else 1)).backward()
         before = gathered(model)
         optimizer.step()
         steps.append((before, gathered(model), inputs))
