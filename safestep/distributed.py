@@ -19,8 +19,8 @@ _is_initialized = getattr(dist, "is_initialized", bool)  # which some builds of 
 def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measurement:
     """Return the measurement that all workers act on; without a process group, the one given.
 
-    One small all-gather, which every rank of the group must run in every step; a second one, of the
-    reasons, only where a rank found an obstacle, which all know after the first.
+    One small all-gather, which every rank of the group must run; a second one, of the reasons, only
+    where a rank found an obstacle, which all know after the first.
 
     Args:
         measurement: This worker's.
