@@ -1,5 +1,6 @@
 """SafeStep over the ranks of real gloo processes: one decision, the same bits everywhere."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,21 @@ def test_ranks_predict_from_the_same_numbers_and_measure_in_the_same_steps(ranks
     assert not any(is_predicted[:16])
     assert is_predicted[30]  # where the gradient of one rank, far below the others', jumps
     assert sum(is_predicted[16:]) > 0.5 * len(is_predicted[16:])
+
+
+@pytest.mark.slow
+def test_many_ranks_do_not_measure_more_often_than_one(tmp_path):
+    """Each for itself would: some data look unusual on one of them in every eighth step."""
+    shares = []
+    for num_ranks in (1, 8):
+        run_script("measured_share.py", tmp_path, num_ranks)
+        paths = [tmp_path / f"rank{rank}.json" for rank in range(num_ranks)]
+        ranks = [json.loads(path.read_text())[20:] for path in paths]
+        measured = [set(estimators) != {"predicted"} for estimators in zip(*ranks, strict=True)]
+        shares.append(sum(measured) / len(measured))
+
+    assert shares[0] < 0.03
+    assert shares[1] < 0.03
 
 
 def test_a_rank_that_raises_is_named_and_holds_nobody_up(ranks):
