@@ -11,25 +11,28 @@ from typing import Any
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
 AUDIT_INTERVAL = 60  # a JVP costs about one step: one in 60 keeps an audit below 2 %
-LONGEST_INTERVAL = 320  # where the bound may grow tenfold before it is over the limit
-WINDOW = 32  # steps that say what is usual
+LONGEST_INTERVAL = 320  # where the bound may grow sixfold before it is over the limit
+NEAR = 0.8  # of the limit: a bound that comes nearer is measured more often
+WINDOW = 32  # steps that say what is usual, and exact measurements that bound the next ones
 JUMP = 1.5  # times the window's maximum: minibatch noise stays below
 DRIFT = 2.0  # times the largest at the last measurements: a warm-up goes there without a jump
-MARGIN = 1.75  # growth of r per unit of distance that is always allowed for between measurements
-_RECENT = 4  # exact measurements whose largest is carried forward
+OUTLIER = 3.0  # times the latest measurements: one that was over that was of other data
+MARGIN = 1.4  # growth of r per unit of distance that is always allowed for between measurements
+_RECENT = 4  # exact measurements that say what r and the signals are now
 
 
 class Predictor:
     """Bound the next r from the last exact ones, and say when that is not enough.
 
     Along one direction r is proportional to the step distance, and the factor, the spread per unit
-    of distance over pi, drifts slowly from step to step. The bound is that factor, times the
-    distance of this step, times a margin that grows with every prediction that fell short. An
-    exact measurement is called for
+    of distance over pi, drifts slowly. From one batch to the next it varies, being that of the
+    worst row. The bound is the largest factor of the last 32 measurements (but for a bad batch,
+    which the latest ones are far below), times the distance of this step, times a margin that grows
+    with every prediction that fell short. An exact measurement is called for
 
     - in the first steps, and after at most 60 steps without one, up to 320 as the bound lies below
-      half the limit, down to 4 as it comes from there to the limit; sooner after a prediction that
-      fell short;
+      0.8 of the limit, down to 24 as it comes from there to the limit; sooner after a prediction
+      that fell short;
     - where the bound is over the limit;
     - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)
       exceeds what was usual: another direction or other data; or where it has crept to twice
@@ -42,7 +45,7 @@ class Predictor:
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self._factors: deque[float] = deque(maxlen=_RECENT)
+        self._factors: deque[float] = deque(maxlen=WINDOW)
         self._margin = MARGIN
         self._steps = 0
         self._interval = 1
@@ -73,9 +76,9 @@ class Predictor:
         self._options = options
         if is_unusual or self._steps <= FIRST_STEPS or not self._factors:
             return None
-        predicted = max(self._factors) * step_norm
-        bound = predicted * self._margin
-        return predicted if bound <= self.limit and not self._is_due(bound) else None
+        latest, largest = self._latest_and_largest()
+        bound = largest * step_norm * self._margin
+        return latest * step_norm if bound <= self.limit and not self._is_due(bound) else None
 
     def learn(self, step_norm: float, normalized_step: float) -> None:
         """Take an exact measurement.
@@ -87,7 +90,8 @@ class Predictor:
         if not (step_norm > 0 and math.isfinite(normalized_step)):
             return
         factor = normalized_step / step_norm
-        growth = factor / max(self._factors) if self._factors and max(self._factors) > 0 else 1.0
+        _, largest = self._latest_and_largest()
+        growth = factor / largest if largest > 0 else 1.0
         # A prediction that held makes the next ones last longer; one that fell short, shorter.
         has_held = growth <= self._margin
         longer, shorter = min(2 * self._interval, LONGEST_INTERVAL), max(self._interval // 8, 1)
@@ -116,7 +120,7 @@ class Predictor:
         Args:
             state: The state; it is not changed.
         """
-        self._factors = deque(state["factors"], maxlen=_RECENT)
+        self._factors = deque(state["factors"], maxlen=WINDOW)
         self._margin = state["margin"]
         self._steps = state["steps"]
         self._interval = state["interval"]
@@ -124,8 +128,13 @@ class Predictor:
         self._usual = _Window(WINDOW, state["usual"])
         self._measured = _Window(_RECENT, state["measured"])
 
+    def _latest_and_largest(self) -> tuple[float, float]:
+        """Return the largest factor of the latest measurements, and of all that still count."""
+        latest = max(list(self._factors)[-_RECENT:], default=0.0)
+        return latest, max((f for f in self._factors if f <= OUTLIER * latest), default=0.0)
+
     def _is_due(self, bound: float) -> bool:
-        headroom = self.limit / (2 * bound) if bound > 0 else math.inf
+        headroom = NEAR * self.limit / bound if bound > 0 else math.inf
         # Close to the limit r may be twice what it was before any signal shows it.
         share = headroom if headroom > 1 else headroom**4
         longest = min(AUDIT_INTERVAL * share, LONGEST_INTERVAL)

@@ -12,6 +12,9 @@ from safestep.predict import (
     JUMP,
     LONGEST_INTERVAL,
     MARGIN,
+    NEAR,
+    OUTLIER,
+    WINDOW,
     Predictor,
     _Window,
 )
@@ -31,7 +34,7 @@ def train(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
 
 @pytest.mark.parametrize(
     ("r", "longest"),
-    [(0.45, 10), (0.286, AUDIT_INTERVAL), (0.1, 172), (0.01, LONGEST_INTERVAL)],
+    [(0.7, 27), (NEAR / MARGIN + 1e-3, AUDIT_INTERVAL), (0.2, 172), (0.01, LONGEST_INTERVAL)],
     ids=str,
 )
 def test_measurements_grow_rare_as_far_as_r_is_from_the_limit(r, longest):
@@ -98,11 +101,35 @@ def test_step_that_the_margin_puts_over_the_limit_is_measured():
     assert len(train(predictor, 1.01 / MARGIN, 100)) == 100
 
 
+def test_largest_of_many_measurements_bounds_r_and_the_latest_predict_it():
+    predictor = Predictor(0.36)
+    train(predictor, 0.1, FIRST_STEPS)
+    predictor.learn(0.1, 0.25)  # with the margin, 0.35
+    for _ in range(WINDOW - 1):  # too few to forget it
+        predictor.learn(0.1, 0.1)
+
+    assert predictor.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.1)
+    assert predictor.predict(0.105, [1.0], OPTIONS) is None
+    predictor.learn(0.1, 0.1)
+    assert predictor.predict(0.105, [1.0], OPTIONS) == pytest.approx(0.105)
+
+
+def test_bad_batch_is_forgotten_when_the_latest_measurements_are_far_below_it():
+    predictor = Predictor(1.0)
+    train(predictor, 0.1, FIRST_STEPS)
+    predictor.learn(0.1, 3 * 0.1 * OUTLIER)
+    for _ in range(4):
+        assert predictor.predict(0.1, [1.0], OPTIONS) is None
+        predictor.learn(0.1, 0.1)
+
+    assert predictor.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.1)
+
+
 def test_prediction_that_fell_short_is_followed_by_measurements_and_a_wider_margin():
     predictor = Predictor(1.0)
     train(predictor, 0.05, 400)
 
-    predictor.learn(0.1, 0.2)
+    predictor.learn(0.1, 0.21)
 
     assert [predictor.predict(0.1, [1.0], OPTIONS) for _ in range(4)][-1] is None
     assert predictor.state_dict()["margin"] > 4

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -98,6 +99,7 @@ class Tally:
     misses: int = 0
     over_four: int = 0
     largest: float = 0.0
+    usual: float = 0.0  # median r of all steps
 
 
 def digits_batches(image: bool) -> Callable[[random.Random], Iterator[Batch]]:
@@ -208,6 +210,7 @@ def run(task: Task, scenario: str, seed: int, *, is_told: bool = False) -> Tally
     guard = SafeStep(optimizer, model, estimator="auto")
     twin = deepcopy(model)
     tally = Tally(task.name, scenario)
+    seen = []
     for step, batch in zip(range(RUN_STEPS), task.batches(rng), strict=False):
         if scenario == "poisoned batch" and rng.random() < 0.02:
             batch = poison(batch, rng)
@@ -222,9 +225,12 @@ def run(task: Task, scenario: str, seed: int, *, is_told: bool = False) -> Tally
         before = {name: param.detach().clone() for name, param in model.named_parameters()}
         optimizer.step()
         tally.steps += 1
+        seen.append(guard.last.normalized_step)
         if guard.last.estimator == "predicted":
-            audit(tally, exact_r(model, twin, before, batch[0]))
+            seen[-1] = exact_r(model, twin, before, batch[0])
+            audit(tally, seen[-1])
     guard.detach()
+    tally.usual = statistics.median(seen)
     return tally
 
 
@@ -252,13 +258,15 @@ def audit(tally: Tally, r: float) -> None:
 def table(tallies: list[Tally]) -> str:
     """Return the counts as a Markdown table, added up over seeds."""
     lines = [
-        "| task | scenario | steps | not measured | misses | r > 4 x limit | largest r |",
-        "|---|---|---|---|---|---|---|",
+        "| task | scenario | median r | steps | not measured | misses | r > 4 x limit "
+        "| largest r let through |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     keys = dict.fromkeys((tally.task, tally.scenario) for tally in tallies)
     groups = [[t for t in tallies if (t.task, t.scenario) == key] for key in keys]
     for group in [*groups, tallies]:
         total = Tally("all" if group is tallies else group[0].task, group[0].scenario)
+        total.usual = statistics.median(tally.usual for tally in group)
         for tally in group:
             total.steps += tally.steps
             total.let_through += tally.let_through
@@ -267,7 +275,7 @@ def table(tallies: list[Tally]) -> str:
             total.largest = max(total.largest, tally.largest)
         scenario = "all" if group is tallies else total.scenario
         lines.append(
-            f"| {total.task} | {scenario} | {total.steps} | "
+            f"| {total.task} | {scenario} | {total.usual:.2g} | {total.steps} | "
             f"{total.let_through / total.steps:.0%} | {total.misses} | {total.over_four} | "
             f"{total.largest:.2f} |"
         )
