@@ -45,7 +45,7 @@ class Predictor:
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
-        self._factors: deque[float] = deque(maxlen=WINDOW)
+        self._carry(())
         self._margin = MARGIN
         self._steps = 0
         self._interval = 1
@@ -76,9 +76,8 @@ class Predictor:
         self._options = options
         if is_unusual or self._steps <= FIRST_STEPS or not self._factors:
             return None
-        latest, largest = self._latest_and_largest()
-        bound = largest * step_norm * self._margin
-        return latest * step_norm if bound <= self.limit and not self._is_due(bound) else None
+        bound = self._largest * step_norm * self._margin
+        return self._latest * step_norm if bound <= self.limit and not self._is_due(bound) else None
 
     def learn(self, step_norm: float, normalized_step: float) -> None:
         """Take an exact measurement.
@@ -90,14 +89,13 @@ class Predictor:
         if not (step_norm > 0 and math.isfinite(normalized_step)):
             return
         factor = normalized_step / step_norm
-        _, largest = self._latest_and_largest()
-        growth = factor / largest if largest > 0 else 1.0
+        growth = factor / self._largest if self._largest > 0 else 1.0
         # A prediction that held makes the next ones last longer; one that fell short, shorter.
         has_held = growth <= self._margin
         longer, shorter = min(2 * self._interval, LONGEST_INTERVAL), max(self._interval // 8, 1)
         self._interval = longer if has_held else shorter
         self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
-        self._factors.append(factor)
+        self._carry((*self._factors, factor))
         if self._usual.rows:
             self._measured.append(self._usual.rows[-1])
         self._since = 0
@@ -120,7 +118,7 @@ class Predictor:
         Args:
             state: The state; it is not changed.
         """
-        self._factors = deque(state["factors"], maxlen=WINDOW)
+        self._carry(state["factors"])
         self._margin = state["margin"]
         self._steps = state["steps"]
         self._interval = state["interval"]
@@ -128,10 +126,11 @@ class Predictor:
         self._usual = _Window(WINDOW, state["usual"])
         self._measured = _Window(_RECENT, state["measured"])
 
-    def _latest_and_largest(self) -> tuple[float, float]:
-        """Return the largest factor of the latest measurements, and of all that still count."""
-        latest = max(list(self._factors)[-_RECENT:], default=0.0)
-        return latest, max((f for f in self._factors if f <= OUTLIER * latest), default=0.0)
+    def _carry(self, factors: Sequence[float]) -> None:
+        """Keep the last factors, the largest of the latest, and the largest of all that count."""
+        self._factors = factors[-WINDOW:]
+        self._latest = max(factors[-_RECENT:], default=0.0)
+        self._largest = max((f for f in self._factors if f <= OUTLIER * self._latest), default=0.0)
 
     def _is_due(self, bound: float) -> bool:
         headroom = NEAR * self.limit / bound if bound > 0 else math.inf

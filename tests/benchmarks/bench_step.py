@@ -22,6 +22,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -45,6 +46,7 @@ GUARDS = {
     "secant": "every step, near r = 1",
     "difference": "every step, to a few percent",
 }
+BATCHES = 16  # in turn: of one alone r would vanish as soon as it is learnt
 LR = 1e-5  # far from the limit: what is timed is healthy training
 
 
@@ -144,9 +146,9 @@ def mlp(shape: Shape) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(shape.width, shape.vocabulary))
 
 
-def data(name: str, shape: Shape) -> tuple[Tensor, Tensor]:
+def data(name: str, shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return one batch of random inputs and targets."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     if name == "gpt":
         tokens = torch.randint(shape.vocabulary, (shape.batch, 129), generator=generator)
         return tokens[:, :-1], tokens[:, 1:].flatten()
@@ -169,7 +171,9 @@ def variant(
     model = wrap({"mlp": mlp, "gpt": GPT, "resnet18": resnet18}[name](shape).to(device))
     optimizer_class = _stable_adamw() if kind == "StableAdamW" else torch.optim.AdamW
     optimizer = optimizer_class(model.parameters(), lr=lr)
-    inputs, targets = (tensor.to(device) for tensor in data(name, shape))
+    batches = cycle(
+        [[tensor.to(device) for tensor in data(name, shape, seed)] for seed in range(BATCHES)]
+    )
     estimator, _, suffix = kind.partition(", ")
     zclip = _zclip() if kind == "ZClip" else None
     guard = None
@@ -177,6 +181,7 @@ def variant(
         guard = SafeStep(optimizer, model, estimator=estimator, copy=suffix != "no copy")
 
     def step() -> StepReport | None:
+        inputs, targets = next(batches)
         optimizer.zero_grad()
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = cross_entropy(model(inputs).flatten(0, -2), targets)
