@@ -230,7 +230,7 @@ def run(task: Task, scenario: str, seed: int, *, is_told: bool = False) -> Tally
             seen[-1] = exact_r(model, twin, before, batch[0])
             audit(tally, seen[-1])
     guard.detach()
-    tally.usual = statistics.median(seen)
+    tally.usual = statistics.median(r for r in seen if not math.isnan(r))  # of a skipped step
     return tally
 
 
