@@ -47,6 +47,7 @@ class Meter:
         self._names = names
         self._controller = controller
         self._predictor = predictor
+        self._norms: _Norms | None = None
         self._gauge = Gauge(module, estimator, logits, inside)
 
     @property
@@ -57,7 +58,7 @@ class Meter:
     def measure(
         self, update: Update, options: tuple[float, ...], gather: Gather | None = None
     ) -> tuple[Measurement, Reading]:
-        """Return what was measured and how; an obstacle is in the measurement's reason.
+        """Return what was predicted or measured, and how.
 
         Args:
             update: The update.
@@ -67,20 +68,36 @@ class Meter:
                 wait for it, or it for shards that no other gathers.
 
         Returns:
-            The measurement, and the reading that it comes from.
+            The measurement, and the reading that it comes from. An obstacle is in its reason.
         """
         gradients = [g for param in update.params if (g := param.grad) is not None]
         is_partial, predictor = update.is_sharded, self._predictor
         watched = [] if predictor is None else [s for call in update.calls for s in call.signals]
         gradients = list(map(local, gradients)) if is_partial else gradients
-        norms = _Norms.of(update.parts(), gradients, watched)
+        self._norms = _Norms.of(update.parts(), gradients, watched)
+        r = nan
         if predictor is not None:
-            predicted = self._predict(predictor, norms, options, update, gather)
-            if predicted is not None:
-                return predicted, _PREDICTED
-        reading, obstacle = self._read(update)
-        # The one host synchronization of a measured step.
-        step_norm, gradient_norm, (radius, spread, index) = norms.read(reading.row.unbind())
+            step_norm, r = self._predict(predictor, options, update, gather)
+            if r < inf:
+                radius = 1.0 / r if r else inf
+                return Measurement(Finding.MEASURED, radius, r * pi, -1, step_norm), _PREDICTED
+        return self.measure_now(update, is_quick=r == inf)
+
+    def measure_now(self, update: Update, *, is_quick: bool = False) -> tuple[Measurement, Reading]:
+        """Return what is measured of the update that `measure` was last given, and how.
+
+        Args:
+            update: The update.
+            is_quick: Whether a secant will do.
+
+        Returns:
+            The measurement, and the reading that it comes from. An obstacle is in its reason.
+        """
+        assert self._norms is not None
+        is_partial = update.is_sharded
+        reading, obstacle = self._read(update, is_quick)
+        # The one host synchronization of a measurement.
+        step_norm, gradient_norm, (radius, spread, index) = self._norms.read(reading.row.unbind())
         finding = _finding(radius, step_norm, gradient_norm, obstacle)
         reason = self._reason(finding, obstacle, update)
         if finding is not Finding.MEASURED:
@@ -88,38 +105,54 @@ class Meter:
         found = Measurement(finding, radius, spread, int(index), step_norm, None, is_partial)
         return found, reading
 
-    def learn(self, measurement: Measurement) -> None:
+    def suffices(self, measurement: Measurement, reading: Reading) -> bool:
+        """Return whether a measurement, agreed over all workers, can decide about the step.
+
+        Args:
+            measurement: The measurement.
+            reading: The reading that it comes from.
+
+        Returns:
+            False for a secant near the limit: r is then to be measured exactly.
+        """
+        if self._predictor is None or not _is_secant(reading):
+            return True
+        is_measured = measurement.finding is Finding.MEASURED
+        return is_measured and self._predictor.is_far(_normalized_step(measurement))
+
+    def learn(self, measurement: Measurement, reading: Reading) -> None:
         """Take what was measured, agreed over all workers, to predict from.
 
         Args:
             measurement: The measurement.
+            reading: The reading that it comes from.
         """
         if self._predictor is not None and measurement.finding is Finding.MEASURED:
-            r = 1.0 / measurement.radius if measurement.radius else inf
-            self._predictor.learn(measurement.step_norm, r)
+            r = _normalized_step(measurement)
+            self._predictor.learn(measurement.step_norm, r, is_secant=_is_secant(reading))
 
     def _predict(
         self,
         predictor: Predictor,
-        norms: _Norms,
         options: tuple[float, ...],
         update: Update,
         gather: Gather | None,
-    ) -> Measurement | None:
-        step_norm, gradient_norm, signals = norms.read(norms.signals)
+    ) -> tuple[float, float]:
+        """Return the step distance and the predicted r: infinity for a secant, else NaN."""
+        assert self._norms is not None
+        step_norm, gradient_norm, signals = self._norms.read(self._norms.signals)
         sizes = [step_norm, gradient_norm, *map(abs, signals)]
         if gather is not None:
             sizes = _over_workers(sizes, gather, are_parts=update.is_sharded)
         step_norm, *signals = sizes
         r = predictor.predict(step_norm, signals, options)
-        r = nan if r is None or not update.calls else r
+        if r is None or not update.calls or (r == inf and not self._gauge.trusts_secants):
+            r = nan
         if gather is not None:
             r = float(gather([r]).amax())  # NaN where any is
-        if r != r:
-            return None
-        return Measurement(Finding.MEASURED, 1.0 / r if r else inf, r * pi, -1, step_norm)
+        return step_norm, r
 
-    def _read(self, update: Update) -> tuple[Reading, str | None]:
+    def _read(self, update: Update, is_quick: bool) -> tuple[Reading, str | None]:
         nothing = Reading(torch.full((3,), nan, dtype=torch.float64), self._gauge.estimator)
         if not update.calls:
             return nothing, (
@@ -128,7 +161,7 @@ class Meter:
                 "with guard.record(training_step, batch)"
             )
         try:
-            reading = self._gauge.measure(update, self._controller.measure)
+            reading = self._gauge.measure(update, self._controller.measure, is_quick=is_quick)
             return replace(reading, warning=reading.warning or self._gauge.finder.warning), None
         except Exception as error:  # training goes on; the report and a warning say what happened
             return nothing, _one_line(error)
@@ -207,6 +240,14 @@ class _Norms:
         begin = len(others)
         middle = begin + len(self.update)
         return joined(numbers[begin:middle]), joined(numbers[middle:]), numbers[:begin]
+
+
+def _normalized_step(measurement: Measurement) -> float:
+    return 1.0 / measurement.radius if measurement.radius else inf
+
+
+def _is_secant(reading: Reading) -> bool:
+    return reading.estimator.startswith("secant")
 
 
 def _finding(

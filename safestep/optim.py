@@ -49,9 +49,10 @@ class SafeStep:
         estimator: "jvp" runs the recorded forward calls again in forward-mode automatic
             differentiation: exact, at every step. "auto" does so only where the last measurements
             cannot vouch for a step (the first 16, at least one in 320, what is unusual or near the
-            limit); the others are reported as "predicted". "difference" and "secant" run them twice
-            instead; "difference" also takes over from "jvp" where a model has no forward-mode
-            derivative. Their scope: ``safestep.estimators``; of "auto", ``safestep.predict``.
+            limit), or a "secant" where that will do; the others are reported as "predicted".
+            "difference" and "secant" run them twice instead; "difference" also takes over from
+            "jvp" where a model has no forward-mode derivative. Their scope:
+            ``safestep.estimators``; of "auto", ``safestep.predict``.
         action: "clip" scales down a step with r over the limit; "set" scales every step to
             r = the limit, up or down; "monitor" only measures.
         logits: How to get from the model's output to the numbers that enter the softmax, where they
@@ -290,9 +291,11 @@ class SafeStep:
         gather = partial(gathered, group=self._group) if world_size(self._group) > 1 else None
         measurement, reading = self._meter.measure(update, self._direction_options(), gather)
         if reading.estimator != "predicted":  # which all workers know already
-            self._tell(measurement, reading)
-            measurement = agree(measurement, self._group)
-            self._meter.learn(measurement)
+            measurement = self._agreed(measurement, reading)
+            if not self._meter.suffices(measurement, reading):
+                measurement, reading = self._meter.measure_now(update)
+                measurement = self._agreed(measurement, reading)
+            self._meter.learn(measurement, reading)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr, reading.estimator)
         if report.status == "skipped":
@@ -301,13 +304,14 @@ class SafeStep:
             self._change.rescale(report.scale)
         return report, reading
 
-    def _tell(self, measurement: Measurement, reading: Reading) -> None:
+    def _agreed(self, measurement: Measurement, reading: Reading) -> Measurement:
         self._journal.introduce(self._meter.logits_found, self._controller.step)
         if reading.warning is not None:
             self._journal.warn_once(reading.warning)
         head = self._controller.head_of(measurement.bottleneck)
         if head is not None:
             self._journal.note({"head": head})
+        return agree(measurement, self._group)
 
     def _note_radii(self, reading: Reading, step_norm: float) -> None:
         if self._inside is None:

@@ -181,3 +181,16 @@ def dense_normalized_step():
         return max(float((t.amax(-1) - t.amin(-1)).max()) for t in tangents) / math.pi
 
     return measure
+
+
+@pytest.fixture
+def secant_normalized_step():
+    """Return what a secant should find: r from how far the logits themselves move, in float64."""
+
+    @torch.no_grad()
+    def measure(before, after, *batches):
+        start, end = (copy.deepcopy(model).double() for model in (before, after))
+        moves = [end(inputs.double()) - start(inputs.double()) for inputs in batches]
+        return max(float((m.amax(-1) - m.amin(-1)).max()) for m in moves) / math.pi
+
+    return measure

@@ -8,19 +8,22 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from safestep import SafeStep
+from safestep.predict import NEAR
 
 
 class Run:
     """Train a classifier with clipped gradients: neither their norm nor the step's can jump."""
 
-    def __init__(self, *, is_told, lr=0.05):
+    def __init__(self, *, is_told, lr=0.05, limit=1.0):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
-        self.guard = SafeStep(self.optimizer, self.model)
+        self.guard = SafeStep(self.optimizer, self.model, max_normalized_step=limit)
         self.is_told = is_told
+        self.forward_calls = 0
 
     def loss(self, inputs, labels):
+        self.forward_calls += 1
         return cross_entropy(self.model(inputs), labels)
 
     def step(self, inputs, labels):
@@ -89,3 +92,36 @@ def test_a_batch_that_is_not_finite_is_skipped(run):
 
     assert run.step(inputs, labels).status == "skipped"
     torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_told", [False, True], ids=["forward call", "recorded step"])
+def test_a_secant_suffices_where_r_is_well_below_the_limit(is_told, dense_normalized_step):
+    run = Run(is_told=is_told, limit=0.15)
+    secants = []
+    for _ in range(150):
+        inputs, labels = batch()
+        before = copy.deepcopy(run.model)
+        report = run.step(inputs, labels)
+        if report.estimator == "secant":
+            r = dense_normalized_step(before, run.model, inputs)
+            assert report.normalized_step == pytest.approx(r, rel=0.15)
+            secants.append(report.normalized_step)
+
+    assert len(secants) > 10
+    assert max(secants) <= NEAR * 0.15
+
+
+def test_a_secant_near_the_limit_is_followed_by_an_exact_measurement():
+    run = Run(is_told=True, limit=0.1)
+    again = []
+    for _ in range(150):
+        before = run.forward_calls
+        report = run.step(*batch())
+        if run.forward_calls - before == 1 + 3:  # the step's own, two of the secant, one exact
+            again.append(report)
+        assert report.estimator == "jvp" or report.normalized_step <= NEAR * 0.1
+
+    again = again[3:]  # the first ones are checked by a difference, which is two calls as well
+    assert again
+    assert {report.estimator for report in again} == {"jvp"}
+    assert min(report.normalized_step for report in again) > 0.95 * NEAR * 0.1

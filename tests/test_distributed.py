@@ -11,6 +11,7 @@ from torch import nn
 
 from safestep.controller import Finding, Measurement
 from safestep.distributed import agree, rank, world_size
+from safestep.predict import NEAR
 
 PROCESSES = Path(__file__).parent / "processes"
 LIMIT = 1.0
@@ -108,6 +109,27 @@ def test_ranks_predict_from_the_same_numbers_and_measure_in_the_same_steps(ranks
     assert not any(is_predicted[:16])
     assert is_predicted[30]  # where the gradient of one rank, far below the others', jumps
     assert sum(is_predicted[16:]) > 0.5 * len(is_predicted[16:])
+
+
+def test_ranks_take_secants_together_and_measure_together_where_one_is_near_the_limit(
+    ranks, secant_normalized_step
+):
+    reports = [found["secants"]["reports"] for found in ranks]
+    secants = 0
+
+    for step, seen in enumerate(zip(*reports, strict=True)):
+        assert len({(r.estimator, r.normalized_step, r.scale) for r in seen}) == 1
+        if seen[0].estimator != "secant":
+            continue
+        secants += 1
+        expected = max(
+            secant_normalized_step(network(before), network(after), inputs)
+            for before, after, inputs in (found["secants"]["steps"][step] for found in ranks)
+        )
+        assert seen[0].normalized_step == pytest.approx(expected, rel=1e-4)
+        assert seen[0].normalized_step <= NEAR
+
+    assert secants > 3
 
 
 @pytest.mark.slow

@@ -2,18 +2,21 @@
 
 import json
 import random
-from itertools import pairwise
+from itertools import groupby, pairwise
+from math import inf
 
 import pytest
 
 from safestep.predict import (
     AUDIT_INTERVAL,
+    FAR,
     FIRST_STEPS,
     JUMP,
     LONGEST_INTERVAL,
     MARGIN,
     NEAR,
     OUTLIER,
+    SECANTS,
     WINDOW,
     Predictor,
     _Window,
@@ -24,11 +27,20 @@ OPTIONS = (3, 1.0)
 
 def train(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
     """Make steps of one length and r, and return the numbers of those that were measured."""
+    return [step for step, _ in looked(predictor, r, steps, step_norm, signal, options)]
+
+
+def looked(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
+    """Make steps of one length and r, and return the numbers of those that were measured, and how.
+
+    The secants find r, too.
+    """
     measured = []
     for step in range(steps):
-        if predictor.predict(step_norm, [signal], options) is None:
-            predictor.learn(step_norm, r)
-            measured.append(step)
+        predicted = predictor.predict(step_norm, [signal], options)
+        if predicted in (None, inf):
+            predictor.learn(step_norm, r, is_secant=predicted == inf)
+            measured.append((step, "exact" if predicted is None else "secant"))
     return measured
 
 
@@ -101,6 +113,31 @@ def test_step_that_the_margin_puts_over_the_limit_is_measured():
     assert len(train(predictor, 1.01 / MARGIN, 100)) == 100
 
 
+def test_where_r_is_between_far_and_near_seven_of_eight_measurements_are_secants():
+    exact_and_secants = [
+        (how, len(list(group)))
+        for how, group in groupby(how for _, how in looked(Predictor(1.0), 0.5, 2000))
+    ]
+
+    first, *others = exact_and_secants
+    assert first == ("exact", FIRST_STEPS)
+    assert others[:4] == [("secant", SECANTS), ("exact", 1)] * 2
+
+
+@pytest.mark.parametrize("r", [0.9 * FAR, 1.1 * NEAR], ids=["far from the limit", "near it"])
+def test_where_r_is_elsewhere_measurements_are_exact(r):
+    assert {how for _, how in looked(Predictor(1.0), r, 1000)} == {"exact"}
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5, 3.0])
+def test_a_secant_settles_nothing_that_is_near_the_limit(limit):
+    predictor = Predictor(limit)
+
+    assert predictor.is_far(0.99 * NEAR * limit)
+    assert not predictor.is_far(1.01 * NEAR * limit)
+    assert not predictor.is_far(float("nan"))
+
+
 def test_largest_of_many_measurements_bounds_r_and_the_latest_predict_it():
     predictor = Predictor(0.36)
     train(predictor, 0.1, FIRST_STEPS)
@@ -109,7 +146,7 @@ def test_largest_of_many_measurements_bounds_r_and_the_latest_predict_it():
         predictor.learn(0.1, 0.1)
 
     assert predictor.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.1)
-    assert predictor.predict(0.105, [1.0], OPTIONS) is None
+    assert predictor.predict(0.105, [1.0], OPTIONS) == inf
     predictor.learn(0.1, 0.1)
     assert predictor.predict(0.105, [1.0], OPTIONS) == pytest.approx(0.105)
 
@@ -131,7 +168,7 @@ def test_prediction_that_fell_short_is_followed_by_measurements_and_a_wider_marg
 
     predictor.learn(0.1, 0.21)
 
-    assert [predictor.predict(0.1, [1.0], OPTIONS) for _ in range(4)][-1] is None
+    assert [predictor.predict(0.1, [1.0], OPTIONS) for _ in range(4)][-1] == inf
     assert predictor.state_dict()["margin"] > 4
 
 

@@ -95,6 +95,22 @@ def test_ranks_predict_together_and_measure_together(ranks, dense_normalized_ste
             assert report["normalized_step"] == pytest.approx(exact, rel=1e-2)
 
 
+def test_ranks_of_shards_take_secants_together(ranks, secant_normalized_step):
+    """They run the model another number of times, and every run gathers."""
+    reports = [found["secants"]["reports"] for found in ranks]
+    steps = ranks[0]["secants"]["steps"]
+
+    for seen in zip(*reports, strict=True):
+        assert len({(r["estimator"], r["normalized_step"], r["step_norm"]) for r in seen}) == 1
+    secants = [step for step, r in enumerate(reports[0]) if r["estimator"] == "secant"]
+    assert len(secants) > 3
+    for step in secants:
+        batches = [found["secants"]["steps"][step][2] for found in ranks]
+        before, after, _ = steps[step]
+        expected = secant_normalized_step(whole(before), whole(after), *batches)
+        assert reports[0][step]["normalized_step"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("scenario", ["clipped", "replicated, clipped", "ahead-clipped"])
 def test_shards_are_scaled_to_the_limit(ranks, scenario, dense_normalized_step):
     for applied in references(ranks, scenario, dense_normalized_step):

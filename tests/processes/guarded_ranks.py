@@ -45,6 +45,7 @@ def main(rank, output):
         "not finite": train(rank, lr=0.01, faulty=1, fault="not finite"),
         "blind": train(rank, lr=0.01, faulty=rank, fault="raises"),
         "predicted": train(rank, lr=1e-4, num_steps=40, quiet=1),
+        "secants": train(rank, lr=0.3, num_steps=60),
         "subgroup": train(rank, lr=5.0, group=dist.new_group(list(range(dist.get_world_size())))),
     }
     for name, options in {

@@ -32,6 +32,7 @@ def main(rank, output):
         "difference": train(rank, lr=0.01, estimator="difference"),
         "auto": train(rank, lr=0.01, estimator="auto"),
         "predicted": train(rank, lr=1e-4, estimator="auto", num_steps=60),
+        "secants": train(rank, lr=0.6, estimator="auto", num_steps=60),
         "skipped": train(rank, lr=0.01, spoiled=1),
         "watched": train(rank, **watched),
         "unguarded": train(rank, lr=0.01, action=None),
