@@ -14,11 +14,11 @@ from safestep.predict import NEAR
 class Run:
     """Train a classifier with clipped gradients: neither their norm nor the step's can jump."""
 
-    def __init__(self, *, is_told, lr=0.05, limit=1.0):
+    def __init__(self, *, is_told, lr=0.05, **options):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
-        self.guard = SafeStep(self.optimizer, self.model, max_normalized_step=limit)
+        self.guard = SafeStep(self.optimizer, self.model, **options)
         self.is_told = is_told
         self.forward_calls = 0
 
@@ -95,8 +95,9 @@ def test_a_batch_that_is_not_finite_is_skipped(run):
 
 
 @pytest.mark.parametrize("is_told", [False, True], ids=["forward call", "recorded step"])
-def test_a_secant_suffices_where_r_is_well_below_the_limit(is_told, dense_normalized_step):
-    run = Run(is_told=is_told, limit=0.15)
+@pytest.mark.parametrize("copies", [True, False], ids=["copied", "computed ahead"])
+def test_a_secant_suffices_where_r_is_well_below_the_limit(is_told, copies, dense_normalized_step):
+    run = Run(is_told=is_told, max_normalized_step=0.15, copy=copies)
     secants = []
     for _ in range(150):
         inputs, labels = batch()
@@ -112,7 +113,7 @@ def test_a_secant_suffices_where_r_is_well_below_the_limit(is_told, dense_normal
 
 
 def test_a_secant_near_the_limit_is_followed_by_an_exact_measurement():
-    run = Run(is_told=True, limit=0.1)
+    run = Run(is_told=True, max_normalized_step=0.1)
     again = []
     for _ in range(150):
         before = run.forward_calls

@@ -32,7 +32,7 @@ def main(rank, output):
         "difference": train(rank, lr=0.01, estimator="difference"),
         "auto": train(rank, lr=0.01, estimator="auto"),
         "predicted": train(rank, lr=1e-4, estimator="auto", num_steps=60),
-        "secants": train(rank, lr=0.6, estimator="auto", num_steps=60),
+        "secants": train(rank, lr=0.2, estimator="auto", num_steps=60, limit=0.25),
         "skipped": train(rank, lr=0.01, spoiled=1),
         "watched": train(rank, **watched),
         "unguarded": train(rank, lr=0.01, action=None),
@@ -53,7 +53,7 @@ def main(rank, output):
 
 def train(
     rank, *, lr, action="clip", estimator="jvp", spoiled=None, num_replicas=None, num_batches=1,
-    copy=True, is_padded=False, num_steps=STEPS, **sharding,
+    copy=True, is_padded=False, num_steps=STEPS, limit=1.0, **sharding,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = network()
@@ -65,6 +65,7 @@ def train(
     fully_shard(model, mesh=mesh, **sharding)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     options = {"action": action, "estimator": estimator, "copy": copy}
+    options["max_normalized_step"] = limit
     guard = SafeStep(optimizer, model, **options) if action else None
     generator = torch.Generator().manual_seed(rank)
     steps, reports = [], []
