@@ -153,7 +153,9 @@ class Meter:
         return step_norm, r
 
     def _read(self, update: Update, is_quick: bool) -> tuple[Reading, str | None]:
-        nothing = Reading(torch.full((3,), nan, dtype=torch.float64), self._gauge.estimator)
+        # Of a secant too: whether it suffices is a question that all workers answer alike.
+        estimator = "secant" if is_quick else self._gauge.estimator
+        nothing = Reading(torch.full((3,), nan, dtype=torch.float64), estimator)
         if not update.calls:
             return nothing, (
                 "no gradient came back through a forward call of `model` since the last step; pass "

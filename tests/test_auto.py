@@ -20,10 +20,12 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
         self.guard = SafeStep(self.optimizer, self.model, **options)
         self.is_told = is_told
-        self.forward_calls = 0
+        self.forward_calls, self.failing_calls = 0, ()
 
     def loss(self, inputs, labels):
         self.forward_calls += 1
+        if self.forward_calls in self.failing_calls:
+            raise KeyError("labels are gone")
         return cross_entropy(self.model(inputs), labels)
 
     def step(self, inputs, labels):
@@ -126,3 +128,23 @@ def test_a_secant_near_the_limit_is_followed_by_an_exact_measurement():
     assert again
     assert {report.estimator for report in again} == {"jvp"}
     assert min(report.normalized_step for report in again) > 0.95 * NEAR * 0.1
+
+
+@pytest.mark.filterwarnings("ignore:SafeStep")  # of exact measurements, which raise as well
+def test_a_secant_that_raises_is_followed_by_an_exact_measurement(dense_normalized_step):
+    run = Run(is_told=True, max_normalized_step=0.1)
+    for _ in range(20):
+        run.step(*batch())
+    rescued = 0
+    for _ in range(60):
+        inputs, labels = batch()
+        run.failing_calls = (run.forward_calls + 2,)  # the first time that the step is run again
+        calls, before = run.forward_calls, copy.deepcopy(run.model)
+        report = run.step(inputs, labels)
+        if run.forward_calls - calls == 3:
+            rescued += 1
+            r = dense_normalized_step(before, run.model, inputs)
+            assert report.estimator == "jvp"
+            assert report.scale * report.normalized_step == pytest.approx(r, rel=1e-3)
+
+    assert rescued
