@@ -132,6 +132,15 @@ def test_ranks_take_secants_together_and_measure_together_where_one_is_near_the_
     assert secants > 3
 
 
+def test_ranks_measure_exactly_together_where_the_secant_of_one_raises(ranks):
+    reports = [found["secant raises"]["reports"] for found in ranks]
+
+    for seen in zip(*reports, strict=True):
+        assert len({(r.estimator, r.normalized_step, r.scale) for r in seen}) == 1
+        assert seen[0].estimator in ("jvp", "predicted")
+        assert seen[0].status in ("ok", "clipped")
+
+
 @pytest.mark.slow
 def test_many_ranks_do_not_measure_more_often_than_one(tmp_path):
     """Each for itself would: some data look unusual on one of them in every eighth step."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from launch import run
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from safestep import SafeStep
@@ -31,7 +32,8 @@ class Net(nn.Module):
         logits = self.head(hidden + self.branch(hidden) if use_branch else hidden)
         if not self.is_again:
             return logits
-        if self.fault == "raises":
+        has_tangent = forward_ad.unpack_dual(self.head.weight).tangent is not None
+        if self.fault == "raises" or (self.fault == "secant raises" and not has_tangent):
             raise KeyError("labels are gone")
         return logits * torch.nan if self.fault == "not finite" else logits
 
@@ -45,6 +47,7 @@ def main(rank, output):
         "not finite": train(rank, lr=0.01, faulty=1, fault="not finite"),
         "blind": train(rank, lr=0.01, faulty=rank, fault="raises"),
         "predicted": train(rank, lr=1e-4, num_steps=40, quiet=1),
+        "secant raises": train(rank, lr=0.3, num_steps=60, faulty=1, fault="secant raises"),
         "secants": train(rank, lr=0.3, num_steps=60),
         "subgroup": train(rank, lr=5.0, group=dist.new_group(list(range(dist.get_world_size())))),
     }
