@@ -26,13 +26,13 @@ from safestep.meter import _Norms
 from safestep.optim import SafeStep
 from safestep.predict import Predictor
 from safestep.replay import Recorder
-from safestep.snapshot import Snapshot
+from safestep.snapshot import Snapshot, _Made
 
 PARTS: dict[str, list[tuple[type, str]]] = {
     "record the forward call": [(Recorder, "_before"), (Recorder, "_after")],
     "look at the gradient of its output": [(Recorder, "_on_gradient")],
     "copy parameters and optimizer state": [(Snapshot, "take")],
-    "norms of update, gradient and signals": [(_Norms, "of"), (_Norms, "read")],
+    "norms of update, gradient and signals": [(_Made, "parts"), (_Norms, "of"), (_Norms, "read")],
     "predict": [(Predictor, "predict"), (Predictor, "learn")],
     "run again with tangents, reduce the rows": [(Gauge, "measure")],
     "decide, report, log": [(StepController, "decide"), (Journal, "publish")],
