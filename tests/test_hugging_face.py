@@ -57,6 +57,12 @@ def examples():
 
 def train(folder, options, *callbacks):
     """Return the model after a few steps, the same each time."""
+    model = small_model(options)
+    train_on(model, folder, options, callbacks=list(callbacks))
+    return model
+
+
+def small_model(options=()):
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=12,
@@ -64,17 +70,19 @@ def train(folder, options, *callbacks):
     )  # fmt: skip
     if "bf16" not in options and "gradient_checkpointing" not in options:
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    model = transformers.GPT2LMHeadModel(config)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def train_on(model, folder, options, **trainer_options):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, report_to=[],
         save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
         logging_strategy="no", **({"use_cpu": True} | options),
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=examples(), callbacks=list(callbacks)
+        model=model, args=arguments, train_dataset=examples(), **trainer_options
     )
     trainer.train()
-    return model
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -88,6 +96,28 @@ def test_a_trainer_is_measured_and_trains_bitwise_as_without_a_guard(name, tmp_p
     assert {report.estimator for report in guard.reports} == {"jvp"}
     for one, other in zip(watched.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Spike(transformers.TrainerCallback):
+    """Multiplies the learning rate of the second step by 10,000."""
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **_):
+        if state.global_step == 1:
+            for group in optimizer.param_groups:
+                group["lr"] *= 1e4
+
+
+def test_a_guard_attached_before_the_trainer_is_built_clips_a_spike(tmp_path):
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guard = SafeStep(optimizer, model)
+    reports = []
+    optimizer.register_step_post_hook(lambda *_: reports.append(guard.last))
+
+    train_on(model, tmp_path, {}, optimizers=(optimizer, None), callbacks=[Spike()])
+
+    assert [report.status for report in reports] == ["ok", "clipped", "ok"]
+    assert reports[1].normalized_step * reports[1].scale == pytest.approx(1.0)
 
 
 def test_r_of_a_trainer_is_that_of_all_accumulated_rows_with_a_label(tmp_path):
