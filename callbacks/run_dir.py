@@ -1,4 +1,4 @@
-"""Layer 4: where a Lightning run keeps its ``run.jsonl``."""
+"""Where a Lightning run keeps its ``run.jsonl``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer 4: a Lightning callback that keeps every optimizer step within its convergence radius."""
+"""A Lightning callback that keeps every optimizer step within its convergence radius."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from safestep.optim import SafeStep, StepReport
+from safestep.guard.safe_step import SafeStep, StepReport
 
 from .run_dir import default_run_dir
 from .submodule import modules_to_watch

@@ -1,4 +1,4 @@
-"""Layer 4: which forward calls to watch where ``training_step`` cannot be run again."""
+"""Which forward calls to watch where ``training_step`` cannot be run again."""
 
 from __future__ import annotations
 

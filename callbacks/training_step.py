@@ -1,4 +1,4 @@
-"""Layer 4: notice a call of ``training_step``, and run it again without a trace."""
+"""Notice a call of ``training_step``, and run it again without a trace."""
 
 from __future__ import annotations
 

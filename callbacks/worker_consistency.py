@@ -1,4 +1,4 @@
-"""Layer 4: a Lightning callback that looks at the workers before they are averaged."""
+"""A Lightning callback that looks at the workers before they are averaged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from safestep.warn import warn_user
+from safestep._warn import warn_user
 from safestep.workers.metrics import WorkerMetrics, WorkerReport
 
 from .run_dir import default_run_dir

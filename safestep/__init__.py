@@ -1,12 +1,12 @@
 """Step-size safety controller and diagnostics for PyTorch training."""
 
-from safestep.controller import StepReport
-from safestep.dispersion import worker_dispersion
-from safestep.estimators import logits_jvp
-from safestep.exact import exact_radius
-from safestep.optim import SafeStep
-from safestep.radius import certified_radius, closed_form_radius, logit_spread, radius_bound
+from safestep.guard.controller import StepReport
+from safestep.guard.safe_step import SafeStep
+from safestep.measure.estimators import logits_jvp
+from safestep.radius.exact import exact_radius
+from safestep.radius.ladder import certified_radius, closed_form_radius, logit_spread, radius_bound
 from safestep.runlog.reader import read_run
+from safestep.workers.dispersion import worker_dispersion
 
 __all__ = [
     "SafeStep",

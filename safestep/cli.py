@@ -1,4 +1,4 @@
-"""Layer 3: the command ``safestep``; a sub-command is a module with two functions.
+"""The command ``safestep``; a sub-command is a module with two functions.
 
 ``add_arguments(parser)`` adds its options, ``run(arguments)`` returns its exit status. A module is
 imported only when its sub-command is asked for.
@@ -11,7 +11,7 @@ from importlib import import_module
 
 COMMANDS = {  # name: module, what it does
     "demo": ("safestep.demo.command", "watch a run that plain Adam loses and safestep saves"),
-    "report": ("safestep.report.command", "turn the logs of runs into figures and one page"),
+    "report": ("safestep.report.write", "turn the logs of runs into figures and one page"),
 }
 
 
@@ -45,7 +45,3 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, purpose) in COMMANDS.items():
         commands.add_parser(name, help=purpose)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

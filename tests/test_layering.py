@@ -1,4 +1,4 @@
-"""Imports point down: each module names its layer in its docstring, and is held to it."""
+"""Imports point down: the folders of safestep are its layers, from top to bottom in one list."""
 
 import ast
 import re
@@ -12,14 +12,32 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"safestep": ROOT / "safestep", "safestep.callbacks": ROOT / "callbacks"}
 
-# What a layer may not know, whatever it imports from the package itself.
+# From top to bottom: each may import what stands below it, none what stands above.
+LAYERS = (
+    "callbacks",
+    "cli",
+    "demo",
+    "guard",
+    "workers",
+    "measure",
+    "report",
+    "plots",
+    "capture",
+    "runlog",
+    "parallel",
+    "radius",
+    "_torch",
+    "_warn",
+)
+# What a folder may not know, whatever it imports from the package itself.
 _EDGES = ("torch.optim", "torch.distributed", "torch.nn.parallel", "lightning", "rich")
 FORBIDDEN = {
-    0: ("torch.nn", *_EDGES),
-    1: _EDGES,
-    2: _EDGES,
-    3: ("lightning",),
-    4: (),
+    "radius": ("torch.nn", *_EDGES),
+    "parallel": ("lightning", "rich", "torch.optim"),
+    "capture": _EDGES,
+    "measure": _EDGES,
+    "report": _EDGES[:-1],
+    "plots": _EDGES,
 }
 # Only these may import matplotlib, and nothing that `import safestep` loads imports them.
 DRAWS = re.compile(r"safestep\.(plots(\.\w+)?|report(\.\w+)?|demo\.figure)")
@@ -39,26 +57,15 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def tree_of(name: str) -> ast.Module:
-    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
-
-
-def layer_of(name: str) -> int:
-    """Return the layer that a module's docstring begins with."""
-    docstring = ast.get_docstring(tree_of(name)) or ""
-    match = re.match(r"Layer ([0-4])\b", docstring)
-    assert match, (
-        f"{MODULES[name].relative_to(ROOT)}: expected the module docstring to begin with its "
-        f"layer, got {docstring[:40]!r}. Write 'Layer N: what it does', N from 0 (maths) to 4 "
-        "(adapters)."
-    )
-    return int(match[1])
+def layer_of(name: str) -> str:
+    """Return the folder of a module, or its own name where it lies flat."""
+    return name.split(".")[1]
 
 
 def imports_of(name: str) -> Iterator[str]:
     """Yield the full name of everything a module imports, inside functions too."""
     is_package = MODULES[name].name == "__init__.py"
-    for node in ast.walk(tree_of(name)):
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -79,25 +86,25 @@ def is_under(imported: str, prefix: str) -> bool:
     return imported == prefix or imported.startswith(f"{prefix}.")
 
 
-# The packages' __init__ only gather names, of all layers below the adapters.
-LAYERED = sorted(name for name, path in MODULES.items() if path.name != "__init__.py")
+# The package's own __init__ and __main__ gather names of all layers.
+LAYERED = sorted(name for name in MODULES if name not in {"safestep", "safestep.__main__"})
 
 
 @pytest.mark.parametrize("name", LAYERED)
-def test_a_module_imports_only_from_its_own_layer_and_those_below(name):
-    layer = layer_of(name)
+def test_a_module_imports_only_from_its_own_folder_and_those_below(name):
+    rank = LAYERS.index(layer_of(name))
 
     for imported in imports_of(name):
         module = own_module(imported)
         if module == "safestep":
             pytest.fail(f"{name} imports {imported}: name the module that defines it.")
-        if module in LAYERED:
-            assert layer_of(module) <= layer, (
-                f"{name} (layer {layer}) imports {module} (layer {layer_of(module)}): move what "
-                "it needs down, or itself up."
+        if module is not None:
+            assert LAYERS.index(layer_of(module)) >= rank, (
+                f"{name} imports {module}, which stands above it: move what it needs down, or "
+                "itself up."
             )
-        culprits = [prefix for prefix in FORBIDDEN[layer] if is_under(imported, prefix)]
-        assert not culprits, f"{name} (layer {layer}) imports {imported}, which is not its to know."
+        culprits = [p for p in FORBIDDEN.get(layer_of(name), ()) if is_under(imported, p)]
+        assert not culprits, f"{name} imports {imported}, which is not its to know."
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -110,10 +117,26 @@ def test_a_module_does_not_draw_unless_it_is_a_figure(name):
         )
 
 
-def test_adapters_are_exactly_the_callbacks():
-    adapters = {name for name in LAYERED if layer_of(name) == 4}
+def test_no_module_lies_flat_beside_the_folders():
+    flat = {path.stem for path in FOLDERS["safestep"].glob("*.py")}
 
-    assert adapters == {name for name in LAYERED if name.startswith("safestep.callbacks.")}
+    assert flat <= {"__init__", "__main__", "cli", "_torch", "_warn"}
+
+
+def test_every_folder_is_installed():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+
+    assert set(settings["tool"]["setuptools"]["packages"]) == folders
+    assert len(folders) <= 12  # the package itself and eleven folders
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERED if MODULES[name].stem == "__init__"])
+def test_a_folder_says_what_it_is_for_and_what_it_imports(name):
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8"))) or ""
+
+    assert "may import" in docstring or "imports nothing" in docstring, docstring
 
 
 def test_importing_safestep_loads_neither_lightning_nor_matplotlib():

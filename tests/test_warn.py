@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from safestep import SafeStep, read_run
-from safestep.replay import MAX_RECORDED_CALLS
+from safestep.capture.recorder import MAX_RECORDED_CALLS
 from safestep.runlog.writer import RunLog
 
 

@@ -1,4 +1,4 @@
-"""Layer 1: which numbers of a training step enter a softmax."""
+"""Record a training step, run it again and find its logits; may import runlog and below."""
 
 from safestep.capture.finder import LogitFinder, Logits, LogitsFn, describe, find_logits
 from safestep.capture.plan import LogitsNotFoundError

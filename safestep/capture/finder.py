@@ -1,4 +1,4 @@
-"""Layer 1: run a call again and find the logits that its loss is a function of."""
+"""Run a call again and find the logits that its loss is a function of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from safestep.capture.evidence import GradientEvidence
+from safestep.capture.fused_logits import LinearTile
+from safestep.capture.gradient import GradientEvidence
 from safestep.capture.losses import LossWatch, Part
 from safestep.capture.plan import (
     Plan,
@@ -20,11 +21,10 @@ from safestep.capture.plan import (
     plan_of_losses,
     plan_of_outputs,
 )
-from safestep.capture.tiles import LinearTile
-from safestep.capture.weights import weighted_rows
+from safestep.capture.row_weights import weighted_rows
 
 if TYPE_CHECKING:
-    from safestep.replay import Call
+    from safestep.capture.recorder import Call
 
 
 # From the output of a call to logits, (logits, mask), or a list of such.

@@ -1,4 +1,4 @@
-"""Layer 1: see what a training step hands to its loss functions while it runs again."""
+"""See what a training step hands to its loss functions while it runs again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from safestep.capture import tiles
-from safestep.capture.batched import all_examples, held, is_batched
-from safestep.capture.loss_graph import Node
+from safestep.capture import fused_logits as tiles
+from safestep.capture.autograd_graph import Node
+from safestep.capture.vmap import all_examples, held, is_batched
 
 Part = tuple[Tensor | tiles.LinearTile, Tensor | None]
 

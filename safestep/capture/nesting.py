@@ -1,4 +1,4 @@
-"""Layer 1: log-sum-exps of log-sum-exps, which are sums over combinations, as of sequences."""
+"""Log-sum-exps of log-sum-exps, which are sums over combinations, as of sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from safestep.capture.loss_graph import Node
+from safestep.capture.autograd_graph import Node
 from safestep.capture.losses import LossInput
 
 SUMS = frozenset({"logsumexp", "special_logsumexp"})

@@ -1,4 +1,4 @@
-"""Layer 1: how a tensor of a model's output enters the softmax of a loss that nobody showed us."""
+"""How a tensor of a model's output enters the softmax of a loss that nobody showed us."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safestep.capture.evidence import (
+from safestep.capture.gradient import (
     GradientEvidence,
     binary_temperature,
     is_blind_to_scale,

@@ -1,4 +1,4 @@
-"""Layer 1: decide which of the tensors that a call computes are the logits of its loss."""
+"""Decide which of the tensors that a call computes are the logits of its loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from safestep.capture.evidence import GradientEvidence
-from safestep.capture.loss_graph import Node, is_behind, loss_side, view_chain
+from safestep.capture.autograd_graph import Node, is_behind, loss_side, view_chain
+from safestep.capture.gradient import GradientEvidence
 from safestep.capture.losses import LossInput
 from safestep.capture.nesting import SUMS, sums_of_sums
 from safestep.capture.output_form import OutputForm, examine

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from safestep.demo.tasks import Task
-from safestep.optim import SafeStep, StepReport
+from safestep.guard.safe_step import SafeStep, StepReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Layer 3: figures, each a function from a run, or from radii, to matplotlib axes."""
+"""Draw a run, or radii, on matplotlib axes; may import capture and below."""
 
 from safestep.plots.ladder import plot_ladder
 from safestep.plots.radii import plot_binding_radius

@@ -1,4 +1,4 @@
-"""Layer 3: the ladder of radii, row by row: how much each rung of proof gives back."""
+"""The ladder of radii, row by row: how much each rung of proof gives back."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Layer 3: which radius binds over a run: the output's, attention's or the ReLU-like units'."""
+"""Which radius binds over a run: the output's, attention's or the ReLU-like units'."""
 
 import numpy as np
 from matplotlib.axes import Axes

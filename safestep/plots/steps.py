@@ -1,4 +1,4 @@
-"""Layer 3: the steps of a run as figures."""
+"""The steps of a run as figures."""
 
 import numpy as np
 from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""Layer 3: how figures look: one colour per quantity, and the few marks that all of them share."""
+"""How figures look: one colour per quantity, and the few marks that all of them share."""
 
 from itertools import pairwise
 from typing import Literal
@@ -9,7 +9,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.ticker import Formatter, LogLocator, NullLocator
 
-from safestep.wording import number
+from safestep.plots.wording import number
 
 # After Okabe and Ito's colours for the colour-blind, some darkened: each has a contrast of 3 or
 # more with a white page. INK and PAPER stand for the page's own text and background.

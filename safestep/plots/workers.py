@@ -1,4 +1,4 @@
-"""Layer 3: how a run's workers (dis)agree, each figure a function from a run to matplotlib axes."""
+"""How a run's workers (dis)agree, each figure a function from a run to matplotlib axes."""
 
 import numpy as np
 from matplotlib.axes import Axes

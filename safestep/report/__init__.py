@@ -1,5 +1,5 @@
-"""Layer 3: what happened in a run, in words, figures and one self-contained page."""
+"""Tell what happened in a run, on one self-contained page; may import plots and below."""
 
-from safestep.report.command import write_report
+from safestep.report.write import write_report
 
 __all__ = ["write_report"]

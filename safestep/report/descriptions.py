@@ -1,13 +1,13 @@
-"""Layer 3: each figure's facts in words, for those who cannot see it."""
+"""Each figure's facts in words, for those who cannot see it."""
 
 import numpy as np
 
 from safestep.plots.steps import PHASES, rank_correlation
+from safestep.plots.wording import count, number, sentence
 from safestep.report.regimes import TOLERANCE
 from safestep.runlog.inner_series import binding_shares, least_radii
 from safestep.runlog.reader import Run
 from safestep.runlog.series import loss_ratios, removed_area, scalar, step_series
-from safestep.wording import count, number, sentence
 
 
 def describe_loss(run: Run) -> str:

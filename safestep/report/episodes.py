@@ -1,9 +1,10 @@
-"""Layer 3: the stretches of a run where the guard stepped in or r was over the limit, in words."""
+"""The stretches of a run where the guard stepped in or r was over the limit, in words."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from safestep.plots.wording import count, number, sentence, steps_between
 from safestep.report.regimes import (
     AFTERMATH,
     MIN_WIDTH,
@@ -14,7 +15,6 @@ from safestep.report.regimes import (
 )
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, spans, step_series
-from safestep.wording import count, number, sentence, steps_between
 
 _JOINED_GAP = 10  # touched steps so near each other are one story
 _LOOKBACK = 20  # steps before an episode that say what was usual

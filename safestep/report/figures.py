@@ -1,4 +1,4 @@
-"""Layer 3: the figures of a report, what each says, and how they become files."""
+"""The figures of a report, what each says, and how they become files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

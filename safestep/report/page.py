@@ -1,4 +1,4 @@
-"""Layer 3: the report's page: one HTML file, styles and figures inside, everything escaped.
+"""The report's page: one HTML file, styles and figures inside, everything escaped.
 
 A log is untrusted. Whatever comes from it goes through ``html.escape``, nothing in it is evaluated,
 and the page's content security policy forbids scripts and the network.
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from safestep.plots.style import SERIES_COLORS
+from safestep.plots.wording import number
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import Verdict
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, removed_area, step_series
-from safestep.wording import number
 
 MAX_EVENTS = 200
 _MAX_TEXT = 500

@@ -1,4 +1,4 @@
-"""Layer 3: name each step's regime: was it inside the radius, and if not, did the loss hold?"""
+"""Name each step's regime: was it inside the radius, and if not, did the loss hold?"""
 
 import numpy as np
 

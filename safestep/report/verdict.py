@@ -1,15 +1,15 @@
-"""Layer 3: say in words what happened in a run, from its log alone."""
+"""Say in words what happened in a run, from its log alone."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from safestep.plots.wording import count, number, sentence
 from safestep.report.episodes import Evidence, find_episodes, gather, tell, tell_healthy
 from safestep.report.regimes import TOLERANCE, name_regimes
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, removed_area, scalar
-from safestep.wording import count, number, sentence
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_WORKER_EVENTS = 5

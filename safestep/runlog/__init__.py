@@ -1,4 +1,4 @@
-"""Layer 3: the run directory, written while a run goes on and read back as numpy columns."""
+"""Write the run directory and read it back as numpy columns; may import parallel and below."""
 
 from safestep.runlog.reader import Run, read_run
 from safestep.runlog.writer import RunLog

@@ -1,4 +1,4 @@
-"""Layer 3: turn a stream of records into numpy columns, in memory that stays bounded."""
+"""Turn a stream of records into numpy columns, in memory that stays bounded."""
 
 from itertools import chain
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Layer 3: the radii inside a model over a run, as series to draw and to describe."""
+"""The radii inside a model over a run, as series to draw and to describe."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Layer 3: read a run back, from ``run.jsonl`` or a Lightning ``metrics.csv``, as numpy columns."""
+"""Read a run back, from ``run.jsonl`` or a Lightning ``metrics.csv``, as numpy columns."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from safestep._warn import warn_user
 from safestep.runlog.columns import ColumnBuilder
-from safestep.runlog.metrics_csv import read_metrics_csv
+from safestep.runlog.lightning_csv import read_metrics_csv
 from safestep.runlog.writer import FILE_NAME, check_header
-from safestep.warn import warn_user
 
 Columns = dict[str, np.ndarray]
 

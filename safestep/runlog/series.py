@@ -1,4 +1,4 @@
-"""Layer 3: what figures and words are made of: one value of each quantity a step."""
+"""What figures and words are made of: one value of each quantity a step."""
 
 from dataclasses import dataclass
 from functools import lru_cache

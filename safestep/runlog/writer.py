@@ -1,4 +1,4 @@
-"""Layer 3: write a run's records to ``run.jsonl``, one JSON object a line, as training goes on.
+"""Write a run's records to ``run.jsonl``, one JSON object a line, as training goes on.
 
 The file is made to outlive the process. Its first line is a header (``kind`` "header"); every other
 line is one record with its ``kind``: "step" (the fields of StepReport), "workers" (per-worker
@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safestep.warn import warn_user
+from safestep._warn import warn_user
 
 SCHEMA_VERSION = 1
 FILE_NAME = "run.jsonl"

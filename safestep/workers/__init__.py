@@ -1,4 +1,4 @@
-"""Layer 3: what the workers of data-parallel training say before they are averaged."""
+"""Compare data-parallel workers before they are averaged; may import measure and below."""
 
 from safestep.workers.metrics import WorkerMetrics, WorkerReport
 

@@ -1,4 +1,4 @@
-"""Layer 3: measure how far the workers of data-parallel training disagree, step by step."""
+"""Measure how far the workers of data-parallel training disagree, step by step."""
 
 import logging
 from dataclasses import asdict, dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from safestep.dispersion import WorkerDispersion, WorkerSums, dispersion_from_sums
-from safestep.distributed import rank
+from safestep.parallel.collectives import rank
 from safestep.runlog.writer import RunLog
+from safestep.workers.dispersion import WorkerDispersion, WorkerSums, dispersion_from_sums
+from safestep.workers.drift import WorkerEvent, WorkerWatch
 from safestep.workers.micro_batches import MicroBatches
 from safestep.workers.replicas import Replicas
-from safestep.workers.watch import WorkerEvent, WorkerWatch
 
 _logger = logging.getLogger("safestep")
 

@@ -1,10 +1,10 @@
-"""Layer 1: the micro-batches of gradient accumulation as virtual workers of a single process."""
+"""The micro-batches of gradient accumulation as virtual workers of a single process."""
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from safestep.dispersion import WorkerSums, worker_sums
+from safestep.workers.dispersion import WorkerSums, worker_sums
 
 
 class MicroBatches:

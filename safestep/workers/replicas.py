@@ -1,12 +1,12 @@
-"""Layer 3: the replicas of DistributedDataParallel as workers: their sums, on every rank."""
+"""The replicas of DistributedDataParallel as workers: their sums, on every rank."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from safestep.dispersion import WorkerSums, unit_squared_norm_of_two
-from safestep.workers.local_gradients import LocalGradients, squared_norm
+from safestep.workers.ddp import LocalGradients, squared_norm
+from safestep.workers.dispersion import WorkerSums, unit_squared_norm_of_two
 
 
 class Replicas:

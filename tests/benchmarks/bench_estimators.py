@@ -1,8 +1,8 @@
 """Error of r of each estimator, by size of the update and by precision.
 
 Run: python tests/benchmarks/bench_estimators.py. Every entry is r / r(float64 JVP) - 1 for the
-update that Adam made in its 20th step, times a factor. What the docstrings of safestep.estimators
-say about scope, and the distance of a finite difference, come from this table.
+update that Adam made in its 20th step, times a factor. What the docstrings of
+safestep.measure.estimators say about scope, and the distance of a finite difference, come from it.
 """
 
 import copy
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safestep import logits_jvp
-from safestep.displacement import moved_back
-from safestep.estimators import LogitTangent, difference, jvp, secant
-from safestep.replay import Call
-from safestep.surroundings import Surroundings
+from safestep.capture.random_state import Surroundings
+from safestep.capture.recorder import Call
+from safestep.measure.estimators import LogitTangent, difference, jvp, secant
+from safestep.measure.perturb import moved_back
 
 FACTORS = (1e-4, 1e-2, 1.0, 1e2, 1e4)
 

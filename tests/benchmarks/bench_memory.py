@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 from safestep import SafeStep
-from safestep.predict import AUDIT_INTERVAL, FIRST_STEPS
+from safestep.guard.predictor import AUDIT_INTERVAL, FIRST_STEPS
 
 WARM_UP = 4  # the first three guarded steps are cross-checked by a second estimator
 

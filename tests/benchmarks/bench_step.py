@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from safestep import SafeStep, StepReport
-from safestep.predict import FIRST_STEPS
+from safestep.guard.predictor import FIRST_STEPS
 
 GUARDS = {
     "plain": "nothing",

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safestep.capture.finder import LogitFinder
-from safestep.controller import Rung, smallest_row
-from safestep.estimators import jvp
-from safestep.logit_tangent import LogitTangent
-from safestep.replay import Call
-from safestep.surroundings import Surroundings
+from safestep.capture.random_state import Surroundings
+from safestep.capture.recorder import Call
+from safestep.measure.estimators import jvp
+from safestep.radius.batch import LogitTangent, Rung, smallest_row
 
 # (label, rung, spread of the tangent in units of pi: over 1, every row climbs the whole ladder)
 CASES = (("bound", "bound", 0.5), ("certified, r < 1", "certified", 0.5),

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from bench_step import SHAPES, WARM_UP, variant
 
-from safestep.controller import StepController
-from safestep.gauge import Gauge
-from safestep.journal import Journal
-from safestep.meter import _Norms
-from safestep.optim import SafeStep
-from safestep.predict import Predictor
-from safestep.replay import Recorder
-from safestep.snapshot import Snapshot, _Made
+from safestep.capture.recorder import Recorder
+from safestep.guard.controller import StepController
+from safestep.guard.journal import Journal
+from safestep.guard.meter import _Norms
+from safestep.guard.predictor import Predictor
+from safestep.guard.safe_step import SafeStep
+from safestep.guard.snapshot import Snapshot, _Made
+from safestep.measure.cross_check import Gauge
 
 PARTS: dict[str, list[tuple[type, str]]] = {
     "record the forward call": [(Recorder, "_before"), (Recorder, "_after")],

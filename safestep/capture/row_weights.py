@@ -1,0 +1,109 @@
+"""Rows of a loss that weigh nothing in it, which only its own backward pass shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from safestep.capture.isolation import untraced
+from safestep.capture.losses import READERS, row_flags
+from safestep.capture.plan import named_tensors, traced_loss
+from safestep.capture.vmap import is_batched
+
+if TYPE_CHECKING:
+    from safestep.capture.recorder import Call
+
+
+def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
+    """Run a call again and return which rows of its loss functions have a gradient.
+
+    ``cross_entropy(..., reduction="none")`` is multiplied by a mask after it returns, and so are
+    the picked entries of a log_softmax. The graph begins at the results of these functions: what is
+    run is a forward pass without a graph and the backward pass of a few sums.
+
+    Args:
+        call: The call. It must compute what it did when the events were counted.
+        events: Which calls of loss functions, softmaxes and sigmoids, by their index.
+
+    Returns:
+        By index, True where a row has a gradient: shape ``[*B]``, or ``[]`` where all share one.
+        Nothing for an event that no gradient comes back to.
+    """
+    children, _ = call.modes
+    root = children[0] if children else torch.nn.Module()
+    with untraced(root), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        with _Results(events) as watch:
+            output = call.run()
+        roots, seeds = _roots(call, output)
+        results = list(watch.results.values())
+        if not roots or not results:
+            return {}
+        found = torch.autograd.grad(roots, results, seeds, allow_unused=True)
+    return {
+        index: watch.flags[index](gradient.ne(0))
+        for index, gradient in zip(watch.results, found, strict=True)
+        if gradient is not None
+    }
+
+
+def _roots(call: Call, output: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what a backward pass began with, and its gradient there."""
+    if not call.gradients:
+        roots = [tensor for _, tensor in traced_loss(output)]
+        return roots, [torch.ones_like(tensor) for tensor in roots]
+    # A loss that the model returns; other outputs enter softmaxes outside of it.
+    pairs = [
+        (tensor, call.gradients[name].sample.to(tensor))
+        for name, tensor in named_tensors(output)
+        if tensor.grad_fn is not None
+        and name in call.gradients
+        and call.gradients[name].class_axis is None
+    ]
+    return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
+
+
+class _Results(TorchFunctionMode):
+    """Let an autograd graph begin at the results of some functions.
+
+    Args:
+        events: Which, counted as ``LossWatch`` counts.
+    """
+
+    def __init__(self, events: Collection[int]) -> None:
+        super().__init__()
+        self._events = events
+        self._count = 0
+        self.results: dict[int, Tensor] = {}
+        self.flags: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def __enter__(self) -> _Results:
+        super().__enter__()
+        return self
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return what the function returns, as a leaf where it is one of the events."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name not in READERS:
+            return result
+        index, self._count = self._count, self._count + 1
+        if index in self._events and not is_batched(result):
+            if not result.requires_grad:  # else it depends on an earlier one
+                result = result.detach().requires_grad_()
+            torch.set_grad_enabled(True)  # until the end of the call
+            self.results[index] = result
+            self.flags[index] = lambda flags: row_flags(name, flags, *args, **kwargs)
+            return result.clone()  # a leaf takes no change in place
+        return result

@@ -1,0 +1,254 @@
+"""The update that an optimizer is about to make, found ahead, piece by piece."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+from torch.optim import Optimizer
+
+from safestep.capture.recorder import Call
+from safestep.measure.cross_check import Update
+from safestep.parallel.norms import joint_norm
+from safestep.parallel.shards import are_sharded, counted_here, local
+
+# Proportional to lr, with a state that does not depend on it: a step is scaled by scaling lr.
+_NAMES = ("SGD", "Adam", "AdamW", "Muon")
+_SUPPORTED = tuple(getattr(optim, name) for name in _NAMES if hasattr(optim, name))
+_PIECE = 2**14  # smallest number of elements that is worth a run of the optimizer
+_PIECES = 64  # so small that the copies of one stay below an eighth of the parameters
+
+
+class Rehearsal:
+    """What a step is going to change, known before it happens: nothing is copied to undo it.
+
+    The optimizer's own code runs on copies of a few rows at a time, so that the update is that of
+    the real step, up to rounding. Nothing of the model's size is held: who reads the update as a
+    whole holds it. A step is scaled by its learning rate, and kept from happening by taking the
+    gradients away while it runs.
+
+    Args:
+        optimizer: An SGD, Adam, AdamW or Muon of torch.
+
+    Attributes:
+        params: The parameters that the step is going to change: those with a gradient.
+
+    Raises:
+        ValueError: If the optimizer is another one, a subclass included: it may do something else
+            with its learning rate. Also if Muon's matrices are sharded, since no rank has a whole
+            one to orthogonalise.
+
+    Example:
+        >>> param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> param.grad = torch.tensor([4.0, -4.0])
+        >>> rehearsal = Rehearsal(torch.optim.SGD([param], lr=0.5))
+        >>> rehearsal.take()
+        >>> list(rehearsal.update([]).change), param.tolist()
+        ([tensor([-2.,  2.])], [1.0, 2.0])
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        _check_optimizer(optimizer)
+        self._optimizer = optimizer
+        # A bare one of the same kind: parameters, options and state are lent to it.
+        self._double = type(optimizer)([torch.zeros(1, 1)])  # type: ignore[call-arg]
+        self._by_rows = type(optimizer).__name__ != "Muon"  # which needs whole matrices
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
+        self._rates: list[Any] = []
+        self.release()
+
+    def take(self) -> None:
+        """Nothing needs to be kept of what is there before a step."""
+
+    def update(self, calls: Sequence[Call]) -> Update:
+        """Return the update that the step is going to make with the gradients that are there.
+
+        Args:
+            calls: The calls that the gradients were computed from.
+
+        Returns:
+            The update. Its `change` is computed anew whenever it is iterated over.
+        """
+        groups = self._optimizer.param_groups
+        self.params = [p for group in groups for p in group["params"] if p.grad is not None]
+        start = list(map(local, self.params))
+        return _Proposal(
+            calls, self.params, start, _Change(self),
+            is_made=False, is_sharded=are_sharded(self.params),
+        )  # fmt: skip
+
+    def restore(self) -> None:
+        """Keep the step from changing anything, bit for bit: without gradients it does nothing."""
+        self._gradients = [(param, param.grad) for param in self.params]
+        for param in self.params:
+            param.grad = None
+
+    def rescale(self, scale: float) -> None:
+        """Make the step `scale` times as long.
+
+        Args:
+            scale: Factor of the update.
+        """
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["lr"] * scale  # a new tensor, where it is one
+
+    def release(self) -> None:
+        """Put gradients and learning rates back, after the step."""
+        for param, gradient in self._gradients:
+            param.grad = gradient
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate
+        self._gradients, self._rates = [], []
+        self.params: list[Tensor] = []
+
+    @torch.no_grad()
+    def pieces(self) -> Iterator[list[_Piece]]:
+        """Yield the update by lists of pieces, a few at a time, in the order of `params`."""
+        limit = max(_PIECE, sum(local(param).numel() for param in self.params) // _PIECES)
+        index = 0
+        for group in self._optimizer.param_groups:
+            together: list[_Piece] = []
+            size = 0
+            for param in (param for param in group["params"] if param.grad is not None):
+                for rows in self._rows(param, limit):
+                    together.append(_Piece(index, param, rows))
+                    size += together[-1].of(param).numel()
+                    if size >= limit:
+                        yield self._rehearsed(group, together)
+                        together, size = [], 0
+                index += 1
+            if together:
+                yield self._rehearsed(group, together)
+
+    def _rows(self, param: Tensor, limit: int) -> Iterator[slice | None]:
+        whole = local(param)
+        if not self._by_rows or whole.numel() <= limit or param.grad.is_sparse:  # type: ignore[union-attr]
+            yield None
+            return
+        count = max(1, limit * len(whole) // whole.numel())
+        for first in range(0, len(whole), count):
+            yield slice(first, min(first + count, len(whole)))
+
+    def _rehearsed(self, group: dict[str, Any], pieces: list[_Piece]) -> list[_Piece]:
+        double, state = self._double, self._optimizer.state
+        moved = [piece.of(piece.param).clone() for piece in pieces]
+        for piece, copy in zip(pieces, moved, strict=True):
+            gradient = piece.of(piece.param.grad)  # type: ignore[arg-type]
+            # SGD writes to it, foreach with nesterov and fused with a scaler; Muon does not.
+            copy.grad = gradient.clone() if self._by_rows else gradient
+        double.param_groups = [{**group, "params": moved}]
+        double.state = defaultdict(
+            dict, {copy: piece.copied(state[piece.param])
+                   for piece, copy in zip(pieces, moved, strict=True) if piece.param in state},
+        )  # fmt: skip
+        for name in ("grad_scale", "found_inf"):  # a GradScaler leaves unscaling to a fused step
+            setattr(double, name, getattr(self._optimizer, name, None))
+        # Without the hooks that others may have put on every optimizer of the process.
+        type(double).step.__wrapped__(double)  # type: ignore[attr-defined]
+        double.param_groups, double.state = [], defaultdict(dict)
+        for piece, copy in zip(pieces, moved, strict=True):
+            copy.grad = None
+            piece.update = copy.sub_(piece.of(piece.param))
+        return pieces
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Some rows of a parameter, all of it where `rows` is None, and then their update."""
+
+    index: int
+    param: Tensor
+    rows: slice | None
+    update: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        shard = local(tensor.detach())
+        return shard if self.rows is None else shard[self.rows]
+
+    def copied(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {name: self._copied(value) for name, value in state.items()}
+
+    def _copied(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (self.of(value) if value.shape == self.param.shape else value).clone()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rows is not None and self.rows.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rows is None or self.rows.stop == len(local(self.param))
+
+
+class _Change(Sequence[Tensor]):
+    """The update of every parameter, one at a time."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        self._rehearsal = rehearsal
+
+    def __len__(self) -> int:
+        return len(self._rehearsal.params)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        whole = torch.empty(0)
+        for piece, update in self._written():
+            if piece.rows is None:
+                whole = update
+            else:
+                if piece.is_first:
+                    whole = torch.empty_like(local(piece.param.detach()))
+                whole[piece.rows] = update
+            if piece.is_last:
+                yield whole
+
+    def write(self, places: Sequence[Tensor]) -> None:
+        """Write the update of every parameter into its place, without holding any of them."""
+        for piece, update in self._written():
+            place = places[piece.index]
+            (place if piece.rows is None else place[piece.rows]).copy_(update)
+
+    def _written(self) -> Iterator[tuple[_Piece, Tensor]]:
+        for pieces in self._rehearsal.pieces():
+            for piece in pieces:
+                assert piece.update is not None
+                yield piece, piece.update
+                piece.update = None
+
+
+@dataclass(slots=True)
+class _Proposal(Update):
+    """An update whose norm is found without holding all of it."""
+
+    def parts(self) -> list[Tensor]:
+        counts = counted_here(self.params)
+        rehearsal = self.change._rehearsal  # type: ignore[attr-defined]
+        norms = []
+        for pieces in rehearsal.pieces():
+            norms.append(joint_norm([piece.update for piece in pieces if counts[piece.index]]))
+            pieces.clear()  # before the next ones are made
+        return norms
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if type(optimizer) not in _SUPPORTED:
+        raise ValueError(
+            "SafeStep: expected an `optimizer` that is exactly one of "
+            f"{', '.join(kind.__name__ for kind in _SUPPORTED)} with copy=False, got "
+            f"{type(optimizer).__name__}. Leave `copy` at True: that works with every optimizer."
+        )
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if type(optimizer).__name__ == "Muon" and are_sharded(params):
+        raise ValueError(
+            "SafeStep: expected whole parameters for a Muon `optimizer` with copy=False, got "
+            "sharded ones. Leave `copy` at True."
+        )

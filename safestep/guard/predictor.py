@@ -1,0 +1,214 @@
+"""When the exact radius can be spared, because the last one still tells enough."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from operator import le
+from typing import Any
+
+FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
+AUDIT_INTERVAL = 60  # a JVP costs about one step: one in 60 keeps an audit below 2 %
+LONGEST_INTERVAL = 320  # where the bound may grow sixfold before it is over the limit
+NEAR = 0.8  # of the limit: a bound that comes nearer is measured more often; a secant may not
+FAR = 0.1  # of the limit: below, exact measurements are so rare that cheaper ones save nothing
+SECANTS = 7  # in a row, then an exact measurement
+WINDOW = 32  # steps that say what is usual, and exact measurements that bound the next ones
+JUMP = 1.5  # times the window's maximum: minibatch noise stays below
+DRIFT = 2.0  # times the largest at the last measurements: a warm-up goes there without a jump
+OUTLIER = 3.0  # times the latest measurements: one that was over that was of other data
+MARGIN = 1.4  # growth of r per unit of distance that is always allowed for between measurements
+_RECENT = 4  # exact measurements that say what r and the signals are now
+
+
+class Predictor:
+    """Bound the next r from the last exact ones, and say when that is not enough.
+
+    Along one direction r is proportional to the step distance, and the factor, the spread per unit
+    of distance over pi, drifts slowly. From one batch to the next it varies, being that of the
+    worst row. The bound is the largest factor of the last 32 measurements (but for a bad batch,
+    which the latest ones are far below), times the distance of this step, times a margin that grows
+    with every prediction that fell short. An exact measurement is called for
+
+    - in the first steps, and after at most 60 steps without one, up to 320 as the bound lies below
+      0.8 of the limit, down to 24 as it comes from there to the limit; sooner after a prediction
+      that fell short;
+    - where the bound is over the limit;
+    - where a signal (step norm, gradient norm, size of the logits and of the loss's gradient there)
+      exceeds what was usual: another direction or other data; or where it has crept to twice
+      what it was at the last exact measurements;
+    - where an option of the optimizer changed that turns the direction.
+
+    Where nothing is unusual and r is expected between 0.1 and 0.8 of the limit, a secant will do
+    instead, at less than half the cost: it is off by a few percent. Every eighth is exact, though.
+
+    Args:
+        limit: The largest r that is let through.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._carry(())
+        self._margin = MARGIN
+        self._steps = 0
+        self._interval = 1
+        self._since = 0
+        self._secants = 0
+        self._usual = _Window(WINDOW)
+        self._measured = _Window(_RECENT)
+        self._options: tuple[Any, ...] = ()
+
+    def predict(
+        self, step_norm: float, signals: Sequence[float], options: tuple[Any, ...]
+    ) -> float | None:
+        """Return the predicted r, or None if this step has to be measured exactly.
+
+        Args:
+            step_norm: Distance of the proposed update.
+            signals: Sizes that tell the usual from the unusual, always the same ones.
+            options: What turns the direction of an update when it changes.
+
+        Returns:
+            r of the update, if r is surely within the limit; infinity if a secant may tell.
+        """
+        self._steps += 1
+        self._since += 1
+        signals = (step_norm, *signals)
+        is_unusual = self._is_unusual(signals) or options != self._options
+        if all(map(math.isfinite, signals)):  # infinity would make everything usual after it
+            self._usual.append(signals)
+        self._options = options
+        if is_unusual or self._steps <= FIRST_STEPS or not self._factors:
+            return None
+        expected, bound = self._latest * step_norm, self._largest * step_norm * self._margin
+        if bound <= self.limit and not self._is_due(bound):
+            return expected
+        is_between = FAR * self.limit <= expected <= NEAR * self.limit
+        return math.inf if is_between and self._secants < SECANTS else None
+
+    def is_far(self, secant: float) -> bool:
+        """Return whether the r of a secant is small enough to let the step through.
+
+        Args:
+            secant: The r.
+        """
+        return secant <= NEAR * self.limit
+
+    def learn(self, step_norm: float, normalized_step: float, *, is_secant: bool = False) -> None:
+        """Take a measurement.
+
+        Args:
+            step_norm: Distance of the update that was measured.
+            normalized_step: Its r.
+            is_secant: Whether that is a secant's.
+        """
+        if not (step_norm > 0 and math.isfinite(normalized_step)):
+            return
+        self._secants = self._secants + 1 if is_secant else 0
+        factor = normalized_step / step_norm
+        growth = factor / self._largest if self._largest > 0 else 1.0
+        # A prediction that held makes the next ones last longer; one that fell short, shorter.
+        has_held = growth <= self._margin
+        longer, shorter = min(2 * self._interval, LONGEST_INTERVAL), max(self._interval // 8, 1)
+        self._interval = longer if has_held else shorter
+        self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
+        self._carry((*self._factors, factor))
+        if self._usual.rows:
+            self._measured.append(self._usual.rows[-1])
+        self._since = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain numbers and lists."""
+        return {
+            "factors": list(self._factors),
+            "margin": self._margin,
+            "steps": self._steps,
+            "interval": self._interval,
+            "since": self._since,
+            "secants": self._secants,
+            "usual": self._usual.state(),
+            "measured": self._measured.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned; the first step after it is measured.
+
+        Args:
+            state: The state; it is not changed.
+        """
+        self._carry(state["factors"])
+        self._margin = state["margin"]
+        self._steps = state["steps"]
+        self._interval = state["interval"]
+        self._since = state["since"]
+        self._secants = state.get("secants", 0)  # which older checkpoints lack
+        self._usual = _Window(WINDOW, state["usual"])
+        self._measured = _Window(_RECENT, state["measured"])
+
+    def _carry(self, factors: Sequence[float]) -> None:
+        """Keep the last factors, the largest of the latest, and the largest of all that count."""
+        self._factors = factors[-WINDOW:]
+        self._latest = max(factors[-_RECENT:], default=0.0)
+        self._largest = max((f for f in self._factors if f <= OUTLIER * self._latest), default=0.0)
+
+    def _is_due(self, bound: float) -> bool:
+        headroom = NEAR * self.limit / bound if bound > 0 else math.inf
+        # Close to the limit r may be twice what it was before any signal shows it.
+        share = headroom if headroom > 1 else headroom**4
+        longest = min(AUDIT_INTERVAL * share, LONGEST_INTERVAL)
+        return self._since >= min(self._interval, longest)
+
+    def _is_unusual(self, signals: tuple[float, ...]) -> bool:
+        usual, measured = self._usual.largest, self._measured.largest
+        if len(usual) not in {0, len(signals)} or len(measured) not in {0, len(signals)}:
+            self._usual, self._measured = _Window(WINDOW), _Window(_RECENT)
+            return False
+        # What is not a number is not below anything.
+        return not (
+            all(map(le, signals, [JUMP * seen for seen in usual]))
+            and all(map(le, signals, [DRIFT * seen for seen in measured]))
+        )
+
+
+class _Window:
+    """The latest signals, all of one length, and the largest of each.
+
+    Args:
+        size: How many.
+        rows: The first ones.
+    """
+
+    def __init__(self, size: int, rows: Iterable[Sequence[float]] = ()) -> None:
+        self.rows: deque[tuple[float, ...]] = deque(maxlen=size)
+        self.largest: tuple[float, ...] = ()
+        # The largest of the later rows, and of the earlier ones: of all of them, without the first,
+        # without the first two and so on, last things first. To look at all anew in every step
+        # takes longer than all else that a prediction does.
+        self._later: tuple[float, ...] = ()
+        self._earlier: list[tuple[float, ...]] = []
+        for row in rows:
+            self.append(tuple(row))
+
+    def append(self, signals: tuple[float, ...]) -> None:
+        """Take signals in, and let the oldest go where there are too many."""
+        is_full = len(self.rows) == self.rows.maxlen
+        self.rows.append(signals)
+        if is_full and len(self._earlier) < 2:
+            self._earlier = list(accumulate(reversed(self.rows), _larger))
+            self._later, self.largest = (), self._earlier[-1]
+            return
+        if is_full:
+            self._earlier.pop()
+        self._later = _larger(self._later, signals) if self._later else signals
+        earlier = self._earlier
+        self.largest = _larger(earlier[-1], self._later) if earlier else self._later
+
+    def state(self) -> list[list[float]]:
+        """Return the signals from the oldest to the latest, as lists."""
+        return list(map(list, self.rows))
+
+
+def _larger(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(max, one, other))

@@ -1,0 +1,75 @@
+"""Which radius binds at a step: that of the output's softmax, or one inside the model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from safestep.measure.cross_check import Reading
+from safestep.measure.inner_radii import InnerWatch
+
+_UNSEEN = {
+    "attention": "no call of scaled_dot_product_attention, and no softmax that weighs a matrix",
+    "ffn": "no call of a ReLU-like activation function of torch",
+}
+
+
+def radii_of_step(watch: InnerWatch, reading: Reading, step_norm: float) -> dict[str, Any]:
+    """Return the radii of a step, as parameter distances, and which is the smallest.
+
+    All are bounds of one kind, so that they compare: the output's is pi / spread, whichever radius
+    the decision is made on. They are those of this worker's examples.
+
+    Args:
+        watch: What was seen inside the model since it was asked last.
+        reading: What was measured at its output.
+        step_norm: 2-norm of the update.
+
+    Returns:
+        What the run log holds: ``radii`` has "output" and, by layer, "attention" and "ffn", as far
+        as they were measured; ``binding`` is the name of the smallest, None if no radius is finite
+        or one is NaN; ``radii_reason`` says why one that was asked for is missing. Empty where the
+        step's own radius was not measured.
+
+    Reference:
+        Ghosts of Softmax, arXiv:2603.13552, Sec. 6.6.
+
+    Example:
+        >>> watch = InnerWatch(torch.nn.ReLU(), ["ffn"])
+        >>> row = torch.tensor([0.5, 2 * math.pi, 0.0])
+        >>> radii_of_step(watch, Reading(row, "jvp"), step_norm=3.0)["radii"]
+        {'output': 1.5}
+    """
+    inside = watch.take()
+    if bool(reading.row.isnan().any()):
+        return {}
+    is_exact = reading.estimator.startswith("jvp")
+    if not is_exact:  # of an attempt that failed half-way
+        inside = {}
+    found = [(kind, layer, radius) for kind in inside for layer, radius in inside[kind].items()]
+    numbers = torch.stack([math.pi / reading.row[1], *(r.to(reading.row) for _, _, r in found)])
+    output, *rest = (math.inf if math.isinf(r) else r * step_norm for r in numbers.tolist())
+    radii: dict[str, Any] = {"output": output}
+    for (kind, layer, _), radius in zip(found, rest, strict=True):
+        radii.setdefault(kind, {})[layer] = radius
+    record: dict[str, Any] = {"radii": radii, "binding": _smallest(radii)}
+    reasons = {
+        kind: reason if is_exact else "only the estimator 'jvp' sees it"
+        for kind, reason in _UNSEEN.items()
+        if kind in watch.wanted and kind not in radii
+    }
+    return record | ({"radii_reason": reasons} if reasons else {})
+
+
+def _smallest(radii: dict[str, Any]) -> str | None:
+    named = [
+        (radius, kind)
+        for kind, layers in radii.items()
+        for radius in (layers.values() if isinstance(layers, dict) else [layers])
+    ]
+    if any(math.isnan(radius) for radius, _ in named):
+        return None
+    radius, kind = min(named)
+    return kind if radius < math.inf else None

@@ -1,0 +1,112 @@
+"""Parameters elsewhere for a while: at the start of an update, or a part of it ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from safestep.measure.forward_ad import Written
+from safestep.parallel.shards import local
+
+# Fewest elements that are worth a call, and chunks of all: what is held of one at a time is little.
+_CHUNK, _CHUNKS = 2**16, 64
+
+
+@contextmanager
+def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[None]:
+    """Exchange the contents of `params` and `start` inside, bit for bit both ways.
+
+    Args:
+        params: The parameters, after the step.
+        start: Their values before the step; holds those after it inside.
+
+    Yields:
+        Nothing.
+    """
+    held = tuple(map(local, params))
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(held):
+        _exchange(held, start)
+        try:
+            yield
+        finally:
+            _exchange(held, start)
+
+
+def displaced_by(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """Return places + eps * tangents, and hold little else.
+
+    Args:
+        places: Values of the parameters.
+        tangents: A direction for each.
+        eps: How far to go.
+
+    Returns:
+        New tensors.
+    """
+    displaced = list(map(torch.empty_like, places))
+    if isinstance(tangents, Written):
+        tangents.write(displaced)
+    else:
+        torch._foreach_copy_(displaced, list(tangents))
+    torch._foreach_mul_(displaced, eps)
+    torch._foreach_add_(displaced, places)
+    return displaced
+
+
+def _exchange(left: Sequence[Tensor], right: Iterable[Tensor]) -> None:
+    for ones, others in in_chunks(left, right):
+        kept = [one.detach().clone() for one in ones]
+        torch._foreach_copy_(ones, others)
+        torch._foreach_copy_(others, kept)
+        del kept  # before the next is made
+
+
+def in_chunks(
+    left: Sequence[Tensor], right: Iterable[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of.
+
+    Args:
+        left: Tensors.
+        right: One for each of them, of its shape.
+
+    Yields:
+        Tensors of both, whole or pieces of them.
+    """
+    limit = max(_CHUNK, sum(map(Tensor.numel, left)) // _CHUNKS)
+    ones, others, size = [], [], 0
+    for one, other in _pieces(left, right, limit):
+        ones.append(one)
+        others.append(other)
+        size += one.numel()
+        if size >= limit:
+            yield ones, others
+            ones, others, size = [], [], 0
+    if ones:
+        yield ones, others
+
+
+def _pieces(
+    left: Iterable[Tensor], right: Iterable[Tensor], limit: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for one, other in zip(left, right, strict=True):
+        if one.numel() <= limit or not (_can_be_split(one) and _can_be_split(other)):
+            yield one, other
+        else:
+            flat = (each.view(-1).split(limit) for each in (one, other))
+            yield from zip(*flat, strict=True)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor surely takes views: a subclass may not know what to do."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _can_be_split(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.is_contiguous()

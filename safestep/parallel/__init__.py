@@ -1,0 +1,1 @@
+"""Handle tensors that are spread over ranks (shards, norms, collectives); may import radius."""

@@ -1,0 +1,72 @@
+"""Numbers, counts and places as people write them."""
+
+import math
+
+
+def number(value: float) -> str:
+    """Return the value to three figures.
+
+    Args:
+        value: Any float.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> number(803.2), number(0.00124), number(1234567.0), number(3e-9), number(float("inf"))
+        ('803', '0.00124', '1,230,000', '3e-09', 'infinite')
+    """
+    if math.isnan(value):
+        return "unknown"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    if value and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:,.6f}".rstrip("0").rstrip(".")
+
+
+def count(how_many: int, noun: str) -> str:
+    """Return how many of a thing there are.
+
+    Args:
+        how_many: The number.
+        noun: The thing, in the singular.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> count(1, "step"), count(1200, "step")
+        ('1 step', '1,200 steps')
+    """
+    return f"{how_many:,} {noun}{'' if how_many == 1 else 's'}"
+
+
+def steps_between(first: int, last: int) -> str:
+    """Return a range of steps.
+
+    Args:
+        first: First step.
+        last: Last step, inclusive.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> steps_between(3, 3), steps_between(0, 412)
+        ('step 3', 'steps 0-412')
+    """
+    return f"step {first}" if first == last else f"steps {first}-{last}"
+
+
+def sentence(text: str) -> str:
+    """Return the text with a capital first letter and a full stop.
+
+    Args:
+        text: What to say.
+
+    Returns:
+        The sentence.
+    """
+    return f"{text[:1].upper()}{text[1:]}."

@@ -1,0 +1,98 @@
+"""Reduce the logit tangents of a batch to its smallest radius."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from safestep.radius.ladder import ladder_radius, logit_spread
+
+Rung = Literal["bound", "certified"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTangent:
+    """Logits and their tangent along the whole update.
+
+    Attributes:
+        name: Which logits.
+        source: The logits before the update, ``[*B, C]``, or what computes them (see
+            ``ladder_radius``).
+        tangent: Their directional derivative. Shape ``[*B, C]``, unit: logits.
+        mask: True where a row counts, None if all do. Shape ``[*B]``.
+    """
+
+    name: str
+    source: Tensor | Callable[..., Tensor]
+    tangent: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits; computed anew each time where they are too many to hold."""
+        source = self.source
+        return source if isinstance(source, Tensor) else source().view_as(self.tangent)
+
+
+def smallest_row(
+    rows: Iterable[LogitTangent],
+    *,
+    rung: Rung,
+    limit: float | None = None,
+    quantile: float | None = None,
+) -> Tensor:
+    """Return the radius of a batch, its largest spread and the row that set the radius.
+
+    Args:
+        rows: Logits and tangents, one set of rows after the other.
+        rung: Which radius of the ladder.
+        limit: The largest normalised step that is allowed: rows that a lower rung already shows to
+            be within it do not climb further. None: every row climbs.
+        quantile: Use this quantile of the rows' r in place of their maximum. Not certified.
+
+    Returns:
+        A float64 tensor ``[radius, spread, index]`` on the device of the rows. Radius is in
+        multiples of the update, NaN if any row's is.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    radii, spreads = [], []
+    for row in rows:
+        spread = logit_spread(row.tangent, mask=row.mask)
+        radius = math.pi / spread
+        # Logits that are too many to hold are computed only where the bound leaves a row open.
+        if rung != "bound" and not (limit and bool((radius >= 1 / limit).all())):
+            radius = ladder_radius(
+                row.source, row.tangent, mask=row.mask, limit=limit, rung=rung,
+                only_smallest=quantile is None, spread=spread,
+            )  # fmt: skip
+            if quantile is None:
+                limit = _raised(limit, float(radius.min()))
+        radii.append(radius.flatten().double())
+        spreads.append(spread.amax().double())
+        del row  # which may be large, before the next is made
+    if not radii:
+        raise ValueError("smallest_row: expected at least one set of rows, got none.")
+    radius, index = _lower_quantile(torch.cat(radii), quantile)
+    return torch.stack([radius, torch.stack(spreads).amax(), index.double()])
+
+
+def _lower_quantile(radii: Tensor, quantile: float | None) -> tuple[Tensor, Tensor]:
+    if quantile is None:
+        return radii.min(0)
+    # A masked row has an infinite radius and no say in what share of the rows is meant.
+    live = int((radii != math.inf).sum())
+    rank = 1 + math.floor((1.0 - quantile) * max(live - 1, 0))
+    radius, index = radii.kthvalue(rank)
+    return torch.where(radii.isnan().any(), math.nan, radius), index
+
+
+def _raised(limit: float | None, smallest: float) -> float | None:
+    """Return the limit under which rows cannot have a smaller radius than one that was found."""
+    return max(limit or 0.0, 1 / smallest) if 0 < smallest < math.inf else limit

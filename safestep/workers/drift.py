@@ -1,0 +1,248 @@
+"""Which worker is off? Evidence over ranks and time from the workers' logged numbers.
+
+Workers that draw from the same data are exchangeable: at each step their order, by loss or by
+gradient norm, is a random permutation, however those numbers are distributed and however training
+drifts. So the order needs no model of the noise, and the chance of a false alarm has a bound.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+QUANTITIES = ("loss", "gradient norm", "cosine to the mean")
+_NORM = 1
+# A gradient norm this many MADs and this factor above the others is an alarm by itself. The order
+# says nothing in one step; both limits are far outside what mini-batches do (heavy tails: factor
+# 30 seen on a fitted classifier).
+_SPIKE_MADS = 20.0
+_SPIKE_FACTOR = 100.0
+# Where the others are all equal there is no scale; no distance counts as more than this.
+_FAR_MADS = 1000.0
+# The scale of ordinary deviations is a mean over about this many steps.
+_MEMORY = 50
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """One worker departs from the others.
+
+    Attributes:
+        step: Step at which there was evidence enough.
+        rank: The worker; with two workers the upper one of the two.
+        quantity: One of `QUANTITIES`.
+        deviation: Mean signed distance from the workers' median since ``since``, in MADs (median
+            absolute deviations of the workers); NaN for a non-finite worker.
+        since: Step at which the evidence began to grow: the estimated onset.
+        message: The event in a sentence.
+    """
+
+    step: int
+    rank: int
+    quantity: str
+    deviation: float
+    since: int
+    message: str
+
+
+class WorkerWatch:
+    """Tell a worker that is off from the spread that workers always have.
+
+    For each quantity and side, place k of N (0 = most extreme) is worth the likelihood ratio
+    N 2^-k / (2 - 2^(1-N)) of "often among the extremes" against "every order alike". Its logs
+    are summed from the step that makes the sum largest (CUSUM); at log(6 N / false_alarms) the
+    worker is named. By Ville's inequality exchangeable workers give at most ``false_alarms``
+    events a step in the mean. A worker always at the extreme is named after 57, 31, 23, 13 steps
+    for N = 2, 3, 4, 8; a non-finite one, or a gradient norm a hundred times the others', at once.
+
+    A named worker is left out of the others' comparisons until its evidence is gone, so one fault
+    makes one event. Workers with different data are not exchangeable and are rightly named.
+
+    Args:
+        num_workers: Number of workers.
+        false_alarms: Expected false events per step of like workers, order evidence.
+        non_finite_patience: Consecutive steps that a gradient may be non-finite while the loss is
+            finite; a loss scale in float16 overflows now and then by design.
+
+    Example:
+        >>> watch = WorkerWatch(4)
+        >>> for step in range(40):
+        ...     for event in watch.update(step, [1.0, 1.1, 1.2, 3.0], [2.0] * 4, [0.9] * 4):
+        ...         print(event.message)
+        rank 3: loss 18.5 MADs above the others since step 0
+    """
+
+    def __init__(
+        self, num_workers: int, *, false_alarms: float = 1e-6, non_finite_patience: int = 0
+    ) -> None:
+        shape = (2, len(QUANTITIES), num_workers)  # sides: above, below
+        self._threshold = math.log(math.prod(shape) / false_alarms)
+        self._patience = non_finite_patience
+        self._evidence = np.zeros(shape)
+        self._since = np.zeros(shape, dtype=np.int64)
+        self._count = np.zeros(shape, dtype=np.int64)
+        self._deviation_sum = np.zeros(shape)
+        self._scale = np.full(len(QUANTITIES), np.nan)
+        self._named = np.zeros(num_workers, dtype=bool)
+        self._non_finite = np.zeros(num_workers, dtype=np.int64)
+
+    def update(
+        self, step: int, losses: ArrayLike, grad_norms: ArrayLike, cosines_to_mean: ArrayLike
+    ) -> list[WorkerEvent]:
+        """Take one step's numbers and return what they newly show, most often nothing.
+
+        Args:
+            step: The step's number.
+            losses: Each worker's loss. Shape ``[N]``.
+            grad_norms: Each worker's gradient norm. Shape ``[N]``.
+            cosines_to_mean: Each worker's cosine to the mean gradient. Shape ``[N]``.
+
+        Returns:
+            The events of this step.
+        """
+        with np.errstate(all="ignore"):  # zeros and non-finite numbers are ordinary input here
+            values = np.stack(
+                [np.asarray(v, np.float64) for v in (losses, grad_norms, cosines_to_mean)]
+            )
+            events = self._non_finite_events(step, np.isfinite(values))
+            values[_NORM] = np.log(values[_NORM])  # norms differ by factors
+            deviations = values - np.median(values, axis=1, keepdims=True)
+            events += self._spike_events(step, deviations)
+            self._gather_evidence(step, values, deviations)
+            self._update_scale(deviations)
+        return events + self._evidence_events(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the evidence so far, as JSON-like values."""
+        return {name: getattr(self, name).tolist() for name in self._state_names()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the evidence that `state_dict` gave.
+
+        Args:
+            state: From a watch over as many workers.
+
+        Raises:
+            ValueError: If the number of workers differs.
+        """
+        if len(state["_named"]) != len(self._named):
+            raise ValueError(
+                f"WorkerWatch: expected `state` of {len(self._named)} workers, got "
+                f"{len(state['_named'])}. Start afresh when the number of workers changes."
+            )
+        for name in self._state_names():
+            setattr(self, name, np.array(state[name], dtype=getattr(self, name).dtype))
+
+    def _state_names(self) -> list[str]:
+        return [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
+
+    def _non_finite_events(self, step: int, is_finite: NDArray[np.bool_]) -> list[WorkerEvent]:
+        bad_loss = ~is_finite[0]
+        self._non_finite = np.where(is_finite[_NORM], 0, self._non_finite + 1)
+        is_bad = bad_loss | (self._non_finite > self._patience)
+        events = []
+        for rank in np.flatnonzero(is_bad & ~self._named).tolist():
+            quantity = 0 if bad_loss[rank] else _NORM
+            since = step - max(0, int(self._non_finite[rank]) - 1) if quantity else step
+            message = f"rank {rank}: {QUANTITIES[quantity]} not finite since step {since}"
+            events.append(WorkerEvent(step, rank, QUANTITIES[quantity], math.nan, since, message))
+            self._name(rank, 0, quantity)
+        return events
+
+    def _spike_events(self, step: int, deviations: Array) -> list[WorkerEvent]:
+        # One gradient far beyond all that was seen, as a bit flip makes it.
+        if len(self._named) < 3 or not np.isfinite(self._scale[_NORM]):
+            return []
+        mads = deviations[_NORM] / self._scale[_NORM]
+        is_spike = (mads > _SPIKE_MADS) & (deviations[_NORM] > math.log(_SPIKE_FACTOR))
+        events = []
+        for rank in np.flatnonzero(
+            is_spike & np.isfinite(deviations[_NORM]) & ~self._named
+        ).tolist():
+            factor = np.exp(deviations[_NORM, rank])
+            message = f"rank {rank}: gradient norm {factor:.3g} times the others' at step {step}"
+            events.append(
+                WorkerEvent(step, rank, QUANTITIES[_NORM], float(mads[rank]), step, message)
+            )
+            self._name(rank, 0, _NORM)
+        return events
+
+    def _gather_evidence(self, step: int, values: Array, deviations: Array) -> None:
+        signed = np.stack([values, -values])
+        evidence = np.maximum(self._evidence, 0) + _log_likelihood_ratio(signed, ~self._named)
+        is_fresh = self._evidence <= 0
+        self._since[is_fresh] = step
+        self._count[is_fresh] = 0
+        self._deviation_sum[is_fresh] = 0
+        self._count += 1
+        scale = np.where(np.isfinite(self._scale), self._scale, _mad(deviations))
+        mads = np.nan_to_num(deviations / scale[:, None])
+        self._deviation_sum += mads.clip(-_FAR_MADS, _FAR_MADS)
+        # What named a worker fades from the threshold to zero; that clears the worker.
+        fading = np.where(self._evidence > 0, np.minimum(evidence, self._threshold), 0)
+        self._evidence = np.maximum(np.where(self._named, fading, evidence), 0)
+        self._named &= (self._evidence > 0).any((0, 1))
+
+    def _evidence_events(self, step: int) -> list[WorkerEvent]:
+        evidence = np.where(self._named, 0, self._evidence)
+        if len(self._named) == 2:
+            evidence[1] = 0  # both stand out alike: the upper one speaks for the pair
+        has_crossed = (evidence >= self._threshold).any((0, 1))
+        if not has_crossed.any():
+            return []
+        # What crossed first may not be what shows most.
+        shows = has_crossed & (evidence >= self._threshold / 2)
+        deviations = self._deviation_sum / np.maximum(self._count, 1)
+        order = np.where(shows, np.abs(deviations), -1)
+        side, quantity, rank = (int(i) for i in np.unravel_index(order.argmax(), order.shape))
+        since = int(self._since[side, quantity, rank])
+        deviation = float(deviations[side, quantity, rank])
+        amount = f"{abs(deviation):.1f} MADs" if abs(deviation) < 0.9 * _FAR_MADS else "far"
+        message = (
+            f"rank {rank}: {QUANTITIES[quantity]} {amount} "
+            f"{('above', 'below')[side]} the others since step {since}"
+        )
+        if len(self._named) == 2:
+            message += " (of two workers either may be the one that is off)"
+        self._name(rank, side, quantity)
+        return [WorkerEvent(step, rank, QUANTITIES[quantity], deviation, since, message)]
+
+    def _name(self, rank: int, side: int, quantity: int) -> None:
+        """Leave the worker out of the comparisons; the others' evidence was against its values."""
+        self._named[rank] = True
+        self._evidence[..., ~self._named] = 0
+        self._evidence[..., rank] = 0
+        self._evidence[side, quantity, rank] = self._threshold
+
+    def _update_scale(self, deviations: Array) -> None:
+        mad = _mad(deviations)
+        is_first = ~np.isfinite(self._scale)
+        mixed = self._scale + (mad - self._scale) / _MEMORY
+        self._scale = np.where(is_first, mad, np.where(np.isfinite(mad), mixed, self._scale))
+
+
+def _mad(deviations: Array) -> Array:
+    """Return the workers' median absolute deviation of each quantity."""
+    return np.median(np.abs(deviations), axis=1)
+
+
+def _log_likelihood_ratio(values: Array, is_like: NDArray[np.bool_]) -> Array:
+    """Return each worker's evidence of one step; ties share, non-finite quantities have none.
+
+    Each worker is placed among itself and the other like workers, largest value first.
+    """
+    count = len(is_like)
+    others = is_like & ~np.eye(count, dtype=bool)  # [worker, other]
+    size = others.sum(1) + 1
+    rivals = np.where(others, values[..., None, :], np.nan)
+    above = (rivals > values[..., None]).sum(-1)
+    not_below = (rivals >= values[..., None]).sum(-1)
+    # The mean of 2^-k over the tied places k = above .. not_below.
+    weight = (2.0 ** (1.0 - above) - 2.0**-not_below) / (not_below - above + 1)
+    ratio = np.log(size * weight / (2 - 2.0 ** (1 - size)))
+    usable = np.isfinite(np.where(is_like, values, 0)).all(-1, keepdims=True)
+    return np.where(usable & np.isfinite(values), ratio, 0)

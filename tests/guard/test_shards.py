@@ -1,0 +1,185 @@
+"""SafeStep on parameters that fully_shard distributes over the ranks of real gloo processes."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from safestep.parallel.shards import counted_here, is_sharded, local
+
+PROCESSES = Path(__file__).parents[1] / "processes"
+LIMIT = 1.0
+JUMP, OUTLIER = 35, 50  # steps of the longer run, as in guarded_shards.py
+
+
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(4, marks=pytest.mark.slow)],
+    ids=lambda ranks: f"{ranks}-ranks",
+)
+def ranks(request, tmp_path_factory):
+    """What each rank saw in every scenario; one start of the processes for all of them."""
+    output = tmp_path_factory.mktemp("shards")
+    command = [
+        sys.executable,
+        str(PROCESSES / "guarded_shards.py"),
+        str(output),
+        str(request.param),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(output / f"rank{rank}.pt") for rank in range(request.param)]
+
+
+def whole(state):
+    block = nn.Sequential(nn.Linear(7, 7), nn.LayerNorm(7), nn.GELU(), nn.Dropout(0.0))
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), block, nn.Linear(7, 5, bias=False))
+    model.load_state_dict(state)
+    return model
+
+
+def references(ranks, scenario, dense_normalized_step):
+    """Yield for each step the largest r over the ranks' batches, in float64 and unsharded."""
+    for step in range(5):
+        before, after, _ = ranks[0][scenario]["steps"][step]
+        batches = [found[scenario]["steps"][step][2] for found in ranks]
+        yield dense_normalized_step(whole(before), whole(after), *batches)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "tolerance"),
+    [
+        ("watched", 1e-4), ("auto", 1e-4), ("kept", 1e-4), ("replicated", 1e-4),
+        ("accumulated", 1e-4), ("secant", 0.2), ("bfloat16", 0.02), ("ahead", 1e-4),
+        ("ahead-secant", 0.2), ("weighed", 1e-4),
+    ],
+)  # fmt: skip
+def test_shards_are_measured_like_whole_parameters(
+    ranks, scenario, tolerance, dense_normalized_step
+):
+    expected = list(references(ranks, scenario, dense_normalized_step))
+
+    for found in ranks:
+        measured = [report["normalized_step"] for report in found[scenario]["reports"]]
+        assert measured == pytest.approx(expected, rel=tolerance)
+
+
+def test_ranks_predict_together_and_measure_together(ranks, dense_normalized_step):
+    """A rank that ran again alone would wait for shards that no other rank gathers."""
+    reports = [found["predicted"]["reports"] for found in ranks]
+    steps = ranks[0]["predicted"]["steps"]
+
+    for seen in zip(*reports, strict=True):  # one step, on every rank
+        assert len({(r["estimator"], r["normalized_step"], r["step_norm"]) for r in seen}) == 1
+    is_predicted = [report["estimator"] == "predicted" for report in reports[0]]
+    assert 0.3 < sum(is_predicted[16:]) / len(is_predicted[16:]) < 1
+    assert not any(is_predicted[:16])
+    # The learning rate of all, and the loss of one.
+    assert reports[0][JUMP]["status"] == "clipped"
+    assert not is_predicted[JUMP]
+    assert not is_predicted[OUTLIER]
+    for step, report in enumerate(reports[0]):
+        if step == JUMP:
+            continue  # its update was scaled: what is left of it has an r of 1
+        batches = [found["predicted"]["steps"][step][2] for found in ranks]
+        before, after, _ = steps[step]
+        exact = dense_normalized_step(whole(before), whole(after), *batches)
+        if is_predicted[step]:  # from the largest of a few, over the ranks
+            assert exact / 2 < report["normalized_step"] < 8 * exact
+        else:  # up to the rounding of an update of 1e-4
+            assert report["normalized_step"] == pytest.approx(exact, rel=1e-2)
+
+
+def test_ranks_of_shards_take_secants_together(ranks, secant_normalized_step):
+    """They run the model another number of times, and every run gathers."""
+    reports = [found["secants"]["reports"] for found in ranks]
+    steps = ranks[0]["secants"]["steps"]
+
+    for seen in zip(*reports, strict=True):
+        assert len({(r["estimator"], r["normalized_step"], r["step_norm"]) for r in seen}) == 1
+    secants = [step for step, r in enumerate(reports[0]) if r["estimator"] == "secant"]
+    assert len(secants) > 3
+    for step in secants:
+        batches = [found["secants"]["steps"][step][2] for found in ranks]
+        before, after, _ = steps[step]
+        expected = secant_normalized_step(whole(before), whole(after), *batches)
+        assert reports[0][step]["normalized_step"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scenario", ["clipped", "replicated, clipped", "ahead-clipped"])
+def test_shards_are_scaled_to_the_limit(ranks, scenario, dense_normalized_step):
+    for applied in references(ranks, scenario, dense_normalized_step):
+        assert applied == pytest.approx(LIMIT, rel=1e-4)  # float32
+    for found in ranks:
+        assert {report["status"] for report in found[scenario]["reports"]} == {"clipped"}
+        for seen, first in zip(found[scenario]["steps"], ranks[0][scenario]["steps"], strict=True):
+            assert all(map(torch.equal, seen[1].values(), first[1].values()))
+
+
+@pytest.mark.parametrize("scenario", ["watched", "replicated"])
+def test_shards_have_the_step_norm_of_the_whole_update(ranks, scenario):
+    for step in range(5):
+        before, after, _ = ranks[0][scenario]["steps"][step]
+        squares = [float((after[name] - before[name]).double().square().sum()) for name in before]
+        for found in ranks:
+            report = found[scenario]["reports"][step]
+            assert report["step_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+
+
+@pytest.mark.parametrize("scenario", ["watched", "ahead"])
+def test_shards_train_bitwise_as_without_a_guard_that_only_watches(ranks, scenario):
+    for found in ranks:
+        for guarded, plain in zip(
+            found[scenario]["steps"], found["unguarded"]["steps"], strict=True
+        ):
+            assert all(map(torch.equal, guarded[1].values(), plain[1].values()))
+        assert all(map(torch.equal, found[scenario]["moments"], found["unguarded"]["moments"]))
+
+
+@pytest.mark.parametrize("scenario", ["skipped", "ahead-skipped"])
+def test_shards_are_put_back_after_a_gradient_that_is_not_finite(ranks, scenario):
+    for found in ranks:
+        before, after, _ = found[scenario]["steps"][1]
+        report = found[scenario]["reports"][1]
+        assert (report["status"], report["scale"]) == ("skipped", 0.0)
+        assert all(map(torch.equal, before.values(), after.values()))
+        assert all(moment.isfinite().all() for moment in found[scenario]["moments"])
+
+
+def test_shards_are_unmeasured_by_a_finite_difference(ranks):
+    for report in ranks[-1]["difference"]["reports"]:
+        assert report["status"] == "unmeasured"
+        assert "the distance of a finite difference would depend" in report["reason"]
+
+
+def test_flattened_parameters_are_unmeasured_even_in_a_part_of_the_model(ranks):
+    for found in ranks:
+        assert found["flattened"]["status"] == "unmeasured"
+        assert "rank 0: FullyShardedDataParallel flattens" in found["flattened"]["reason"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_between_two_gathers_is_named_after_the_group_timeout(tmp_path):
+    """The others wait in a gather that it never joins, and with its timeout their group is lost."""
+    command = [sys.executable, str(PROCESSES / "raising_shard.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["seconds"] < 5 + 2
+        assert "rank 1: KeyError: 'labels are gone'" in found["reason"]
+        assert found["error"]
+
+
+def test_whole_parameters_are_their_own_shard_and_count_everywhere():
+    param = nn.Parameter(torch.ones(3))
+
+    assert not is_sharded(param)
+    assert local(param) is param
+    assert counted_here([param, param]) == [True, True]

@@ -1,0 +1,225 @@
+"""The story of a run follows from its numbers."""
+
+import numpy as np
+import pytest
+
+from safestep.plots.wording import number
+from safestep.report.regimes import REGIMES, name_regimes, upper_band
+from safestep.report.verdict import write_verdict
+from safestep.runlog.reader import read_run
+from safestep.runlog.series import step_series
+from safestep.runlog.writer import RunLog
+
+
+def story_of(run_dir):
+    verdict = write_verdict(read_run(run_dir))
+    return verdict, " ".join(verdict.sentences)
+
+
+def log_steps(run_dir, losses, **columns):
+    """Write one step a loss; other columns hold a value a step, or one for all."""
+    with RunLog(run_dir, {"max_normalized_step": 1.0}) as log:
+        for step, loss in enumerate(losses):
+            fields = {name: v[step] if np.ndim(v) else v for name, v in columns.items()}
+            fields = {"normalized_step": 0.5, "scale": 1.0, "status": "ok", **fields}
+            log.write("step", {"step": step, "loss": loss, **fields})
+    return run_dir
+
+
+def at(step, value, *, length=200, otherwise):
+    column = [otherwise] * length
+    column[step] = value
+    return column
+
+
+def noisy_losses(length=200, seed=0):
+    return 1.0 + 0.02 * np.random.default_rng(seed).normal(size=length)
+
+
+def test_healthy_run_is_called_healthy(healthy_run):
+    verdict, story = story_of(healthy_run)
+
+    assert verdict.tone == "good"
+    assert verdict.headline.startswith("Healthy: 120 steps, r <= 0.")
+    assert "Steps 0-119 healthy" in story
+
+
+def test_caught_spike_is_told_with_its_cause_and_outcome(spiked_run):
+    verdict, story = story_of(spiked_run)
+    series = step_series(read_run(spiked_run))
+    place = np.flatnonzero(series.step == 60)[0]
+
+    assert verdict.tone == "good"
+    assert verdict.headline.startswith("Protected: the guard stepped in at")
+    assert "Steps 0-59 healthy" in story
+    assert "learning rate x10,000" in story
+    assert number(float(series.proposed[place])) in story
+    assert f"scaled by {number(float(series.scale[place]))}" in story
+    assert "loss unaffected" in story
+
+
+def test_spike_that_was_let_through_is_called_harm(lost_run):
+    verdict, story = story_of(lost_run)
+
+    assert verdict.tone == "bad"
+    assert verdict.headline.startswith("Harmed: the loss rose after")
+    assert "first after step 60" in verdict.headline
+    assert "Let through at step" in story
+    assert "loss rose from" in story
+
+
+def test_drifting_worker_is_named(worker_run):
+    verdict, story = story_of(worker_run)
+
+    assert verdict.tone == "warn"
+    assert "rank 3: loss 9 MADs above the others since step 80" in story
+
+
+def test_worker_that_often_stands_out_is_named_without_an_event(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        for step in range(100):
+            log.write("workers", {"step": step, "outlier": 2 if step >= 40 else None})
+
+    _, story = story_of(tmp_path)
+
+    assert "Worker 2 stood out from step 40 on, at 100% of the measured steps." in story
+
+
+def test_step_that_was_not_taken_is_told_with_its_reason(tmp_path):
+    reason = "the gradient is not finite: head.weight"
+    log_steps(
+        tmp_path, noisy_losses(), reason=at(50, reason, otherwise=None),
+        scale=at(50, 0.0, otherwise=1.0), normalized_step=at(50, "nan", otherwise=0.5),
+        status=at(50, "skipped", otherwise="ok"),
+    )  # fmt: skip
+
+    _, story = story_of(tmp_path)
+
+    assert f"1 intervention at step 50: not taken ({reason}); loss unaffected." in story
+
+
+def test_loss_that_comes_back_is_told_with_the_step(tmp_path):
+    losses = noisy_losses()
+    losses[101:121] += 3
+    log_steps(tmp_path, losses, normalized_step=at(100, 7.0, otherwise=0.5))
+
+    verdict, story = story_of(tmp_path)
+
+    assert verdict.tone == "bad"
+    assert "r = 7; loss rose from 0.994 to 4 and" in story
+    assert "was back by step 118" in story  # from there on, most of the next five are low
+
+
+def test_unmeasured_steps_are_told(tmp_path):
+    log_steps(
+        tmp_path, noisy_losses(), reason=at(3, "no kernel", otherwise=None),
+        normalized_step=at(3, "nan", otherwise=0.5), status=at(3, "unmeasured", otherwise="ok"),
+    )  # fmt: skip
+
+    verdict, story = story_of(tmp_path)
+
+    assert verdict.tone == "warn"
+    assert "1 step could not be measured and passed unguarded (no kernel)." in story
+
+
+def test_run_that_is_scaled_all_along_is_told_its_learning_rate_is_too_high(tmp_path):
+    log_steps(tmp_path, noisy_losses(), normalized_step=4.0, scale=0.25, status="clipped")
+
+    verdict, story = story_of(tmp_path)
+
+    assert verdict.tone == "warn"
+    assert "at a median r of 4: the learning rate is too high for this run" in story
+
+
+def test_many_episodes_are_told_by_the_worst_and_counted(tmp_path):
+    r = [0.5] * 2000
+    for place, step in enumerate(range(100, 2000, 100)):
+        r[step] = 2.0 + place
+    log_steps(tmp_path, noisy_losses(2000), normalized_step=r)
+
+    verdict, story = story_of(tmp_path)
+
+    assert story.count("Let through at step") == 5
+    assert "14 milder episodes besides, r <= 15." in story
+    assert len(verdict.sentences) < 12
+
+
+def test_loss_that_rises_inside_the_radius_is_no_healthy_run(tmp_path):
+    log_steps(tmp_path, [*noisy_losses(100), *(noisy_losses(100) + 2)])
+
+    verdict, story = story_of(tmp_path)
+
+    assert verdict.tone == "warn"
+    assert "yet the loss rose" in verdict.headline
+    assert "first at step 97" in story  # the first of whose next five most are high
+
+
+def test_loss_that_is_lost_is_told(tmp_path):
+    log_steps(
+        tmp_path, [*noisy_losses(100), *["nan"] * 100],
+        normalized_step=at(99, 50.0, otherwise=0.5),
+    )  # fmt: skip
+
+    verdict, story = story_of(tmp_path)
+
+    assert verdict.tone == "bad"
+    assert "it is not finite after step 99" in story
+
+
+@pytest.mark.parametrize("kind", ["step", "workers", "none"])
+def test_run_of_one_record_has_a_verdict(tmp_path, kind):
+    with RunLog(tmp_path, {}) as log:
+        if kind != "none":
+            log.write(kind, {"step": 0})
+
+    verdict, _ = story_of(tmp_path)
+
+    assert verdict.headline
+
+
+def test_regimes_partition_the_steps(tmp_path):
+    """A long step is harmful, controlled or unknown by the loss that followed."""
+    losses = list(noisy_losses(400))
+    losses[201:] = [loss + 1 for loss in losses[201:]]
+    r = [0.5] * 400
+    r[100], r[200], r[399] = 3.0, 3.0, 3.0
+    log_steps(tmp_path, losses, normalized_step=r)
+    run = read_run(tmp_path)
+
+    masks = name_regimes(run, step_series(run))
+
+    assert list(masks) == list(REGIMES)
+    assert (sum(mask.astype(int) for mask in masks.values()) == 1).all()
+    assert np.flatnonzero(masks["controlled"]).tolist() == [100]
+    assert np.flatnonzero(masks["harmful"]).tolist() == [200]
+    assert np.flatnonzero(masks["unknown"]).tolist() == [399]  # nothing followed
+
+
+def test_step_that_shakes_the_gradients_alone_is_unsettled(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        for step in range(100):
+            norm = 10.0 if 61 <= step < 70 else 1.0
+            log.write("workers", {"step": step, "loss": [1.0, 1.0], "grad_norm": [norm, norm]})
+            r = 2.0 if step == 60 else 0.5
+            log.write("step", {"step": step, "normalized_step": r, "scale": 1.0, "status": "ok"})
+    run = read_run(tmp_path)
+
+    assert np.flatnonzero(name_regimes(run, step_series(run))["unsettled"]).tolist() == [60]
+
+
+def test_band_follows_the_best_level_and_not_the_later_one():
+    values = np.concatenate([np.linspace(3, 1, 200), np.full(200, 5.0)])
+
+    edges = upper_band(values)
+
+    assert np.isinf(edges[0])
+    assert (edges[50:200] > values[50:200]).all()
+    assert (edges[201:] < 3).all()
+
+
+def test_band_of_a_long_healthy_run_is_hardly_ever_left():
+    values = noisy_losses(200_000)
+
+    edges = upper_band(values, min_width=0.0)
+
+    assert (values > edges)[100:].mean() < 1e-3
