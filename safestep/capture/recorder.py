@@ -244,8 +244,10 @@ class Recorder:
 
     def _on_gradient(
         self, call: Call, name: str, output: Tensor | None
-    ) -> Callable[[Tensor], None]:
-        def look(gradient: Tensor) -> None:
+    ) -> Callable[[Tensor | None], None]:
+        def look(gradient: Tensor | None) -> None:
+            if gradient is None:  # of a compiled graph's output that the loss does not depend on
+                return
             if call not in self._calls:
                 call.is_fresh = self._void_cleared()
                 self._queue(call)
