@@ -1,7 +1,10 @@
-"""The Trainer of Hugging Face, guarded from a callback of its own."""
+"""The Trainer of Hugging Face, guarded by hand and by StepSafetyCallback."""
 
 import copy
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ import transformers
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from safestep import SafeStep
+from safestep import SafeStep, read_run
+from safestep.callbacks.hugging_face import StepSafetyCallback
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,7 +81,7 @@ def train_on(model, folder, options, **trainer_options):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, report_to=[],
         save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
-        logging_strategy="no", **({"use_cpu": True} | options),
+        **({"use_cpu": True, "logging_strategy": "no"} | options),
     )  # fmt: skip
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=examples(), **trainer_options
@@ -141,3 +145,116 @@ def test_r_of_a_trainer_is_that_of_all_accumulated_rows_with_a_label(tmp_path):
         _, tangent = torch.func.jvp(logits, (start,), (moved,))
         expected = float((tangent.amax(-1) - tangent.amin(-1)).max()) / math.pi
         assert report.normalized_step == pytest.approx(expected, rel=1e-4)  # float32
+
+
+def resumable(folder, callback, *, steps=6, resume=None, **options):
+    """Train for some steps with a checkpoint after three, and return the model and the Trainer."""
+    model = small_model()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, report_to=[],
+        save_steps=3, logging_steps=2, disable_tqdm=True, learning_rate=1e-2, use_cpu=True,
+        gradient_accumulation_steps=2, **options,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=examples(), callbacks=[callback]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return model, trainer
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_callback_leaves_training_bitwise_as_it_is(name, tmp_path):
+    callback = StepSafetyCallback(max_normalized_step=1e9)
+
+    watched = train(tmp_path / "watched", OPTIONS[name], callback)
+    plain = train(tmp_path / "plain", OPTIONS[name])
+
+    assert callback.last.status == "ok"
+    assert len(read_run(tmp_path / "watched").steps["step"]) == STEPS
+    for one, other in zip(watched.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_callback_clips_a_spike_and_says_so_in_the_logs(tmp_path):
+    callback = StepSafetyCallback(run_dir=tmp_path / "run")
+
+    train_on(
+        small_model(), tmp_path, {"logging_strategy": "steps", "logging_steps": 1},
+        callbacks=[Spike(), callback],
+    )  # fmt: skip
+
+    run = read_run(tmp_path / "run")
+    assert list(run.steps["status"]) == ["ok", "clipped", "ok"]
+    assert run["normalized_step"][1] * run["scale"][1] == pytest.approx(1.0)
+
+
+def test_trackers_that_the_trainer_put_first_see_r(tmp_path):
+    seen = []
+
+    class Tracker(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            seen.append(dict(logs))
+
+    train_on(
+        small_model(), tmp_path, {"logging_strategy": "steps", "logging_steps": 1},
+        callbacks=[Tracker(), StepSafetyCallback()],
+    )  # fmt: skip
+
+    *steps, _ = seen  # the last is the summary of the training
+    assert len(steps) == STEPS
+    for logs in steps:
+        assert 0 < logs["safestep/normalized_step"] < 1
+        assert logs["safestep/scale"] == 1
+        assert logs["safestep/unmeasured"] == 0
+
+
+def test_a_resumed_trainer_goes_on_bitwise(tmp_path):
+    through, resumed = StepSafetyCallback(), StepSafetyCallback()
+    model, _ = resumable(tmp_path, through)
+
+    again, _ = resumable(tmp_path, resumed, resume=str(tmp_path / "checkpoint-3"))
+
+    assert resumed.last.step == through.last.step
+    assert resumed.last.normalized_step == through.last.normalized_step
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_logged_loss_is_that_of_the_step(tmp_path):
+    _, trainer = resumable(tmp_path, StepSafetyCallback(), logging_first_step=False)
+
+    losses = read_run(tmp_path)["loss"]
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses.reshape(-1, 2).mean(1) == pytest.approx(logged, rel=1e-4)
+
+
+def test_a_callback_restored_without_its_logits_is_refused(tmp_path):
+    callback = StepSafetyCallback(logits=lambda output: output.logits)
+    resumable(tmp_path, callback)
+
+    with pytest.raises(ValueError, match="expected `logits` again"):
+        resumable(
+            tmp_path, StepSafetyCallback(logits=lambda output: output.logits),
+            resume=str(tmp_path / "checkpoint-3"), restore_callback_states_from_checkpoint=True,
+        )  # fmt: skip
+
+
+def test_deepspeed_is_refused():
+    arguments = SimpleNamespace(deepspeed="config.json")
+
+    with pytest.raises(ValueError, match=r"DeepSpeed.*Use DDP or FSDP2"):
+        StepSafetyCallback().on_train_begin(arguments, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("safestep.callbacks.hugging_face", "lightning"), ("safestep.callbacks", "transformers")],
+)
+def test_a_framework_is_imported_only_when_asked_for(name, other):
+    program = f"import sys, {name}; print({other!r} in sys.modules)"
+
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+
+    assert result.stdout.strip() == "False"
