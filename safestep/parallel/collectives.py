@@ -1,4 +1,4 @@
-"""Gather numbers from every worker of a data-parallel run."""
+"""Gather numbers from every rank."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _is_initialized = getattr(dist, "is_initialized", bool)  # which some builds of 
 def gathered(numbers: Sequence[float], group: ProcessGroup | None = None) -> Tensor:
     """Return the numbers of every worker.
 
-    One small all-gather, which every rank of the group must run.
+    Runs one small all-gather, which every rank of the group must run.
 
     Args:
-        numbers: This worker's; as many on every worker.
+        numbers: This worker's numbers; the same count on every worker.
         group: The workers; None for the default process group, if there is one.
 
     Returns:
@@ -37,11 +37,11 @@ def gathered(numbers: Sequence[float], group: ProcessGroup | None = None) -> Ten
 def apart_from_shards(
     params: Sequence[Tensor], group: ProcessGroup | None = None
 ) -> ProcessGroup | None:
-    """Return a group of the same workers for decisions, a new one where parameters are sharded.
+    """Return the group in which workers agree: a new one where parameters are sharded.
 
-    A rank that raises in the middle of a re-run leaves the others in a gather of shards. On their
-    group, what it says next would be taken for a shard, and the shard for what it says; on its own
-    group they meet when the gather has timed out, and all know why.
+    A rank that raises during a re-run leaves the others waiting in an all-gather of shards. If it
+    then talked to them in the same group, its message would be received as a shard. In a group of
+    its own the message arrives after the all-gather has timed out, and all ranks learn the reason.
 
     Args:
         params: The trained parameters.
@@ -55,7 +55,7 @@ def apart_from_shards(
     group = group or dist.group.WORLD
     timeout = group._get_backend(_device(group)).options._timeout  # type: ignore[union-attr]
     ranks = dist.get_process_group_ranks(group)
-    # The rank that raised waits for the others' timeout, and longer: they have to get here.
+    # The rank that raised waits longer than the others' timeout, after which they get here.
     options = {"timeout": 2 * timeout, "use_local_synchronization": True}
     return dist.new_group(ranks, **options)  # type: ignore[return-value]
 

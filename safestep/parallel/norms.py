@@ -37,7 +37,7 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
 def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the 2-norm of every tensor, reduced in float32 or wider.
 
-    Where gradients are not recorded: it is called in every step.
+    Call it under ``no_grad``: it does not switch gradients off itself, to save time at every step.
 
     Args:
         tensors: As for ``joint_norm``.
@@ -59,7 +59,7 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def joined(norms: Iterable[float]) -> float:
-    """Return the 2-norm of norms: what ``joint_norm`` does, of numbers of the host.
+    """Return the 2-norm of norms that are already Python numbers.
 
     Args:
         norms: The norms.

@@ -1,4 +1,4 @@
-"""Parameters of which every rank holds a shard, as ``fully_shard`` leaves them."""
+"""Handle parameters of which every rank holds a shard, as under ``fully_shard``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, which shares its memory; any other tensor itself."""
+    """Return this rank's shard of a DTensor (a view), or the tensor itself if it is none."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -21,7 +21,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether the tensor is a DTensor; asked by its methods, since this layer has none."""
+    """Return whether the tensor is a DTensor, without importing DTensor, which is slow."""
     return hasattr(tensor, "to_local")
 
 
@@ -32,7 +32,7 @@ def are_sharded(tensors: Iterable[Tensor]) -> bool:
         tensors: The tensors.
 
     Returns:
-        What ``is_sharded`` says of any, without asking each where all are plain tensors.
+        True if one is. Where all are plain tensors, none is asked by itself.
     """
     kinds = set(map(type, tensors)) - _WHOLE
     return any(hasattr(kind, "to_local") for kind in kinds)
@@ -42,15 +42,15 @@ _WHOLE = frozenset((Tensor, nn.Parameter))
 
 
 def counted_here(params: Sequence[Tensor]) -> list[bool]:
-    """Return which parameters this rank counts in a sum over ranks, so that each counts once.
+    """Return which parameters this rank adds to a sum over ranks, so that each is added once.
 
-    A shard counts where it is. What several ranks hold alike counts on the first of them.
+    Each rank adds its own shards. The first of several ranks that hold the same values adds them.
 
     Args:
         params: The parameters.
 
     Returns:
-        True for every parameter that counts; all of them where none is sharded.
+        True for every parameter that this rank adds; all of them where none is sharded.
     """
     meshes = [param.device_mesh for param in params if is_sharded(param)]  # type: ignore[attr-defined]
     if not meshes:
@@ -59,7 +59,7 @@ def counted_here(params: Sequence[Tensor]) -> list[bool]:
 
 
 def refuse_flattened(params: Sequence[Tensor]) -> None:
-    """Raise where a parameter is a piece of a FlatParameter, whose tangent no logit would see.
+    """Raise if FullyShardedDataParallel flattened a parameter: no logit would see its tangent.
 
     Args:
         params: The parameters.
@@ -75,7 +75,7 @@ def refuse_flattened(params: Sequence[Tensor]) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Give up gathered parameters, which do not follow their shards when those are written to."""
+    """Free gathered parameters, which do not change when their shards are written to."""
     for child in module.modules():
         if _is_sharding(child):
             child.reshard()  # type: ignore[operator]
@@ -83,10 +83,10 @@ def reshard(module: nn.Module) -> None:
 
 @contextmanager
 def tangents_when_gathered(module: nn.Module, tangents: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Write the tangents of sharded parameters into the gathered ones, whenever they are gathered.
+    """Write the tangents of sharded parameters into the gathered ones at every all-gather.
 
     Args:
-        module: The module that ``fully_shard`` was applied to, or to parts of.
+        module: The module that ``fully_shard`` was applied to, itself or to parts of it.
         tangents: This rank's shard of the tangent of each sharded parameter.
 
     Yields:
@@ -135,7 +135,7 @@ class _WriteTangents:
 
 
 def _gather(param: Any, shard: Tensor) -> Tensor:
-    """Return the whole of what each rank holds a shard of, laid out as `param` is."""
+    """Return the whole tensor from each rank's shard, laid out like `param`."""
     return (
         type(param)
         .from_local(
@@ -155,7 +155,7 @@ def _own_modules(child: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_sharding(module: nn.Module) -> bool:
-    # Asked of the class, which fully_shard exchanges: a module itself is slow to say no.
+    # fully_shard exchanges the class; asking the module itself takes longer.
     return hasattr(type(module), "reshard") and hasattr(type(module), "unshard")
 
 

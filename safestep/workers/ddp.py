@@ -1,133 +1,82 @@
-"""A worker's own gradient, copied inside backward before a reduction overwrites it."""
-
-from collections.abc import Callable, Iterable
-from functools import partial
+"""The ranks of DistributedDataParallel as workers: sums of their gradients, on every rank."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
-# torch.dot on a CPU sums in one float32 accumulator: 3e-4 off on 10M numbers, 1e-7 in such pieces.
-_CPU_PIECE = 2**16
+from safestep.workers.dispersion import WorkerSums, unit_squared_norm_of_two
+from safestep.workers.local_gradients import LocalGradients, squared_norm
 
 
-class LocalGradients:
-    """Keep each parameter's gradient as backward leaves it, in one flat buffer.
-
-    The copy is made by a hook after the gradient's accumulation. `DistributedDataParallel` starts
-    from hooks of the accumulator node, which run after those of the parameter; so the copy is the
-    worker's own gradient whatever the reduction then does: bucket views, static graph, unused
-    parameters, any comm hook. While it is on it costs one pass over the gradients, and memory for
-    one copy of them in float32 or wider.
+class DdpWorkers:
+    """Collect the losses and gradient sums of all ranks, once per reduced backward.
 
     Args:
-        parameters: Parameters to follow; those that need no gradient are left out.
-        is_reduced: Called during backward: will this backward's gradients be reduced?
+        ddp: The model. Its comm hook, registered before or later, stays in force; the mean gradient
+            is the one that the hook delivers.
     """
 
-    def __init__(self, parameters: Iterable[Parameter], is_reduced: Callable[[], bool]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._is_reduced = is_reduced
-        self._flat: Tensor | None = None
-        self._views: tuple[Tensor, ...] = ()
-        self._kept: set[int] = set()
-        self.is_on = True
-        self.was_reduced = False
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._keep, index))
-            for index, parameter in enumerate(self._parameters)
-        ]
+    are_ranks = True
 
-    def sums(self, *, share: int, num_shares: int) -> Tensor:
-        """Return sums over all parameters; call it when ``.grad`` holds the mean gradient.
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        ignored = getattr(ddp, "parameters_to_ignore", ())
+        self._ddp, self._group = ddp, ddp.process_group
+        self._gradients = LocalGradients(
+            [p for name, p in ddp.module.named_parameters() if name not in ignored],
+            is_reduced=lambda: ddp.require_backward_grad_sync,
+        )
+        self._losses: list[Tensor] = []
+        self.num_workers = dist.get_world_size(self._group)
 
-        Args:
-            share: This worker's rank. As all workers hold the same mean g, each sums ||g||^2 over
-                its share of the parameters.
-            num_shares: Number of workers.
+    def begin_step(self, *, is_measured: bool) -> None:
+        """Forget the last step; keep the coming gradients if this one is measured."""
+        self._losses.clear()
+        self._gradients.clear()
+        self._gradients.is_on = is_measured
 
-        Returns:
-            ||g_i||^2, <g_i, g> and this worker's share of ||g||^2. float64, shape ``[3]``.
-        """
-        own, mixed, mean = [], [], []
-        device = self._own().device
-        for index, (parameter, view) in enumerate(zip(self._parameters, self._views, strict=True)):
-            # A parameter frozen meanwhile may still hold an old gradient.
-            grad = parameter.grad if parameter.requires_grad else None
-            reduced = torch.zeros_like(view) if grad is None else _dense(grad)
-            # All products of a piece while it is in the cache: reading is what they cost.
-            for left, right in zip(_pieces(view), _pieces(reduced), strict=True):
-                right = right.to(left.dtype)
-                own.append(torch.dot(left, left))
-                mixed.append(torch.dot(left, right))
-                if index % num_shares == share:
-                    mean.append(torch.dot(right, right))
-        return torch.stack([_total(products, device) for products in (own, mixed, mean)])
+    def add(self, loss: Tensor) -> None:
+        """Take one backward's loss; the hooks already took the gradient."""
+        if self._gradients.is_on:
+            self._losses.append(loss.detach().double())
 
-    def take_unit(self, norm: Tensor) -> Tensor:
-        """Return the kept gradient over its norm, flat, as a buffer that the caller may change.
+    def is_complete(self, is_last: bool | None) -> bool:
+        """Return whether the last backward ended the step: by default, if DDP reduced it."""
+        return self._gradients.was_reduced if is_last is None else is_last
+
+    def sums(self, scale: float, *, with_pairs: bool) -> tuple[Tensor, WorkerSums]:
+        """Return all ranks' losses and sums: one small all-gather, and for pairs one all-reduce.
 
         Args:
-            norm: The kept gradient's 2-norm. Shape ``[]``.
+            scale: Factor on the gradients, from a loss scaler.
+            with_pairs: Measure the pairwise cosine. Two ranks without a comm hook need no
+                all-reduce and always have it.
 
         Returns:
-            The unit gradient. Shape ``[P]``.
+            Losses ``[N]`` and sums, float64 on the CPU; the same on every rank.
         """
-        return self._own().div_(norm)
-
-    def clear(self) -> None:
-        """Forget what was kept."""
-        self._kept.clear()
+        rank = dist.get_rank(self._group)
+        sums = self._gradients.sums(share=rank, num_shares=self.num_workers)
+        loss = torch.stack(self._losses).mean().to(sums.device)
+        mine = torch.cat([loss[None], sums / scale**2])
+        everyone = [torch.empty_like(mine) for _ in range(self.num_workers)]
+        dist.all_gather(everyone, mine, group=self._group)
+        losses, squared_norms, mean_products, mean_shares = torch.stack(everyone).cpu().unbind(1)
+        unit_squared_norm = torch.tensor(torch.nan, dtype=torch.float64)
+        if self.num_workers == 2 and self._is_mean_exact():
+            unit_squared_norm = unit_squared_norm_of_two(squared_norms, mean_products)
+        elif self.num_workers > 1 and with_pairs:
+            unit = self._gradients.take_unit(sums[0].sqrt())
+            dist.all_reduce(unit, group=self._group)
+            unit_squared_norm = squared_norm(unit).cpu()
+        return losses, WorkerSums(
+            squared_norms, mean_products, mean_shares.sum(), unit_squared_norm
+        )
 
     def detach(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        """Remove every hook from the model."""
+        self._gradients.detach()
 
-    def _keep(self, index: int, parameter: Tensor) -> None:
-        self.was_reduced = self._is_reduced()
-        if not self.is_on or parameter.grad is None:
-            return
-        if self._flat is None:
-            self._allocate()
-        self._views[index].copy_(_dense(parameter.grad))
-        self._kept.add(index)
-
-    def _own(self) -> Tensor:
-        """Return this worker's gradient, flat; zero where this step has none."""
-        flat = self._allocate() if self._flat is None else self._flat
-        for index, view in enumerate(self._views):
-            if index not in self._kept:
-                view.zero_()
-        return flat
-
-    def _allocate(self) -> Tensor:
-        dtype = torch.float32
-        for parameter in self._parameters:
-            dtype = torch.promote_types(dtype, parameter.dtype)
-        sizes = [parameter.numel() for parameter in self._parameters]
-        self._flat = torch.empty(sum(sizes), dtype=dtype, device=self._parameters[0].device)
-        self._views = tuple(
-            view.view(parameter.shape)
-            for view, parameter in zip(self._flat.split(sizes), self._parameters, strict=True)
-        )
-        return self._flat
-
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
-
-
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.flatten().split(_CPU_PIECE if tensor.device.type == "cpu" else tensor.numel())
-
-
-def _total(products: list[Tensor], device: torch.device) -> Tensor:
-    if not products:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(products).double().sum()
-
-
-def squared_norm(tensor: Tensor) -> Tensor:
-    """Return the squared 2-norm of float32 or wider numbers, in float64. Shape ``[]``."""
-    return _total([torch.dot(piece, piece) for piece in _pieces(tensor)], tensor.device)
+    def _is_mean_exact(self) -> bool:
+        """Return whether no comm hook, which may compress, stands between workers and mean."""
+        return not self._ddp._get_ddp_logging_data().get("comm_hook")

@@ -11,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from safestep.parallel.collectives import rank
 from safestep.runlog.writer import RunLog
+from safestep.workers.ddp import DdpWorkers
 from safestep.workers.dispersion import WorkerDispersion, WorkerSums, dispersion_from_sums
 from safestep.workers.drift import WorkerEvent, WorkerWatch
+from safestep.workers.kinds import Workers
 from safestep.workers.micro_batches import MicroBatches
-from safestep.workers.replicas import Replicas
 
 _logger = logging.getLogger("safestep")
 
@@ -59,25 +60,25 @@ class WorkerReport:
 
 
 class WorkerMetrics:
-    """Each worker's loss and gradient before they are averaged, and who is off.
+    """Measure each worker's loss and gradient before they are averaged, and say who is off.
 
     Workers are the ranks of a `DistributedDataParallel` model, or the micro-batches of gradient
     accumulation in a single process. Call `record` right after each backward, before gradients
-    are clipped or unscaled. Training is left bitwise as it is.
+    are clipped or unscaled. It does not change training, not even by a bit.
 
-    The mean gradient is the one that DDP delivers. What a comm hook loses by compression
-    changes ``cosine_to_mean`` and counts as noise in ``noise_scale``, and nothing else.
+    The mean gradient is the one that DDP delivers. A comm hook that compresses changes
+    ``cosine_to_mean`` and adds to ``noise_scale``; the other numbers do not change.
 
-    Under DDP every rank has to record, as every rank has to run backward; so not inside
-    ``ddp.join()``. Gradients must be zeroed after each reduction: a second reduction on top of the
+    Under DDP every rank must record, since every rank runs backward; so not inside
+    ``ddp.join()``. Zero the gradients after each reduction: a second reduction on top of the
     first mixes the mean into the workers' own gradients.
 
     Args:
         model: A DDP model, compiled or not, or any other module for micro-batches.
-        every: Measure every so many optimizer steps.
-        pairwise_every: Of the measured steps, measure the pairwise cosine at every so many; it
-            takes an all-reduce of the size of the gradients. Micro-batches, and two workers without
-            a comm hook, need none and always have it. Else it is NaN.
+        every: Measure at one in so many optimizer steps.
+        pairwise_every: Measure the pairwise cosine at one in so many measured steps, and report NaN
+            at the others; it takes an all-reduce of the size of the gradients. Micro-batches, and
+            two workers without a comm hook, need no all-reduce and always have it.
         micro_batches: Without DDP, the number of backwards in a step.
         num_examples: Examples in a worker's batch, the unit of the noise scale.
         scaler: The loss scaler, if the loss is scaled.
@@ -126,7 +127,7 @@ class WorkerMetrics:
                 self._workers.num_workers,
                 non_finite_patience=0 if scaler is None else _SCALER_PATIENCE,
             )
-            if isinstance(self._workers, Replicas)
+            if self._workers.are_ranks
             else None
         )
         self._log: RunLog | None = None
@@ -135,30 +136,28 @@ class WorkerMetrics:
             self._log = RunLog(run_dir, settings, self._workers.num_workers)
 
     def record(self, loss: Tensor, *, is_last: bool | None = None) -> WorkerReport | None:
-        """Take one backward's loss and gradient; at the end of a measured step, report.
+        """Take one backward's loss and gradient; return a report at the end of a measured step.
 
         Args:
-            loss: The mean loss of this worker's (micro-)batch: un-scaled and not divided by the
+            loss: The mean loss of this worker's (micro-)batch, not scaled and not divided by the
                 number of micro-batches. Shape ``[]``.
-            is_last: Whether this backward ended the step. By default it is one that DDP reduced,
-                or the last of ``micro_batches``.
+            is_last: Whether this backward ended the step. By default a backward that DDP reduced,
+                or the last of ``micro_batches``, does.
 
         Returns:
-            The step's report, on every rank; None within a step and on steps that are not
-            measured.
+            The step's report, the same on every rank; None within a step and after a step that was
+            not measured.
         """
-        is_measured = self.step % self._every == 0
-        self._workers.add(loss, is_measured=is_measured)
+        self._workers.add(loss)
         if not self._workers.is_complete(is_last):
             return None
-        report = self._report() if is_measured else None
-        self._workers.clear()
+        report = self._report() if self._is_measured else None
         self.step += 1
-        self._workers.set_measuring(self.step % self._every == 0)
+        self._workers.begin_step(is_measured=self._is_measured)
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step count and the watch's evidence."""
+        """Return the step count and the evidence against each worker."""
         return {
             "step": self.step,
             "num_workers": self._workers.num_workers,
@@ -166,13 +165,13 @@ class WorkerMetrics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`; evidence over another number of workers starts afresh.
+        """Take what `state_dict` returned; without the evidence if the number of workers changed.
 
         Args:
-            state: What `state_dict` returned; it is not changed.
+            state: The state; it is not changed.
         """
         self.step = state["step"]
-        self._workers.set_measuring(self.step % self._every == 0)
+        self._workers.begin_step(is_measured=self._is_measured)
         if self._watch and state["num_workers"] == self._workers.num_workers and state["watch"]:
             self._watch.load_state_dict(state["watch"])
 
@@ -182,10 +181,14 @@ class WorkerMetrics:
         if self._log:
             self._log.close()
 
+    @property
+    def _is_measured(self) -> bool:
+        return self.step % self._every == 0
+
     def _report(self) -> WorkerReport:
         with_pairs = self.step // self._every % self._pairwise_every == 0
         scale = self._scaler.get_scale() if self._scaler else 1.0
-        losses, sums = self._workers.finish(scale, with_pairs=with_pairs)
+        losses, sums = self._workers.sums(scale, with_pairs=with_pairs)
         dispersion = dispersion_from_sums(losses, sums, num_examples=self._num_examples)
         self.last = report = self._to_report(losses, sums, dispersion)
         if self._is_first_rank:
@@ -222,15 +225,15 @@ class WorkerMetrics:
         )
 
 
-def _workers_of(model: Module, micro_batches: int) -> Replicas | MicroBatches:
-    """Return the workers that this model's training has.
+def _workers_of(model: Module, micro_batches: int) -> Workers:
+    """Return the workers that train this model.
 
     Raises:
         ValueError: If the model is sharded.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     if isinstance(model, DistributedDataParallel):
-        return Replicas(model)
+        return DdpWorkers(model)
     # Importing DTensor to ask for it takes over a second.
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         raise ValueError(

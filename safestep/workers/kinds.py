@@ -1,0 +1,39 @@
+"""What every kind of worker offers: ranks of DDP, or micro-batches of one process."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from safestep.workers.dispersion import WorkerSums
+
+
+class Workers(Protocol):
+    """Collect the workers' losses and gradients, step by step.
+
+    Attributes:
+        num_workers: Number of workers in a step.
+        are_ranks: Whether worker i is the same one at every step, so that it can be watched.
+    """
+
+    num_workers: int
+    are_ranks: bool
+
+    def begin_step(self, *, is_measured: bool) -> None:
+        """Forget the last step, and prepare the next one."""
+        ...
+
+    def add(self, loss: Tensor) -> None:
+        """Take one backward's loss and gradient, if this step is measured."""
+        ...
+
+    def is_complete(self, is_last: bool | None) -> bool:
+        """Return whether the last backward ended the step; the caller may say so."""
+        ...
+
+    def sums(self, scale: float, *, with_pairs: bool) -> tuple[Tensor, WorkerSums]:
+        """Return the workers' losses ``[N]`` and sums, float64 on the CPU."""
+        ...
+
+    def detach(self) -> None:
+        """Let go of the model: remove hooks and free copies."""
+        ...

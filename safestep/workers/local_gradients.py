@@ -1,0 +1,132 @@
+"""A worker's own gradient, copied inside backward before a reduction overwrites it."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+# torch.dot on a CPU sums in one float32 accumulator: 3e-4 off on 10M numbers, 1e-7 in such pieces.
+_CPU_PIECE = 2**16
+
+
+class LocalGradients:
+    """Keep each parameter's gradient as backward leaves it, in one flat buffer.
+
+    A hook copies each gradient after it was accumulated. `DistributedDataParallel` reduces in hooks
+    of the accumulator node, which run after those of the parameter. So the copy is the worker's own
+    gradient with bucket views, a static graph, unused parameters or any comm hook. It costs one
+    pass over the gradients, and memory for one copy of them in float32 or wider.
+
+    Args:
+        parameters: Parameters to follow. Those that need no gradient are left out.
+        is_reduced: Called during backward; returns whether this backward will be reduced.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], is_reduced: Callable[[], bool]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._is_reduced = is_reduced
+        self._flat: Tensor | None = None
+        self._views: tuple[Tensor, ...] = ()
+        self._kept: set[int] = set()
+        self.is_on = True
+        self.was_reduced = False
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._keep, index))
+            for index, parameter in enumerate(self._parameters)
+        ]
+
+    def sums(self, *, share: int, num_shares: int) -> Tensor:
+        """Return sums over all parameters. Call it when ``.grad`` holds the mean gradient.
+
+        Args:
+            share: This worker's rank. All workers hold the same mean g, so each sums ||g||^2 over
+                its share of the parameters.
+            num_shares: Number of workers.
+
+        Returns:
+            ||g_i||^2, <g_i, g> and this worker's share of ||g||^2. float64, shape ``[3]``.
+        """
+        own, mixed, mean = [], [], []
+        device = self._own().device
+        for index, (parameter, view) in enumerate(zip(self._parameters, self._views, strict=True)):
+            # A parameter frozen meanwhile may still hold an old gradient.
+            grad = parameter.grad if parameter.requires_grad else None
+            reduced = torch.zeros_like(view) if grad is None else _dense(grad)
+            # All products of a piece while it is in the cache: reading is what they cost.
+            for left, right in zip(_pieces(view), _pieces(reduced), strict=True):
+                right = right.to(left.dtype)
+                own.append(torch.dot(left, left))
+                mixed.append(torch.dot(left, right))
+                if index % num_shares == share:
+                    mean.append(torch.dot(right, right))
+        return torch.stack([_total(products, device) for products in (own, mixed, mean)])
+
+    def take_unit(self, norm: Tensor) -> Tensor:
+        """Return the kept gradient divided by its norm, flat. The caller may change it.
+
+        Args:
+            norm: The kept gradient's 2-norm. Shape ``[]``.
+
+        Returns:
+            The unit gradient. Shape ``[P]``.
+        """
+        return self._own().div_(norm)
+
+    def clear(self) -> None:
+        """Forget the gradients of the last step."""
+        self._kept.clear()
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, index: int, parameter: Tensor) -> None:
+        self.was_reduced = self._is_reduced()
+        if not self.is_on or parameter.grad is None:
+            return
+        if self._flat is None:
+            self._allocate()
+        self._views[index].copy_(_dense(parameter.grad))
+        self._kept.add(index)
+
+    def _own(self) -> Tensor:
+        """Return this worker's gradient, flat; zero where this step has none."""
+        flat = self._allocate() if self._flat is None else self._flat
+        for index, view in enumerate(self._views):
+            if index not in self._kept:
+                view.zero_()
+        return flat
+
+    def _allocate(self) -> Tensor:
+        dtype = torch.float32
+        for parameter in self._parameters:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self._flat = torch.empty(sum(sizes), dtype=dtype, device=self._parameters[0].device)
+        self._views = tuple(
+            view.view(parameter.shape)
+            for view, parameter in zip(self._flat.split(sizes), self._parameters, strict=True)
+        )
+        return self._flat
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.detach() if grad.layout == torch.strided else grad.detach().to_dense()
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.flatten().split(_CPU_PIECE if tensor.device.type == "cpu" else tensor.numel())
+
+
+def _total(products: list[Tensor], device: torch.device) -> Tensor:
+    if not products:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(products).double().sum()
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Return the squared 2-norm of float32 or wider numbers, in float64. Shape ``[]``."""
+    return _total([torch.dot(piece, piece) for piece in _pieces(tensor)], tensor.device)
