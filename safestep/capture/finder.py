@@ -24,7 +24,7 @@ from safestep.capture.plan import (
 from safestep.capture.row_weights import weighted_rows
 
 if TYPE_CHECKING:
-    from safestep.capture.recorder import Call
+    from safestep.capture.call import Call
 
 
 # From the output of a call to logits, (logits, mask), or a list of such.

@@ -1,18 +1,20 @@
-"""What a call depends on beside its arguments, recorded as cheaply as it allows."""
+"""Record the random state and train/eval modes that a forward call depends on."""
 
 from __future__ import annotations
 
 import ctypes
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from safestep.capture.isolation import Held, RandomState, generators_in, walk
+from safestep.capture.attributes import Held, walk
 
 # Calls that must have run again without news before less of the next ones is recorded.
 _SETTLED = 16
@@ -20,26 +22,102 @@ _SETTLED = 16
 # Modules, and which of them are in train mode.
 Modes = tuple[list[nn.Module], list[bool]]
 
+# Generators that a module may hold as attributes: how to read and write their state.
+_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    np.random.Generator: (
+        lambda generator: generator.bit_generator.state,
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+}
 
-class Surroundings:
-    """Random state and train modes of the calls of a module.
 
-    To look through a small module for generators, and to ask all of them for their state, takes as
-    long as a layer. Calls that run again show whether there is a need: where 16 in a row met the
-    same modules, generators and train modes, and drew nothing from ``random`` and numpy, the next
-    ones are recorded without a look, and without torch's generators if none drew from these. All
-    that run again are still checked, and the first that draws from what was not recorded ends this
-    for good.
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """State of the random generators that a forward pass may draw from.
+
+    Attributes:
+        cpu: State of torch's CPU generator; None where torch's generators are left out.
+        cuda: States of the generators of all CUDA devices.
+        numpy: State of numpy's global generator.
+        python: State of ``random``; None where this and numpy's are left out.
+        own: Pairs of another generator and its state.
+    """
+
+    cpu: Tensor | None
+    cuda: tuple[Tensor, ...]
+    numpy: Any
+    python: Any
+    own: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def capture(
+        cls, generators: Iterable[Any] = (), *, of_torch: bool = True, of_host: bool = True
+    ) -> RandomState:
+        """Return the state of the global generators and of others.
+
+        Args:
+            generators: Other generators, from ``generators_in``.
+            of_torch: Whether to include torch's global generators.
+            of_host: Whether to include those of ``random`` and numpy.
+
+        Returns:
+            The state.
+        """
+        has_cuda = of_torch and torch.cuda.is_initialized()
+        return cls(
+            cpu=torch.get_rng_state() if of_torch else None,
+            cuda=tuple(torch.cuda.get_rng_state_all()) if has_cuda else (),
+            numpy=np.random.get_state() if of_host else None,
+            python=random.getstate() if of_host else None,
+            own=tuple((each, _GENERATORS[type(each)][0](each)) for each in generators),
+        )
+
+    def restore(self) -> None:
+        """Write each state back into its generator."""
+        if self.cpu is not None:
+            torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        if self.python is not None:
+            np.random.set_state(self.numpy)
+            random.setstate(self.python)
+        for generator, state in self.own:
+            _GENERATORS[type(generator)][1](generator, state)
+
+
+def generators_in(within: Iterable[Held]) -> list[Any]:
+    """Return the random generators that modules hold.
+
+    Args:
+        within: The modules, from ``walk``.
+
+    Returns:
+        Generators of torch, numpy and Python.
+    """
+    return [leaf for _, leaves in within for leaf in leaves if type(leaf) in _GENERATORS]
+
+
+class CallConditions:
+    """Record the random state and train modes of a module's calls, as cheaply as they allow.
+
+    Finding and reading every generator takes as long as a layer of a small module. Re-runs show
+    what is needed. After 16 in a row with the same modules, generators and modes and no draw from
+    ``random`` or numpy, the next calls record only the module's own generators, and torch's if a
+    call drew from those. Every re-run is still checked: the first draw from a generator that was
+    not recorded brings the full record back for good.
 
     Args:
         module: The root module of the calls.
 
     Example:
-        >>> surroundings = Surroundings(nn.Dropout())
-        >>> state, modes = surroundings.record()
+        >>> conditions = CallConditions(nn.Dropout())
+        >>> state, modes = conditions.record()
         >>> modes
         ([Dropout(p=0.5, inplace=False)], [True])
-        >>> with surroundings.checked(state, modes) as news:
+        >>> with conditions.checked(state, modes) as news:
         ...     _ = random.random()
         >>> news  # it drew, but that was recorded
         []
@@ -53,7 +131,7 @@ class Surroundings:
         self._draws_from_torch = False
 
     def record(self) -> tuple[RandomState, Modes]:
-        """Return what a call that is about to happen depends on."""
+        """Return the random state and train modes just before a call."""
         modes = self._modes()
         if self._quiet >= _SETTLED and modes == self._quiet_modes:
             of_torch = self._draws_from_torch
@@ -65,14 +143,14 @@ class Surroundings:
 
     @contextmanager
     def checked(self, state: RandomState, modes: Modes) -> Iterator[list[str]]:
-        """Check whether the call that runs inside again depends on more than was recorded.
+        """Check whether the re-run inside draws from a generator that was not recorded.
 
         Args:
             state: Its recorded random state, restored just before.
             modes: Its recorded train modes.
 
         Yields:
-            A list. Afterwards it tells from where the call drew that is not in its record.
+            A list, filled at the end with the generators that were drawn from and not recorded.
         """
         news: list[str] = []
         within = walk(self._module)
@@ -121,7 +199,7 @@ def _torch_state() -> list[bytes]:
 
 
 def _host_state() -> tuple[Any, bytes]:
-    """Return what is another one after a draw from ``random`` or numpy.random."""
+    """Return a value that changes with every draw from ``random`` or numpy.random."""
     numpy = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(numpy) is not np.random.MT19937:
         return random.getstate(), pickle.dumps(numpy.state)

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from safestep.capture.isolation import untraced
+from safestep.capture.isolation import without_side_effects
 from safestep.capture.losses import READERS, row_flags
 from safestep.capture.plan import named_tensors, traced_loss
 from safestep.capture.vmap import is_batched
 
 if TYPE_CHECKING:
-    from safestep.capture.recorder import Call
+    from safestep.capture.call import Call
 
 
 def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
@@ -36,7 +36,7 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
     """
     children, _ = call.modes
     root = children[0] if children else torch.nn.Module()
-    with untraced(root), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+    with without_side_effects(root), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         with _Results(events) as watch:
             output = call.run()
         roots, seeds = _roots(call, output)

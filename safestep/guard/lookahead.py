@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-from safestep.capture.recorder import Call
+from safestep.capture.call import Call
 from safestep.measure.cross_check import Update
 from safestep.parallel.norms import joint_norm
 from safestep.parallel.shards import are_sharded, counted_here, local

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.optim import LBFGS, Optimizer
 
-from safestep.capture.recorder import Call
+from safestep.capture.call import Call
 from safestep.guard.optimizer_state import Holdings
 from safestep.measure.cross_check import Update
 from safestep.measure.perturb import in_chunks, is_plain

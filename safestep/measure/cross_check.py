@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
-from safestep.capture.recorder import Call
+from safestep.capture.call import Call
 from safestep.measure.estimators import (
     LogitTangent,
     MissingTangentError,

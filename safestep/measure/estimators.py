@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
-from safestep.capture.isolation import untraced
-from safestep.capture.recorder import Call, eager_module
+from safestep.capture.call import Call
+from safestep.capture.isolation import without_side_effects
+from safestep.capture.wrappers import eager_module
 from safestep.measure.forward_ad import differentiable_kernels, tangents_in_place
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.perturb import displaced_by, moved_back
@@ -91,7 +92,7 @@ def logits_jvp(
     with (
         torch.no_grad(),
         tangents_in_place([params[name] for name in unique], [tangent[name] for name in unique]),
-        untraced(own),
+        without_side_effects(own),
         differentiable_kernels(own),
     ):
         output = own(*args, **kwargs)
@@ -132,7 +133,7 @@ def jvp(
         MissingTangentError: If no tangent reaches the logits.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    with torch.no_grad(), tangents_in_place(params, tangents, module), untraced(module):
+    with torch.no_grad(), tangents_in_place(params, tangents, module), without_side_effects(module):
         for call in calls:
             with differentiable_kernels(module), nullcontext() if inside is None else inside:
                 heads = find_logits(call, logits)
@@ -309,7 +310,7 @@ def is_repeatable(
 
 def _run(call: Call, module: nn.Module, logits: LogitsFn | LogitFinder | None) -> list[Logits]:
     # A trace of its own each time: the second run must not see what the first one left.
-    with untraced(module):
+    with without_side_effects(module):
         return find_logits(call, logits)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safestep import logits_jvp
-from safestep.capture.random_state import Surroundings
-from safestep.capture.recorder import Call
+from safestep.capture.call import Call
+from safestep.capture.random_state import CallConditions
 from safestep.measure.estimators import LogitTangent, difference, jvp, secant
 from safestep.measure.perturb import moved_back
 
@@ -70,7 +70,7 @@ def spread(tangent: Tensor) -> float:
 def errors(model: nn.Module, update: list[Tensor], inputs: Tensor, dtype: torch.dtype) -> list[str]:
     """Return the relative errors of the three estimators, as text."""
     exact = reference(model, update, inputs)
-    call = Call.of(model, (inputs,), {}, Surroundings(model))
+    call = Call.of(model, (inputs,), {}, CallConditions(model))
     call.autocast = () if dtype is torch.float32 else (("cpu", dtype),)
     params = list(model.parameters())
     start = list(torch._foreach_add([param.detach() for param in params], update))

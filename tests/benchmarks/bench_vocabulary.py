@@ -24,9 +24,9 @@ from bench_step import peak_resident
 from torch import Tensor, nn
 from torch.nn import functional
 
+from safestep.capture.call import Call
 from safestep.capture.finder import LogitFinder
-from safestep.capture.random_state import Surroundings
-from safestep.capture.recorder import Call
+from safestep.capture.random_state import CallConditions
 from safestep.measure.estimators import jvp
 from safestep.radius.batch import LogitTangent, Rung, smallest_row
 
@@ -52,7 +52,7 @@ class Head(nn.Module):
 def radius(head: Head, update: list[Tensor], rung: Rung, finder: LogitFinder) -> float:
     """Find the smallest radius of the head's rows, as a guarded step does; return the seconds."""
     target = torch.zeros(len(head.hidden), dtype=torch.int64)
-    calls = [Call.of(lambda: head(target), (), {}, Surroundings(head))]
+    calls = [Call.of(lambda: head(target), (), {}, CallConditions(head))]
     rows = jvp(calls, head, list(head.parameters()), update, finder)
     first = [next(rows)]  # a list lets go of it
     return seconds(lambda: smallest_row(chain(emptied(first), rows), rung=rung, limit=1.0))

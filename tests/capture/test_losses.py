@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from safestep.capture import LogitFinder
+from safestep.capture.call import Call
 from safestep.capture.fused_logits import LinearTile
 from safestep.capture.losses import LossWatch
-from safestep.capture.random_state import Surroundings
-from safestep.capture.recorder import Call
+from safestep.capture.random_state import CallConditions
 from safestep.measure.estimators import jvp
 from safestep.radius.batch import smallest_row
 from safestep.radius.ladder import certified_radius, radius_bound
@@ -240,7 +240,7 @@ def test_radius_of_a_fused_head_is_that_of_the_plain_one(dtype, masked, rung, mo
     target = torch.arange(11) + 2
 
     def measured(fused):
-        call = Call.of(lambda: head(target, fused), (), {}, Surroundings(head))
+        call = Call.of(lambda: head(target, fused), (), {}, CallConditions(head))
         rows = jvp([call], head, list(head.parameters()), update, LogitFinder())
         return smallest_row(rows, rung=rung, limit=1e-3)
 

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from safestep import SafeStep
-from safestep.capture.random_state import Surroundings
-from safestep.capture.recorder import Call
+from safestep.capture.call import Call
+from safestep.capture.random_state import CallConditions
 from safestep.measure.cross_check import CHECKED_STEPS
 from safestep.measure.estimators import difference, jvp, secant
 
@@ -209,7 +209,7 @@ def rows_of(estimator, factor, *, autocast=None):
     params = list(model.parameters())
     update = [factor * 0.01 * torch.randn(p.shape, generator=generator) for p in params]
     start = [p.detach().clone() for p in params]
-    call = Call.of(model, (inputs,), {}, Surroundings(model))
+    call = Call.of(model, (inputs,), {}, CallConditions(model))
     call.autocast = (("cpu", autocast),) if autocast else ()
     if estimator is secant:
         with torch.no_grad():

@@ -1,0 +1,141 @@
+"""One recorded call of a model, which can run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from safestep.capture.gradient import GradientEvidence
+from safestep.capture.random_state import CallConditions, Modes, RandomState
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A call that an update was computed from: the function, its arguments and conditions.
+
+    Attributes:
+        function: The function to call again.
+        leaves: Leaves of the argument tree, detached.
+        structure: The argument tree; None where all arguments are positional tensors.
+        random: Random state just before the call, so that dropout draws the same mask.
+        autocast: ``(device type, dtype)`` of every autocast region around the call.
+        versions: Version counter of each tensor argument, to notice a change in place.
+        modes: Every submodule, and whether it was in train mode.
+        conditions: Recorded `random` and `modes`, and checks them when the call runs again.
+        lacks: Generators that the re-run drew from and `random` does not hold.
+        unread: By output name, the function that reads what a gradient shows; run when asked.
+        signals: Tensors whose 2-norm tells unusual data from usual: the smallest and largest
+            output, the loss's gradient there or its norm; of a call passed to `Recorder.record`,
+            whose output is the loss, the largest input. Empty unless the Recorder watches.
+        is_fresh: Whether every gradient was zero when the backward pass of the call began: a
+            boolean on the device, or None where that is known without reading the gradients.
+    """
+
+    function: Callable[..., Any]
+    leaves: list[Any]
+    structure: TreeSpec | None
+    random: RandomState
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    versions: tuple[int, ...]
+    modes: Modes
+    conditions: CallConditions
+    lacks: list[str] = field(default_factory=list)
+    unread: dict[str, Callable[[], GradientEvidence]] = field(default_factory=dict)
+    signals: list[Tensor] = field(default_factory=list)
+    is_fresh: Tensor | None = None
+    _gradients: dict[str, GradientEvidence] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        conditions: CallConditions,
+    ) -> Call:
+        """Return the description of a call that is about to happen."""
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+            leaves, structure = tree_flatten((args, kwargs))
+        else:
+            leaves, structure = args, None
+        leaves = list(map(_detached, leaves))
+        random, modes = conditions.record()
+        return cls(
+            function, leaves, structure, random, _autocast_regions(), versions_of(leaves), modes,
+            conditions,
+        )  # fmt: skip
+
+    @property
+    def gradients(self) -> dict[str, GradientEvidence]:
+        """By output name, what the gradient of the loss shows about that output."""
+        while self.unread:
+            name, read = self.unread.popitem()
+            self._gradients[name] = read()
+        return self._gradients
+
+    def run(self) -> Any:
+        """Call the function again under the recorded random state, autocast regions and modes.
+
+        Returns:
+            The output of the function.
+
+        Raises:
+            RuntimeError: If an argument was changed in place after the call.
+        """
+        if versions_of(self.leaves) != self.versions:
+            raise RuntimeError(
+                "an input of the model was changed in place between its forward pass and the step"
+            )
+        self.random.restore()
+        for child, mode in zip(*self.modes, strict=True):
+            if child.training is not mode:
+                child.training = mode
+        regions, recorded = ExitStack(), dict(self.autocast)
+        with regions:
+            for device_type in recorded.keys() | dict(_autocast_regions()).keys():
+                # A weight cast before the parameters moved must not be reused: no cache.
+                regions.enter_context(
+                    torch.autocast(
+                        device_type,
+                        recorded.get(device_type),
+                        enabled=device_type in recorded,
+                        cache_enabled=False,
+                    )
+                )
+            with self.conditions.checked(self.random, self.modes) as self.lacks:
+                return self._again()
+
+    def _again(self) -> Any:
+        # New containers each time: some training steps pop the labels from their batch.
+        leaves = map(_detached, self.leaves)
+        if self.structure is None:
+            return self.function(*leaves)
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        return self.function(*args, **kwargs)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def versions_of(leaves: Iterable[Any]) -> tuple[int, ...]:
+    """Return the version counter of every tensor among `leaves`."""
+    return tuple(
+        leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()
+    )
+
+
+def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
+    if not torch._C._is_any_autocast_enabled():
+        return ()
+    return tuple(
+        (device_type, torch.get_autocast_dtype(device_type))
+        for device_type in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device_type)
+    )
