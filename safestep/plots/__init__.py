@@ -1,37 +1,23 @@
-"""Draw a run, or radii, on matplotlib axes; may import capture and below."""
+"""Draw a run, or radii, on matplotlib axes; may import capture and below.
 
-from safestep.plots.ladder import plot_ladder
-from safestep.plots.radii import plot_binding_radius
-from safestep.plots.steps import (
-    plot_cost,
-    plot_distribution,
-    plot_learning_rate,
-    plot_loss,
-    plot_normalized_step,
-    plot_prediction,
-    plot_safe_zone,
-)
-from safestep.plots.workers import (
-    HEATMAP_QUANTITIES,
-    plot_consistency,
-    plot_dispersion,
-    plot_noise_scale,
-    plot_worker_heatmap,
-)
+Each figure of the report is one entry: a plot function under ``@figure`` of ``registry``, in one of
+the modules below. The order of the modules is the order of the figures.
+"""
 
-__all__ = [
-    "HEATMAP_QUANTITIES",
-    "plot_binding_radius",
-    "plot_consistency",
-    "plot_cost",
-    "plot_dispersion",
-    "plot_distribution",
-    "plot_ladder",
-    "plot_learning_rate",
-    "plot_loss",
-    "plot_noise_scale",
-    "plot_normalized_step",
-    "plot_prediction",
-    "plot_safe_zone",
-    "plot_worker_heatmap",
-]
+from safestep.plots import ladder, loss, radii, rates, steps, worker_heatmap, workers
+from safestep.plots.ladder import *
+from safestep.plots.loss import *
+from safestep.plots.steps import *
+from safestep.plots.rates import *
+from safestep.plots.radii import *
+from safestep.plots.worker_heatmap import *
+from safestep.plots.workers import *
+
+__all__: list[str] = []
+__all__ += ladder.__all__
+__all__ += loss.__all__
+__all__ += steps.__all__
+__all__ += rates.__all__
+__all__ += radii.__all__
+__all__ += worker_heatmap.__all__
+__all__ += workers.__all__

@@ -7,6 +7,8 @@ from matplotlib.axes import Axes
 
 from safestep.plots.style import INK, LADDER_COLORS, make_axes, make_log
 
+__all__ = ["plot_ladder"]
+
 
 def plot_ladder(radii: Mapping[str, Sequence[float] | np.ndarray], ax: Axes | None = None) -> Axes:
     """Draw the radii of a few rows, from the sure and small to the true and large.

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from safestep.plots.registry import figure
 from safestep.plots.style import (
     COLORS,
     INK,
@@ -13,9 +14,12 @@ from safestep.plots.style import (
     say,
     use_log_scale,
 )
+from safestep.plots.wording import percent
 from safestep.runlog.inner_series import binding_shares, least_radii
 from safestep.runlog.reader import Run
 from safestep.runlog.series import thin
+
+__all__ = ["plot_binding_radius"]
 
 RADIUS_COLORS = {
     "output": COLORS["radius"],
@@ -24,6 +28,23 @@ RADIUS_COLORS = {
 }
 
 
+_NAMES = {"output": "the output's", "attention": "attention's", "ffn": "the ReLU-like units'"}
+
+
+def _says(run: Run) -> str:
+    shares = binding_shares(least_radii(run)[1])
+    if not shares:
+        return "No radius is finite at any step."
+    facts = [f"{_NAMES[kind]} at {percent(share)}" for kind, share in shares.items()]
+    return f"The smallest radius was {', '.join(facts)} of the steps."
+
+
+@figure(
+    "binding_radius",
+    caption="The radius of the output's softmax, of attention's, and where ReLU-like units switch. "
+    "The lowest binds, but the guard decides on the output's alone.",
+    says=_says, has_data=lambda run: bool(least_radii(run)[1]),
+)  # fmt: skip
 def plot_binding_radius(run: Run, ax: Axes | None = None) -> Axes:
     """Draw the radius of the output beside those inside the model: the lowest line binds.
 
@@ -56,5 +77,5 @@ def plot_binding_radius(run: Run, ax: Axes | None = None) -> Axes:
     ends = [(last_finite(values), kind, RADIUS_COLORS[kind]) for kind, values in shown.items()]
     label_ends(ax, ends)
     shares = binding_shares(radii).items()
-    note(ax, ", ".join(f"{kind} {share:.0%}" for kind, share in shares), INK)
+    note(ax, ", ".join(f"{kind} {percent(share)}" for kind, share in shares), INK)
     return ax

@@ -7,9 +7,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.ticker import Formatter, LogLocator, NullLocator
-
-from safestep.plots.wording import number
+from matplotlib.ticker import (
+    Formatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 # After Okabe and Ito's colours for the colour-blind, some darkened: each has a contrast of 3 or
 # more with a white page. INK and PAPER stand for the page's own text and background.
@@ -34,6 +38,8 @@ LADDER_COLORS = {  # from the sure and small to the true and large
 }
 SERIES_COLORS = tuple(sorted({*COLORS.values(), *LADDER_COLORS.values()} - {INK}))
 _ROOMY = 40  # a log axis that spans less has room for labels between the powers of ten
+_TIGHT, _FINE = 5, (1, 1.5, 2, 3, 4, 5, 7)  # one that spans less than 5 needs more of them
+_MOST_TICKS = 7  # along one axis; more overlap on a phone
 MAX_MARKS = 3000  # more are drawn as pixels, not as vectors
 
 
@@ -60,6 +66,9 @@ def make_axes(ax: Axes | None, title: str, ylabel: str, xlabel: str = "step") ->
     ax.grid(alpha=0.15, color=INK)
     ax.set_axisbelow(True)
     ax.margins(x=0.01)
+    if xlabel == "step":
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.patch.set_alpha(0)
     return ax
 
@@ -83,18 +92,35 @@ def use_log_scale(ax: Axes, *values: np.ndarray, ratio: float = 30, max_depth: f
 
 
 class PlainLogFormatter(Formatter):
-    """Label powers of ten as plain numbers, and the ticks between where there is room for them.
+    """Label the ticks of a log axis as plain numbers; powers of ten alone on a long axis.
 
     Twice as quick as matplotlib's own labels, which parse formulas.
     """
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """Return the label of the tick at x, empty where it has none."""
-        if self.axis is None or x <= 0:
+        if x <= 0:
             return ""
-        low, high = self.axis.get_view_interval()
-        is_power = np.isclose(np.log10(x) % 1, [0, 1], atol=1e-6).any()
-        return number(x) if is_power or high < _ROOMY * low else ""
+        return f"{x:,g}" if 1e-3 <= x < 1e5 else f"{x:.0e}".replace("e+0", "e").replace("e-0", "e-")
+
+
+class DecadeLocator(LogLocator):
+    """Place ticks on powers of ten, and on 2 and 5 times them where the axis is short.
+
+    matplotlib's own locator places none at all where both are asked for on a long axis.
+
+    Args:
+        most: Largest number of ticks.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__(subs=(1.0,), numticks=most)
+
+    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        """Return where the ticks are between two values."""
+        is_short = vmin > 0 and vmax < _ROOMY * vmin
+        self.set_params(subs=_FINE if vmax < _TIGHT * vmin else (1, 2, 5) if is_short else (1,))
+        return np.asarray(super().tick_values(vmin, vmax))
 
 
 def make_log(ax: Axes, axis: Literal["x", "y"]) -> None:
@@ -106,7 +132,7 @@ def make_log(ax: Axes, axis: Literal["x", "y"]) -> None:
     """
     ax.set(**{f"{axis}scale": "log"})
     ticks = ax.xaxis if axis == "x" else ax.yaxis
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_locator(DecadeLocator(_MOST_TICKS))
     ticks.set_major_formatter(PlainLogFormatter())
     ticks.set_minor_locator(NullLocator())
 
@@ -187,6 +213,29 @@ def dots(ax: Axes, x: np.ndarray, y: np.ndarray, quantity: str, size: float = 4)
     """
     color = COLORS[quantity]
     ax.plot(x, y, ".", color=color, markersize=size, rasterized=len(x) > MAX_MARKS)
+
+
+def line_by_trust(
+    ax: Axes, x: np.ndarray, y: np.ndarray, is_predicted: np.ndarray, color: str
+) -> None:
+    """Draw a line, bold where its values were measured and pale where they were predicted.
+
+    Args:
+        ax: The axes.
+        x: Places. Shape ``[K]``.
+        y: Values. Shape ``[K]``.
+        is_predicted: Which of them were predicted. Shape ``[K]``.
+        color: Colour of the line.
+    """
+    if not is_predicted.any():
+        ax.plot(x, y, color=color, linewidth=1.1)
+        return
+    ax.plot(x, y, color=color, linewidth=0.7, alpha=0.4)
+    measured = ~is_predicted
+    ax.plot(
+        x[measured], y[measured], ".", color=color, markersize=3,
+        rasterized=measured.sum() > MAX_MARKS,
+    )  # fmt: skip
 
 
 def label_ends(ax: Axes, labels: list[tuple[float, str, str]]) -> None:

@@ -26,6 +26,28 @@ def number(value: float) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:,.6f}".rstrip("0").rstrip(".")
 
 
+def percent(share: float) -> str:
+    """Return a share as a percentage, "unknown" where there is none.
+
+    Args:
+        share: Any float; 1 is all.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> percent(0.5), percent(0.0123), percent(1e-5), percent(0.99999), percent(float("nan"))
+        ('50 %', '1.2 %', 'under 0.1 %', 'over 99.9 %', 'unknown')
+    """
+    if not math.isfinite(share):
+        return "unknown"
+    if 0 < share < 0.001:
+        return "under 0.1 %"
+    if 0.999 < share < 1:
+        return "over 99.9 %"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
 def count(how_many: int, noun: str) -> str:
     """Return how many of a thing there are.
 

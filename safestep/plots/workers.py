@@ -1,15 +1,12 @@
-"""How a run's workers (dis)agree, each figure a function from a run to matplotlib axes."""
+"""How far a run's workers agree, and how much noise their gradients have."""
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import NullLocator
 
+from safestep.plots.registry import figure, has_worker_scalar
 from safestep.plots.style import (
     COLORS,
     INK,
-    MAX_MARKS,
-    PlainLogFormatter,
     label_ends,
     last_finite,
     make_axes,
@@ -17,62 +14,33 @@ from safestep.plots.style import (
     say,
     use_log_scale,
 )
+from safestep.plots.wording import count, number, percent, sentence
 from safestep.runlog.reader import Run
-from safestep.runlog.series import scalar, thin
+from safestep.runlog.series import scalar, thin, worker_noun
 
-HEATMAP_QUANTITIES = {
-    "loss": "loss (nats)",
-    "grad_norm": "gradient norm (loss per distance)",
-    "cosine_to_mean": "cosine to mean (gradients)",
-}
-MAX_COLUMNS = 400
+__all__ = ["plot_consistency", "plot_dispersion", "plot_noise_scale"]
+
+_AGREEING, _UNRELATED = 0.5, 0.1  # mean cosines above and below which the words differ
 
 
-def plot_worker_heatmap(run: Run, ax: Axes | None = None, *, quantity: str = "loss") -> Axes:
-    """Draw one quantity of every worker over time, with a cross where one worker stands out.
-
-    Where the steps are too many to show, each column is a stretch of steps and holds, of each
-    worker, the value farthest from the workers' median.
-
-    Args:
-        run: The run.
-        ax: Axes to draw on; a new pyplot figure without.
-        quantity: "loss", "grad_norm" or "cosine_to_mean".
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: If the quantity is none of these.
-    """
-    if quantity not in HEATMAP_QUANTITIES:
-        raise ValueError(
-            f"plot_worker_heatmap: expected `quantity` in {tuple(HEATMAP_QUANTITIES)}, "
-            f"got {quantity!r}. Use one of them."
-        )
-    unit = HEATMAP_QUANTITIES[quantity]
-    ax = make_axes(ax, f"Workers: {unit.split(' (')[0]}", "worker")
-    values = run.workers.get(quantity)
-    if values is None or values.ndim != 2 or not np.isfinite(values).any():
-        return say(ax, f"the log holds no {unit.split(' (')[0]} by worker")
-    steps, shown = _columns(run.workers["step"], values)
-    edges = np.append(steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1))
-    image = ax.pcolormesh(
-        edges, np.arange(values.shape[1] + 1) - 0.5, shown.T,
-        norm=_norm(values), cmap="viridis", rasterized=True,
-    )  # fmt: skip
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
-    if isinstance(image.norm, LogNorm):
-        bar.ax.yaxis.set_major_formatter(PlainLogFormatter())
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.set_label(unit.replace(" (", "\n("), color=INK)
-    bar.ax.tick_params(colors=INK, which="both")
-    ax.set_yticks(_ranks(values.shape[1]))
-    ax.grid(visible=False)
-    _mark_outliers(ax, run)
-    return ax
+def _dispersion_says(run: Run) -> str:
+    noun, facts = worker_noun(run), []
+    for what, values in (
+        ("gradient norms", scalar(run, "grad_norm_cv")), ("losses", _relative_loss_std(run)),
+    ):  # fmt: skip
+        known = values[np.isfinite(values)]
+        if len(known):
+            facts.append(f"their {what} by {percent(float(np.median(known)))}")
+    if not facts:
+        return f"The {noun}s' spread relative to their mean is unknown."
+    return sentence(f"between {noun}s, in the median step, {' and '.join(facts)} of the mean")
 
 
+@figure(
+    "dispersion",
+    caption="Standard deviation over the workers, relative to their mean. Bold: the trend.",
+    says=_dispersion_says, has_data=has_worker_scalar("loss_std"),
+)  # fmt: skip
 def plot_dispersion(run: Run, ax: Axes | None = None) -> Axes:
     """Draw how far the workers' losses and gradient norms spread, each relative to its mean.
 
@@ -94,6 +62,25 @@ def plot_dispersion(run: Run, ax: Axes | None = None) -> Axes:
     return _draw_lines(ax, run, lines, "the log holds no worker dispersion")
 
 
+def _consistency_says(run: Run) -> str:
+    cosine = scalar(run, "pairwise_cosine")
+    middle = float(np.median(cosine[np.isfinite(cosine)]))
+    noun = worker_noun(run)
+    meaning = (
+        f"{noun}s agree on the direction" if middle >= _AGREEING
+        else f"each {noun}'s gradient is mostly noise" if middle < _UNRELATED
+        else f"{noun}s agree in part"
+    )  # fmt: skip
+    return (
+        f"The cosine between two {noun}s' gradients is {number(middle)} in the median: {meaning}."
+    )
+
+
+@figure(
+    "consistency",
+    caption="How well the workers' gradients agree in direction: 1 is agreement, 0 is none.",
+    says=_consistency_says, has_data=has_worker_scalar("pairwise_cosine"),
+)  # fmt: skip
 def plot_consistency(run: Run, ax: Axes | None = None) -> Axes:
     """Draw how well the workers' gradients agree in direction.
 
@@ -125,6 +112,22 @@ def plot_consistency(run: Run, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def _noise_scale_says(run: Run) -> str:
+    scale = scalar(run, "noise_scale")
+    known, infinite = scale[np.isfinite(scale)], int(np.isposinf(scale).sum())
+    unknown = f"; at {count(infinite, 'step')} the noise hid the gradient" if infinite else ""
+    middle = number(float(np.median(known)))
+    return (
+        f"A batch much larger than {middle} examples would gain little (the median of "
+        f"{count(len(known), 'step')}{unknown})."
+    )
+
+
+@figure(
+    "noise_scale",
+    caption="The batch size at which gradient and noise are of one size.",
+    says=_noise_scale_says, has_data=has_worker_scalar("noise_scale"),
+)  # fmt: skip
 def plot_noise_scale(run: Run, ax: Axes | None = None) -> Axes:
     """Draw the gradient noise scale: the batch size at which noise and gradient are of one size.
 
@@ -181,42 +184,6 @@ def _running_median(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, 
     ]  # fmt: skip
     middles = np.array([np.median(steps[share]) for share in shares])
     return middles, np.array([np.nanmedian(values[share]) for share in shares])
-
-
-def _columns(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return first step and values of each column of the image: one step, or a stretch of them."""
-    if len(steps) <= MAX_COLUMNS:
-        return steps, values
-    median = np.full(len(values), np.nan)
-    is_known = np.isfinite(values).any(axis=1)
-    median[is_known] = np.nanmedian(values[is_known], axis=1)
-    distance = np.nan_to_num(abs(values - median[:, None]), nan=-1.0)
-    starts = np.linspace(0, len(steps), MAX_COLUMNS, endpoint=False).astype(int)
-    stretches = zip(starts, [*starts[1:], len(steps)], strict=True)
-    farthest = np.array([start + distance[start:end].argmax(axis=0) for start, end in stretches])
-    return steps[starts], np.take_along_axis(values, farthest, axis=0)
-
-
-def _norm(values: np.ndarray) -> Normalize:
-    """Return a colour scale that a few wild values do not flatten."""
-    low, high = np.quantile(values[np.isfinite(values)], [0.01, 0.99])
-    return LogNorm(low, high) if 0 < 10 * low < high else Normalize(low, high)
-
-
-def _ranks(num_workers: int) -> np.ndarray:
-    return np.arange(0, num_workers, -(-num_workers // 8))
-
-
-def _mark_outliers(ax: Axes, run: Run) -> None:
-    outlier = scalar(run, "outlier")
-    is_named = np.isfinite(outlier)
-    if not is_named.any():
-        return
-    ax.plot(
-        run.workers["step"][is_named], outlier[is_named], "x", color=COLORS["intervention"],
-        markersize=4, rasterized=is_named.sum() > MAX_MARKS,
-    )  # fmt: skip
-    note(ax, "x: stands out")
 
 
 def _relative_loss_std(run: Run) -> np.ndarray:

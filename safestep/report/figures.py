@@ -1,23 +1,19 @@
-"""The figures of a report, what each says, and how they become files."""
+"""Draw the report's figures, and turn them into files and into SVG for the page."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
-import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from safestep import plots
+from safestep.plots.registry import FigureKind
 from safestep.plots.style import INK, PAPER, SERIES_COLORS, make_log
-from safestep.report import descriptions
-from safestep.runlog.inner_series import least_radii
 from safestep.runlog.reader import Run
-from safestep.runlog.series import scalar, step_series
 
 _SIZE = (5.0, 3.1)  # inches: text stays readable where a phone shows it 360 pixels wide
 _RC: dict[Any, Any] = {
@@ -26,124 +22,6 @@ _RC: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "path.simplify": True,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class FigureKind:
-    """One figure of the report.
-
-    Attributes:
-        name: Stem of its files.
-        caption: How to read it.
-        plot: Draws a run on axes.
-        describe: Tells the facts of a run in words.
-        has_data: Whether a run has what it shows.
-    """
-
-    name: str
-    caption: str
-    plot: Callable[[Run, Axes], Axes]
-    describe: Callable[[Run], str]
-    has_data: Callable[[Run], bool]
-
-
-def _has_step(field: str) -> Callable[[Run], bool]:
-    return lambda run: bool(np.isfinite(getattr(step_series(run), field)).any())
-
-
-def _has_prediction(run: Run) -> bool:
-    return bool(np.isfinite(step_series(run).loss).sum() > 1) and _has_step("proposed")(run)
-
-
-def _has_radii(run: Run) -> bool:
-    return bool(least_radii(run)[1])
-
-
-def _has_worker(name: str) -> Callable[[Run], bool]:
-    return lambda run: bool(np.isfinite(scalar(run, name)).any())
-
-
-def _has_workers(name: str) -> Callable[[Run], bool]:
-    def has(run: Run) -> bool:
-        values = run.workers.get(name)
-        return values is not None and values.ndim == 2 and bool(np.isfinite(values).any())
-
-    return has
-
-
-FIGURES = (
-    FigureKind(
-        "loss",
-        "The training loss. Ticks at the upper edge are steps that the guard scaled or left out.",
-        plots.plot_loss, descriptions.describe_loss, _has_step("loss"),
-    ),
-    FigureKind(
-        "normalized_step",
-        "r is the length of the proposed step over the radius. Up to r = 1 the local expansion of "
-        "the loss converges at the step; over it there is no such promise.",
-        plots.plot_normalized_step, descriptions.describe_normalized_step, _has_step("proposed"),
-    ),
-    FigureKind(
-        "safe_zone",
-        "The shaded zone is safe: there the step is shorter than the radius.",
-        plots.plot_safe_zone, descriptions.describe_safe_zone, _has_step("radius"),
-    ),
-    FigureKind(
-        "learning_rate",
-        "Dashed: the optimizer's learning rate. Solid: what the step taken amounts to.",
-        plots.plot_learning_rate, descriptions.describe_learning_rate, _has_step("learning_rate"),
-    ),
-    FigureKind(
-        "distribution",
-        "How often which r was proposed, in each third of the run.",
-        plots.plot_distribution, descriptions.describe_distribution, _has_step("proposed"),
-    ),
-    FigureKind(
-        "prediction",
-        "Does r predict? Each dot is a step: its r, and by how much the loss changed until the "
-        "next. The line is the median of each tenth of the steps.",
-        plots.plot_prediction, descriptions.describe_prediction, _has_prediction,
-    ),
-    FigureKind(
-        "binding_radius",
-        "The radius of the output's softmax, of attention's, and where ReLU-like units switch. The "
-        "lowest binds, but the guard decides on the output's alone.",
-        plots.plot_binding_radius, descriptions.describe_binding_radius, _has_radii,
-    ),
-    FigureKind(
-        "cost",
-        "Time that the guard took at each step.",
-        plots.plot_cost, descriptions.describe_cost, _has_step("seconds"),
-    ),
-    *(
-        FigureKind(
-            f"workers_{quantity}",
-            f"One row a worker: {unit}. A cross marks a worker that stands out at a step.",
-            partial(plots.plot_worker_heatmap, quantity=quantity),
-            partial(descriptions.describe_heatmap, quantity=quantity),
-            _has_workers(quantity),
-        )
-        for quantity, unit in plots.HEATMAP_QUANTITIES.items()
-    ),
-    FigureKind(
-        "dispersion",
-        "How far the workers lie apart, relative to their mean. Bold: the trend.",
-        plots.plot_dispersion, descriptions.describe_dispersion, _has_worker("loss_std"),
-    ),
-    FigureKind(
-        "consistency",
-        "How well the workers' gradients agree in direction: 1 is agreement, 0 is none.",
-        plots.plot_consistency, descriptions.describe_consistency,
-        _has_worker("pairwise_cosine"),
-    ),
-    FigureKind(
-        "noise_scale",
-        "The batch size at which gradient and noise are of one size. Larger batches than this "
-        "gain little.",
-        plots.plot_noise_scale, descriptions.describe_noise_scale,
-        _has_worker("noise_scale"),
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +64,7 @@ def save(figure: Figure, stem: Path) -> None:
         figure.savefig(stem.with_suffix(suffix), dpi=150, facecolor="white", metadata=metadata)
 
 
-def to_svg(figure: Figure, salt: str) -> str:
+def to_svg(figure: Figure, salt: str) -> Markup:
     """Return a figure as an ``<svg>`` element in the colours of the page around it.
 
     Args:
@@ -204,7 +82,7 @@ def to_svg(figure: Figure, salt: str) -> str:
     markup = markup.replace(INK, "currentColor").replace(PAPER, "var(--page)")
     for color in SERIES_COLORS:
         markup = markup.replace(color, f"var(--c{color[1:]})")
-    return markup
+    return Markup(markup)
 
 
 def _draw_one(kind: FigureKind, run: Run, shared: _Shared | None = None) -> Figure:

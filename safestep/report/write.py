@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from safestep.report.figures import FIGURES, FigureKind, draw, save, to_svg
+from safestep.plots.registry import FIGURES, FigureKind
+from safestep.report.figures import draw, save, to_svg
 from safestep.report.page import Section, ShownFigure, build_page
 from safestep.report.verdict import write_verdict
 from safestep.runlog.reader import Run, read_run
@@ -115,10 +116,10 @@ def _section(
         if figure is None:
             continue
         name = kind.name if len(runs) == 1 else f"{kind.name}-{place + 1}"
-        shown.append(ShownFigure(to_svg(figure, name), kind.describe(runs[place]), labels[place]))
+        shown.append(ShownFigure(to_svg(figure, name), kind.says(runs[place]), labels[place]))
         if folder:
             save(figure, folder / name)
-    return Section(kind.caption, shown)
+    return Section(kind.caption, shown, kind.is_first)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

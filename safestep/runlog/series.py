@@ -90,6 +90,30 @@ def step_series(run: Run) -> StepSeries:
     )
 
 
+def positive(values: np.ndarray) -> np.ndarray:
+    """Return the values, NaN where they have no logarithm.
+
+    Args:
+        values: Any values. Shape ``[T]``.
+
+    Returns:
+        The positive ones. Shape ``[T]``.
+    """
+    return np.where(values > 0, values, np.nan)
+
+
+def worker_noun(run: Run) -> str:
+    """Return what the log's workers are: "worker", or "micro-batch" in a single process.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The word, in the singular.
+    """
+    return "micro-batch" if run.header.get("world_size") == 1 else "worker"
+
+
 def scalar(run: Run, name: str) -> np.ndarray:
     """Return a scalar column of the worker records, NaN where the log has none.
 

@@ -7,8 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from safestep import plots
-from safestep.plots.steps import rank_correlation
-from safestep.plots.style import COLORS
+from safestep.plots.loss import rank_correlation
+from safestep.plots.registry import FIGURES
+from safestep.plots.style import COLORS, make_log
 from safestep.runlog.reader import read_run
 from safestep.runlog.series import removed_area, spans, step_series, thin
 from safestep.runlog.writer import RunLog
@@ -149,17 +150,16 @@ def test_removed_area_is_the_share_of_the_learning_rates_sum(tmp_path):
         {"learning_rate": 3.0, "effective_learning_rate": 1.0, "status": "clipped"},
     )
 
-    ax = plots.plot_learning_rate(run, new_axes())
-
     assert removed_area(step_series(run)) == 0.5
-    assert "50.0% of the area removed" in texts(ax)
+    says = next(kind.says for kind in FIGURES if kind.name == "learning_rate")
+    assert says(run).endswith("lowered it at 1 step: its mean over the run fell by 50 %.")
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rank_correlation_of_monotone_values_is_one(sign):
     x = np.random.default_rng(0).normal(size=50)
 
-    assert rank_correlation(x, sign * np.exp(x)) == sign
+    assert rank_correlation(x, sign * np.exp(x)) == pytest.approx(sign)
 
 
 def test_rank_correlation_is_that_of_the_ranks():
@@ -169,6 +169,32 @@ def test_rank_correlation_is_that_of_the_ranks():
 
     assert rank_correlation(x, x + y) == pytest.approx(np.corrcoef(ranks)[0, 1])
     assert math.isnan(rank_correlation(x[:1], y[:1]))
+
+
+def test_rank_correlation_gives_ties_their_mean_rank_and_a_constant_none():
+    """By hand: ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4 have the correlation 4.5 / sqrt(4.5 * 5)."""
+    x, y = np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0, 4.0])
+
+    assert rank_correlation(x, y) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert math.isnan(rank_correlation(np.ones(4), y))
+
+
+@pytest.mark.parametrize("span", [(0.7, 1.4), (0.5, 30.0), (1e-7, 5e6), (1.0, 1e200)], ids=str)
+def test_log_axis_has_numbers_that_do_not_overlap(span):
+    ax = Figure(figsize=(5.0, 3.1), layout="constrained").add_subplot()
+    ax.plot(span, span)
+    for axis in ("x", "y"):
+        make_log(ax, axis)
+
+    render(ax)
+
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        shown = [tick.label1 for tick in axis.get_major_ticks()
+                 if tick.label1.get_text() and low <= tick.get_loc() <= high]  # fmt: skip
+        assert 2 <= len(shown) <= 8
+        boxes = [label.get_window_extent() for label in shown]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_joint_step_of_two_optimizers_adds_their_normalized_steps(tmp_path):

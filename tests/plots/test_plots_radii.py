@@ -23,7 +23,7 @@ def test_the_figure_draws_the_least_of_each_kind_and_says_what_binds(tmp_path):
     output, ffn = (line.get_xydata().tolist() for line in ax.lines)
     assert output == [[0, 1.0], [1, 1.0], [2, 1.0], [3, 1.0]]
     assert ffn == [[0, 0.5], [1, 1.5], [2, 1.5], [3, 0.5]]
-    assert "ffn 50%, output 50%" in [text.get_text() for text in ax.texts]
+    assert "ffn 50 %, output 50 %" in [text.get_text() for text in ax.texts]
     assert ax.get_ylabel() == "radius (parameter distance)"
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from safestep.cli import main
-from safestep.report.figures import FIGURES, draw
+from safestep.plots.registry import FIGURES
+from safestep.report.figures import draw
 from safestep.report.write import write_report
 from safestep.runlog.reader import read_run
 from safestep.runlog.writer import RunLog
@@ -64,7 +65,7 @@ def test_report_of_a_spiked_run_opens_with_what_happened(spiked_run, tmp_path):
     page = Page(path)
     assert "Protected: the guard stepped in at" in page.words
     assert "learning rate x10,000" in page.words
-    assert sum(label.startswith("Training loss: ") for label in page.values("aria-label")) == 1
+    assert sum(label.startswith("The loss went") for label in page.values("aria-label")) == 1
     assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.pdf"))) == 7
     assert all(file.stat().st_size > 2000 for file in tmp_path.iterdir())
 
@@ -74,8 +75,8 @@ def test_report_of_workers_shows_them(worker_run, tmp_path):
 
     assert "Worker drifted: rank 3" in page.words
     labels = page.values("aria-label")
-    assert sum(label.startswith("Median over the last tenth: worker 0") for label in labels) == 3
-    assert not any(label.startswith("Training loss") for label in labels)  # no step was logged
+    assert sum(label.startswith("Over the last tenth of the run") for label in labels) == 3
+    assert not any(label.startswith("The loss went") for label in labels)  # no step was logged
 
 
 def test_page_needs_nothing_from_outside(spiked_run, tmp_path):
@@ -95,7 +96,7 @@ def test_two_runs_lie_side_by_side(spiked_run, lost_run, tmp_path):
     assert "Protected" in page.words
     assert "Harmed" in page.words
     labels = page.values("aria-label")
-    assert sum(label.startswith("Training loss: ") for label in labels) == 2
+    assert sum(label.startswith("The loss went") for label in labels) == 2
 
 
 def test_figures_of_two_runs_have_the_same_axes(spiked_run, lost_run):

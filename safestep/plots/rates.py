@@ -1,0 +1,93 @@
+"""What the guard took from a run: learning rate, and time."""
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from safestep.plots.registry import figure, has_step
+from safestep.plots.style import COLORS, INK, label_ends, last_finite, make_axes, say, use_log_scale
+from safestep.plots.wording import count, number, percent
+from safestep.runlog.reader import Run
+from safestep.runlog.series import positive, removed_area, step_series, thin
+
+__all__ = ["plot_cost", "plot_learning_rate"]
+
+
+def _learning_rate_says(run: Run) -> str:
+    series = step_series(run)
+    rates = series.learning_rate[np.isfinite(series.learning_rate)]
+    low, high = (number(float(rate)) for rate in (rates.min(), rates.max()))
+    scheduled = f"The learning rate was {low if low == high else f'between {low} and {high}'}"
+    if not series.intervened.any():
+        return f"{scheduled}; the guard never lowered it."
+    removed, touched = removed_area(series), count(int(series.intervened.sum()), "step")
+    mean = f": its mean over the run fell by {percent(removed)}" if np.isfinite(removed) else ""
+    return f"{scheduled}; the guard lowered it at {touched}{mean}."
+
+
+@figure(
+    "learning_rate",
+    caption="Dashed: the optimizer's learning rate. Solid: what the step taken amounts to.",
+    says=_learning_rate_says, has_data=has_step("learning_rate"), is_first=True,
+)  # fmt: skip
+def plot_learning_rate(run: Run, ax: Axes | None = None) -> Axes:
+    """Draw the optimizer's learning rate and the one that the steps taken amount to.
+
+    Args:
+        run: The run.
+        ax: Axes to draw on; a new pyplot figure without.
+
+    Returns:
+        The axes.
+    """
+    series = step_series(run)
+    ax = make_axes(ax, "Learning rate", "learning rate")
+    base = positive(series.learning_rate)
+    effective = positive(series.effective_learning_rate)
+    if not np.isfinite(base).any():
+        return say(ax, "the log holds no learning rate")
+    at = thin(base, effective, keep=series.intervened)
+    color = COLORS["learning_rate"]
+    ax.fill_between(series.step[at], effective[at], base[at], color=color, alpha=0.2, linewidth=0)
+    ax.plot(series.step[at], base[at], color=color, linewidth=1, linestyle=(0, (4, 2)))
+    ax.plot(series.step[at], effective[at], color=color, linewidth=1.6)
+    use_log_scale(ax, base, effective, max_depth=1e-3)
+    label_ends(ax, [
+        (last_finite(effective), "taken", color), (last_finite(base), "set", color),
+    ])  # fmt: skip
+    return ax
+
+
+def _cost_says(run: Run) -> str:
+    seconds = step_series(run).seconds
+    known = seconds[np.isfinite(seconds)]
+    mean, worst = (number(1e3 * float(value)) for value in (known.mean(), known.max()))
+    return f"The guard took {mean} ms a step in the mean, {worst} ms at most."
+
+
+@figure(
+    "cost",
+    caption="Time that the guard took at each step; dotted: its mean.",
+    says=_cost_says, has_data=has_step("seconds"),
+)  # fmt: skip
+def plot_cost(run: Run, ax: Axes | None = None) -> Axes:
+    """Draw the time the guard took at each step, and its mean.
+
+    Args:
+        run: The run.
+        ax: Axes to draw on; a new pyplot figure without.
+
+    Returns:
+        The axes.
+    """
+    series = step_series(run)
+    ax = make_axes(ax, "Cost of the guard", "time per step (ms)")
+    milliseconds = 1e3 * series.seconds
+    if not np.isfinite(milliseconds).any():
+        return say(ax, "the log holds no times")
+    at = thin(milliseconds)
+    ax.plot(series.step[at], milliseconds[at], color=COLORS["seconds"], linewidth=1)
+    use_log_scale(ax, milliseconds[milliseconds > 0])
+    mean = float(np.nanmean(milliseconds))
+    ax.axhline(mean, color=INK, linewidth=1, linestyle=":")
+    label_ends(ax, [(mean, f"mean\n{mean:.3g} ms", INK)])
+    return ax
