@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from safestep.parallel.checksum import checksum
 from safestep.workers.dispersion import WorkerSums, unit_squared_norm_of_two
 from safestep.workers.local_gradients import LocalGradients, squared_norm
 
@@ -27,6 +28,7 @@ class DdpWorkers:
             is_reduced=lambda: ddp.require_backward_grad_sync,
         )
         self._losses: list[Tensor] = []
+        self.checksums: Tensor | None = None
         self.num_workers = dist.get_world_size(self._group)
 
     def begin_step(self, *, is_measured: bool) -> None:
@@ -58,10 +60,13 @@ class DdpWorkers:
         rank = dist.get_rank(self._group)
         sums = self._gradients.sums(share=rank, num_shares=self.num_workers)
         loss = torch.stack(self._losses).mean().to(sums.device)
-        mine = torch.cat([loss[None], sums / scale**2])
+        parameters = checksum(self._gradients.parameters).to(sums.device)
+        mine = torch.cat([loss[None], sums / scale**2, parameters])
         everyone = [torch.empty_like(mine) for _ in range(self.num_workers)]
         dist.all_gather(everyone, mine, group=self._group)
-        losses, squared_norms, mean_products, mean_shares = torch.stack(everyone).cpu().unbind(1)
+        table = torch.stack(everyone).cpu()
+        losses, squared_norms, mean_products, mean_shares = table[:, :4].unbind(1)
+        self.checksums = table[:, 4:]
         unit_squared_norm = torch.tensor(torch.nan, dtype=torch.float64)
         if self.num_workers == 2 and self._is_mean_exact():
             unit_squared_norm = unit_squared_norm_of_two(squared_norms, mean_products)

@@ -32,11 +32,13 @@ class WorkerEvent:
     """One worker departs from the others.
 
     Attributes:
-        step: Step at which there was evidence enough.
-        rank: The worker; with two workers the upper one of the two.
-        quantity: One of `QUANTITIES`.
+        step: Step at which there was enough evidence.
+        rank: The worker; of two workers, the one with the larger value. The first one of several
+            replicas that differ.
+        quantity: One of `QUANTITIES`, or what differs between replicas.
         deviation: Mean signed distance from the workers' median since ``since``, in MADs (median
-            absolute deviations of the workers); NaN for a non-finite worker.
+            absolute deviations of the workers); NaN for a non-finite worker. Of update norms, their
+            relative difference; of checksums, NaN.
         since: Step at which the evidence began to grow: the estimated onset.
         message: The event in a sentence.
     """
@@ -50,7 +52,7 @@ class WorkerEvent:
 
 
 class WorkerWatch:
-    """Tell a worker that is off from the spread that workers always have.
+    """Tell a worker that is off from the usual spread among workers.
 
     For each quantity and side, place k of N (0 = most extreme) is worth the likelihood ratio
     N 2^-k / (2 - 2^(1-N)) of "often among the extremes" against "every order alike". Its logs

@@ -13,10 +13,13 @@ class Workers(Protocol):
     Attributes:
         num_workers: Number of workers in a step.
         are_ranks: Whether worker i is the same one at every step, so that it can be watched.
+        checksums: Of each rank's replica of the parameters, as of the last `sums`; None where there
+            are no replicas. Shape ``[N, 2]``.
     """
 
     num_workers: int
     are_ranks: bool
+    checksums: Tensor | None
 
     def begin_step(self, *, is_measured: bool) -> None:
         """Forget the last step, and prepare the next one."""

@@ -22,10 +22,15 @@ class LocalGradients:
     Args:
         parameters: Parameters to follow. Those that need no gradient are left out.
         is_reduced: Called during backward; returns whether this backward will be reduced.
+
+    Attributes:
+        parameters: The parameters that are followed.
+        is_on: Whether gradients are kept.
+        was_reduced: Whether the last backward was reduced.
     """
 
     def __init__(self, parameters: Iterable[Parameter], is_reduced: Callable[[], bool]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._is_reduced = is_reduced
         self._flat: Tensor | None = None
         self._views: tuple[Tensor, ...] = ()
@@ -34,7 +39,7 @@ class LocalGradients:
         self.was_reduced = False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._keep, index))
-            for index, parameter in enumerate(self._parameters)
+            for index, parameter in enumerate(self.parameters)
         ]
 
     def sums(self, *, share: int, num_shares: int) -> Tensor:
@@ -50,7 +55,7 @@ class LocalGradients:
         """
         own, mixed, mean = [], [], []
         device = self._own().device
-        for index, (parameter, view) in enumerate(zip(self._parameters, self._views, strict=True)):
+        for index, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             # A parameter frozen meanwhile may still hold an old gradient.
             grad = parameter.grad if parameter.requires_grad else None
             reduced = torch.zeros_like(view) if grad is None else _dense(grad)
@@ -102,13 +107,13 @@ class LocalGradients:
 
     def _allocate(self) -> Tensor:
         dtype = torch.float32
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             dtype = torch.promote_types(dtype, parameter.dtype)
-        sizes = [parameter.numel() for parameter in self._parameters]
-        self._flat = torch.empty(sum(sizes), dtype=dtype, device=self._parameters[0].device)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self._flat = torch.empty(sum(sizes), dtype=dtype, device=self.parameters[0].device)
         self._views = tuple(
             view.view(parameter.shape)
-            for view, parameter in zip(self._flat.split(sizes), self._parameters, strict=True)
+            for view, parameter in zip(self._flat.split(sizes), self.parameters, strict=True)
         )
         return self._flat
 

@@ -16,6 +16,7 @@ from safestep.workers.dispersion import WorkerDispersion, WorkerSums, dispersion
 from safestep.workers.drift import WorkerEvent, WorkerWatch
 from safestep.workers.kinds import Workers
 from safestep.workers.micro_batches import MicroBatches
+from safestep.workers.replicas import ReplicaWatch
 
 _logger = logging.getLogger("safestep")
 
@@ -61,6 +62,9 @@ class WorkerReport:
 
 class WorkerMetrics:
     """Measure each worker's loss and gradient before they are averaged, and say who is off.
+
+    Also say when a replica's parameters differ from the others' in any bit: their checksums travel
+    with the other numbers.
 
     Workers are the ranks of a `DistributedDataParallel` model, or the micro-batches of gradient
     accumulation in a single process. Call `record` right after each backward, before gradients
@@ -130,6 +134,7 @@ class WorkerMetrics:
             if self._workers.are_ranks
             else None
         )
+        self._replicas = ReplicaWatch("checksum of the parameters", is_trusted=True)
         self._log: RunLog | None = None
         self._is_first_rank = rank() == 0
         if run_dir is not None and self._is_first_rank:
@@ -208,7 +213,10 @@ class WorkerMetrics:
     ) -> WorkerReport:
         loss, norm = losses.tolist(), sums.squared_norms.sqrt().tolist()
         cosine = dispersion.cosine_to_mean.tolist()
-        events = self._watch.update(self.step, loss, norm, cosine) if self._watch else ()
+        events = self._watch.update(self.step, loss, norm, cosine) if self._watch else []
+        if self._workers.checksums is not None:
+            drifted = self._replicas.update(self.step, self._workers.checksums)
+            events += [drifted] if drifted else []
         return WorkerReport(
             step=self.step,
             loss=tuple(loss),

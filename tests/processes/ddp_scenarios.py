@@ -248,6 +248,22 @@ def scaled_loss(setup):
     return [(event.rank, event.step) for event in events]
 
 
+def drifted(setup):
+    """After the third step one weight of the last rank moves by one unit in its last place."""
+    messages = []
+    for step in range(6):
+        if step == 3 and setup.rank == setup.num_workers - 1:
+            with torch.no_grad():
+                bias = setup.ddp.module.head.bias
+                bias[0] = torch.nextafter(bias[0], bias[0] + 1)
+        loss = setup.loss(setup.ddp, setup.batch())
+        setup.optimizer.zero_grad()
+        loss.backward()
+        messages.append([event.message for event in setup.metrics.record(loss).events])
+        setup.optimizer.step()
+    return messages
+
+
 def hook_after(setup):
     """A comm hook that is registered after the metrics were attached."""
     setup.ddp.register_comm_hook(setup.group, fp16_compress_hook)
@@ -318,6 +334,8 @@ SCENARIOS = {
     "hooks left": (2, hooks_left, {}),
     "waiting": (2, waiting, {}),
     "non-finite": (3, non_finite, {}),
+    "drifted": (4, drifted, {}),
+    "drifted, two ranks": (2, drifted, {}),
 }
 
 

@@ -152,6 +152,24 @@ def test_a_rank_with_a_nan_loss_is_named_at_once_and_once(found):
     assert found[0]["non-finite"] == [[], ["rank 2: loss not finite since step 1"], []]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("drifted", "rank 3: checksum of the parameters differs from the other replicas"),
+        ("drifted, two ranks", "ranks 0 and 1: checksums of the parameters differ"),
+    ],
+)
+def test_a_replica_whose_weights_moved_by_one_bit_is_named_at_the_next_step_and_once(
+    found, name, message
+):
+    before, at, after = found[0][name][:3], found[0][name][3], found[0][name][4:]
+
+    assert not any(before + after)
+    assert len(at) == 1
+    assert at[0].startswith(message)
+    assert "since step 3" in at[0]
+
+
 def test_a_rank_with_a_scaled_loss_is_named_alone(found):
     ((rank, step),) = found[0]["scaled loss"]
 
