@@ -20,6 +20,7 @@ class ReplicaWatch:
             numbers have been equal: ranks that train models of their own are then never accused.
 
     Example:
+        >>> import torch
         >>> watch = ReplicaWatch("update norm", is_trusted=True)
         >>> rows = torch.tensor([[0.5], [0.5], [0.25], [0.5]], dtype=torch.float64)
         >>> watch.update(7, rows).message
@@ -63,8 +64,8 @@ class ReplicaWatch:
         ranks = " and ".join(map(str, named)) if len(named) < 9 else f"{named[0]} and others"
         if len(named) == count:
             return (
-                f"ranks {ranks}: {self._quantity}s of the replicas differ since step {step}{amount}"
-                "; which one is off cannot be told"
+                f"ranks {ranks}: the replicas differ in the {self._quantity} since step {step}"
+                f"{amount}; which one is off cannot be told"
             )
         noun, verb = ("rank", "differs") if len(named) == 1 else ("ranks", "differ")
         return (

@@ -156,7 +156,10 @@ def test_a_rank_with_a_nan_loss_is_named_at_once_and_once(found):
     ("name", "message"),
     [
         ("drifted", "rank 3: checksum of the parameters differs from the other replicas"),
-        ("drifted, two ranks", "ranks 0 and 1: checksums of the parameters differ"),
+        (
+            "drifted, two ranks",
+            "ranks 0 and 1: the replicas differ in the checksum of the parameters",
+        ),
     ],
 )
 def test_a_replica_whose_weights_moved_by_one_bit_is_named_at_the_next_step_and_once(
