@@ -1,4 +1,4 @@
-"""The optimizer whose steps count, inside wrappers and subclasses."""
+"""Find the optimizer whose step hooks fire, and tell nested calls of its step apart."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 def is_within_step(optimizer: Optimizer) -> bool:
-    """Return whether the hook that asks belongs to a step called by a step of `optimizer`.
+    """Return whether the running step hook belongs to a step that another step called.
 
     Args:
         optimizer: The optimizer, whose ``step`` may call ``super().step``.
 
     Returns:
-        True in the inner one.
+        True in the hooks of the inner step.
     """
     frame, steps = sys._getframe(), 0
     while frame is not None:
@@ -28,14 +28,14 @@ def is_within_step(optimizer: Optimizer) -> bool:
     return steps > 1
 
 
-def innermost_optimizer(optimizer: Any) -> Any:
-    """Return the torch optimizer whose hooks fire, inside wrappers such as Accelerate's.
+def hooked_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer whose step hooks fire, inside wrappers such as Accelerate's.
 
     Args:
-        optimizer: An optimizer or a wrapper that holds one in ``.optimizer``.
+        optimizer: An optimizer, or a wrapper that holds one in ``.optimizer``.
 
     Returns:
-        The innermost of them.
+        The optimizer to register hooks on.
     """
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         # Fabric's wrapper shows the hooks of the optimizer inside as its own.

@@ -1,4 +1,4 @@
-"""The update that an optimizer is about to make, found ahead, piece by piece."""
+"""Compute the update of an optimizer step before the step, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ _PIECE = 2**14  # smallest number of elements that is worth a run of the optimiz
 _PIECES = 64  # so small that the copies of one stay below an eighth of the parameters
 
 
-class Rehearsal:
-    """What a step is going to change, known before it happens: nothing is copied to undo it.
+class Lookahead:
+    """An ``Undo`` that computes the update before the step, so that nothing has to be copied.
 
-    The optimizer's own code runs on copies of a few rows at a time, so that the update is that of
-    the real step, up to rounding. Nothing of the model's size is held: who reads the update as a
-    whole holds it. A step is scaled by its learning rate, and kept from happening by taking the
-    gradients away while it runs.
+    The optimizer's own code runs on copies of a few rows at a time: the update is that of the real
+    step, up to rounding, and this object holds nothing of the model's size. To scale the step it
+    scales the learning rate; to prevent the step it removes the gradients until `release`.
 
     Args:
         optimizer: An SGD, Adam, AdamW or Muon of torch.
@@ -38,40 +37,41 @@ class Rehearsal:
         params: The parameters that the step is going to change: those with a gradient.
 
     Raises:
-        ValueError: If the optimizer is another one, a subclass included: it may do something else
-            with its learning rate. Also if Muon's matrices are sharded, since no rank has a whole
-            one to orthogonalise.
+        ValueError: If the optimizer is another one or a subclass, which may use its learning rate
+            in another way. Also if Muon's matrices are sharded: Muon orthogonalises a whole matrix,
+            and a rank holds only a part.
 
     Example:
         >>> param = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> param.grad = torch.tensor([4.0, -4.0])
-        >>> rehearsal = Rehearsal(torch.optim.SGD([param], lr=0.5))
-        >>> rehearsal.take()
-        >>> list(rehearsal.update([]).change), param.tolist()
+        >>> ahead = Lookahead(torch.optim.SGD([param], lr=0.5))
+        >>> ahead.take()
+        >>> list(ahead.update([]).change), param.tolist()
         ([tensor([-2.,  2.])], [1.0, 2.0])
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         _check_optimizer(optimizer)
         self._optimizer = optimizer
-        # A bare one of the same kind: parameters, options and state are lent to it.
+        # The same kind of optimizer, which runs on copies of parameters and state.
         self._double = type(optimizer)([torch.zeros(1, 1)])  # type: ignore[call-arg]
         self._by_rows = type(optimizer).__name__ != "Muon"  # which needs whole matrices
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
         self._rates: list[Any] = []
-        self.release()
+        self.params: list[Tensor] = []
 
     def take(self) -> None:
-        """Nothing needs to be kept of what is there before a step."""
+        """Begin a step: put back what an earlier one that raised left changed."""
+        self.release()
 
     def update(self, calls: Sequence[Call]) -> Update:
-        """Return the update that the step is going to make with the gradients that are there.
+        """Return the update that the step will make with the present gradients.
 
         Args:
             calls: The calls that the gradients were computed from.
 
         Returns:
-            The update. Its `change` is computed anew whenever it is iterated over.
+            The update. Its `change` is computed again at each iteration.
         """
         groups = self._optimizer.param_groups
         self.params = [p for group in groups for p in group["params"] if p.grad is not None]
@@ -82,7 +82,7 @@ class Rehearsal:
         )  # fmt: skip
 
     def restore(self) -> None:
-        """Keep the step from changing anything, bit for bit: without gradients it does nothing."""
+        """Prevent the step: an optimizer leaves parameters without a gradient alone."""
         self._gradients = [(param, param.grad) for param in self.params]
         for param in self.params:
             param.grad = None
@@ -103,12 +103,11 @@ class Rehearsal:
             param.grad = gradient
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate
-        self._gradients, self._rates = [], []
-        self.params: list[Tensor] = []
+        self._gradients, self._rates, self.params = [], [], []
 
     @torch.no_grad()
     def pieces(self) -> Iterator[list[_Piece]]:
-        """Yield the update by lists of pieces, a few at a time, in the order of `params`."""
+        """Yield lists of pieces of the update, in the order of `params`."""
         limit = max(_PIECE, sum(local(param).numel() for param in self.params) // _PIECES)
         index = 0
         for group in self._optimizer.param_groups:
@@ -119,11 +118,11 @@ class Rehearsal:
                     together.append(_Piece(index, param, rows))
                     size += together[-1].of(param).numel()
                     if size >= limit:
-                        yield self._rehearsed(group, together)
+                        yield self._moved(group, together)
                         together, size = [], 0
                 index += 1
             if together:
-                yield self._rehearsed(group, together)
+                yield self._moved(group, together)
 
     def _rows(self, param: Tensor, limit: int) -> Iterator[slice | None]:
         whole = local(param)
@@ -134,7 +133,7 @@ class Rehearsal:
         for first in range(0, len(whole), count):
             yield slice(first, min(first + count, len(whole)))
 
-    def _rehearsed(self, group: dict[str, Any], pieces: list[_Piece]) -> list[_Piece]:
+    def _moved(self, group: dict[str, Any], pieces: list[_Piece]) -> list[_Piece]:
         double, state = self._double, self._optimizer.state
         moved = [piece.of(piece.param).clone() for piece in pieces]
         for piece, copy in zip(pieces, moved, strict=True):
@@ -159,7 +158,7 @@ class Rehearsal:
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """Some rows of a parameter, all of it where `rows` is None, and then their update."""
+    """Rows of a parameter (all of them where `rows` is None) and their update, once computed."""
 
     index: int
     param: Tensor
@@ -188,13 +187,13 @@ class _Piece:
 
 
 class _Change(Sequence[Tensor]):
-    """The update of every parameter, one at a time."""
+    """Lazy sequence of parameter updates; the optimizer runs at each iteration."""
 
-    def __init__(self, rehearsal: Rehearsal) -> None:
-        self._rehearsal = rehearsal
+    def __init__(self, ahead: Lookahead) -> None:
+        self._ahead = ahead
 
     def __len__(self) -> int:
-        return len(self._rehearsal.params)
+        return len(self._ahead.params)
 
     def __getitem__(self, index: Any) -> Any:
         return list(self)[index]
@@ -212,13 +211,13 @@ class _Change(Sequence[Tensor]):
                 yield whole
 
     def write(self, places: Sequence[Tensor]) -> None:
-        """Write the update of every parameter into its place, without holding any of them."""
+        """Write the update of every parameter into its place, one piece at a time."""
         for piece, update in self._written():
             place = places[piece.index]
             (place if piece.rows is None else place[piece.rows]).copy_(update)
 
     def _written(self) -> Iterator[tuple[_Piece, Tensor]]:
-        for pieces in self._rehearsal.pieces():
+        for pieces in self._ahead.pieces():
             for piece in pieces:
                 assert piece.update is not None
                 yield piece, piece.update
@@ -227,15 +226,15 @@ class _Change(Sequence[Tensor]):
 
 @dataclass(slots=True)
 class _Proposal(Update):
-    """An update whose norm is found without holding all of it."""
+    """An update that is still to come, whose norm is computed piece by piece."""
 
     def parts(self) -> list[Tensor]:
         counts = counted_here(self.params)
-        rehearsal = self.change._rehearsal  # type: ignore[attr-defined]
+        ahead = self.change._ahead  # type: ignore[attr-defined]
         norms = []
-        for pieces in rehearsal.pieces():
+        for pieces in ahead.pieces():
             norms.append(joint_norm([piece.update for piece in pieces if counts[piece.index]]))
-            pieces.clear()  # before the next ones are made
+            pieces.clear()  # frees them before the next ones are made
         return norms
 
 

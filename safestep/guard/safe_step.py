@@ -18,10 +18,10 @@ from safestep.capture import LogitsFn
 from safestep.capture.hooks import DetachableHook
 from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import agree
-from safestep.guard.attach import innermost_optimizer, is_within_step
+from safestep.guard.attach import hooked_optimizer, is_within_step
 from safestep.guard.controller import Action, Measurement, Rung, StepController, StepReport
 from safestep.guard.journal import Journal
-from safestep.guard.lookahead import Rehearsal
+from safestep.guard.lookahead import Lookahead
 from safestep.guard.meter import Meter
 from safestep.guard.predictor import Predictor
 from safestep.guard.snapshot import Snapshot
@@ -121,7 +121,7 @@ class SafeStep:
         part: nn.Module | None = None,
         copy: bool = True,
     ) -> None:
-        self.optimizer = innermost_optimizer(optimizer)
+        self.optimizer = hooked_optimizer(optimizer)
         _check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
         self.last: StepReport | None = None
         self.last_radii: dict[str, Any] = {}
@@ -131,7 +131,7 @@ class SafeStep:
         self._group = apart_from_shards(self._trained(), process_group)
         self._max_consecutive_skips = max_consecutive_skips
         self._is_ahead = not copy
-        self._change = Snapshot(self.optimizer) if copy else Rehearsal(self.optimizer)
+        self._change = Snapshot(self.optimizer) if copy else Lookahead(self.optimizer)
         self._verdict: tuple[StepReport, Reading] | None = None
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from safestep import SafeStep
 from safestep.guard import lookahead
-from safestep.guard.lookahead import Rehearsal
+from safestep.guard.lookahead import Lookahead
 from safestep.measure.forward_ad import tangents_in_place
 from safestep.measure.perturb import displaced_by, moved_back
 from safestep.parallel.norms import joint_norm
@@ -78,13 +78,13 @@ def numbers_of(model, optimizer):
 @pytest.mark.parametrize("piece", [1, 64, 2**16], ids=lambda piece: f"pieces-of-{piece}")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_rehearsed_update_is_the_difference_that_the_step_makes(name, dtype, piece, monkeypatch):
+def test_an_update_found_ahead_is_the_one_that_the_step_makes(name, dtype, piece, monkeypatch):
     monkeypatch.setattr(lookahead, "_PIECE", piece)
     params = make_params(dtype)
     optimizer = OPTIMIZERS[name](params[:3], 0.1)
     if "muon" not in name:
         optimizer.add_param_group({"params": params[3:], "lr": 0.03, "weight_decay": 0.02})
-    ahead = Rehearsal(optimizer)
+    ahead = Lookahead(optimizer)
 
     for step in range(5):
         # torch's fused SGD fails where the momentum of some parameters begins later.
@@ -112,14 +112,14 @@ def test_a_rehearsed_update_is_the_difference_that_the_step_makes(name, dtype, p
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_rehearsal_changes_nothing(name):
+def test_looking_ahead_changes_nothing(name):
     params = make_params(torch.float32)
     optimizer = OPTIMIZERS[name](params, 0.1)
     for step in (4, 5):
         fill_gradients(params, step)
         optimizer.step()
     fill_gradients(params, 1)
-    ahead = Rehearsal(optimizer)
+    ahead = Lookahead(optimizer)
     kept = [param.grad for param in params]
     before = copy.deepcopy([params, optimizer.state_dict(), kept])
     versions = [param._version for param in params]
@@ -137,11 +137,11 @@ def test_a_rehearsal_changes_nothing(name):
     assert all(param.grad is grad for param, grad in zip(params, kept, strict=True))
 
 
-def test_a_rehearsal_of_the_first_step_leaves_no_state_behind():
+def test_looking_ahead_to_the_first_step_leaves_no_state_behind():
     params = make_params(torch.float32)
     optimizer = optim.Adam(params)
     fill_gradients(params, 4)
-    ahead = Rehearsal(optimizer)
+    ahead = Lookahead(optimizer)
 
     ahead.take()
     list(ahead.update([]).change)
@@ -149,7 +149,7 @@ def test_a_rehearsal_of_the_first_step_leaves_no_state_behind():
     assert not optimizer.state
 
 
-def test_a_rehearsal_holds_a_small_part_of_the_model():
+def test_looking_ahead_holds_a_small_part_of_the_model():
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(2)))
     optimizer = optim.AdamW(model.parameters())
     for param in model.parameters():
@@ -165,7 +165,7 @@ def test_a_rehearsal_holds_a_small_part_of_the_model():
         }
         return sum(found.values())
 
-    ahead = Rehearsal(optimizer)
+    ahead = Lookahead(optimizer)
     ahead.take()
     ahead.update([])
     gc.collect()
@@ -191,7 +191,7 @@ def test_a_measured_step_holds_the_update_once():
     for step in range(2):
         fill_gradients(list(model.parameters()), step, missing=())
         optimizer.step()
-    ahead = Rehearsal(optimizer)
+    ahead = Lookahead(optimizer)
     ahead.take()
     params, change = list(model.parameters()), ahead.update([]).change
     start = [param.detach().clone() for param in params]
@@ -217,10 +217,10 @@ def test_a_measured_step_holds_the_update_once():
     assert_bitwise_equal(list(map(torch.Tensor.detach, params)), start)
 
 
-def test_sparse_gradients_are_rehearsed_too():
+def test_updates_of_sparse_gradients_are_found_ahead_too():
     table = nn.Embedding(9, 4, sparse=True)
     optimizer = optim.SGD(table.parameters(), lr=0.1, momentum=0.9)
-    ahead = Rehearsal(optimizer)
+    ahead = Lookahead(optimizer)
     for _ in range(2):
         optimizer.zero_grad()
         (table(torch.tensor([1, 2, 2])) ** 2).sum().backward()
@@ -232,12 +232,12 @@ def test_sparse_gradients_are_rehearsed_too():
         torch.testing.assert_close(table.weight.detach() - before, change)
 
 
-def test_hooks_on_every_optimizer_do_not_see_the_rehearsal():
+def test_hooks_on_every_optimizer_do_not_see_a_look_ahead():
     seen = []
     handle = register_optimizer_step_pre_hook(lambda *_: seen.append("step"))
     param = nn.Parameter(torch.ones(2))
     param.grad = torch.ones(2)
-    ahead = Rehearsal(optim.SGD([param], lr=0.1))
+    ahead = Lookahead(optim.SGD([param], lr=0.1))
     ahead.take()
 
     list(ahead.update([]).change)

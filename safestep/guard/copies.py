@@ -1,0 +1,137 @@
+"""Copy many tensors quickly: small ones side by side, in memory that is kept between steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from safestep.measure.perturb import in_chunks, is_plain
+from safestep.parallel.norms import each_norm
+from safestep.parallel.shards import are_sharded, counted_here, local
+
+# Tensors up to this size are copied together: alone, allocation would take longer than the copy.
+_SMALL = 2**16
+# The memory of the copies is kept between steps up to this number of elements.
+_KEPT = 2**20
+
+
+class Copies:
+    """Copies of tensors, with the distance that the parameters among them have moved since.
+
+    The layout is found once and used again at each step, since it takes as long as the copy itself.
+
+    Args:
+        tensors: What to copy.
+        params: The parameters among them.
+
+    Attributes:
+        shards: This rank's part of each parameter.
+        of_params: The copy of each parameter.
+        are_small: Whether to keep them for the next step.
+        are_sharded: Whether this rank holds only a shard of some parameter.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        # Each once: a state may hold a parameter, or share a tensor with another one.
+        own = {tensor: _without_graph(local(tensor)) for tensor in tensors}
+        self.shards = [own[param] for param in params]
+        self.are_sharded = are_sharded(params)
+        size = sum(map(Tensor.numel, own.values()))
+        is_usual = not torch.is_inference_mode_enabled()  # tensors made there cannot be written to
+        self.are_small = is_usual and size <= _KEPT and all(map(is_plain, tensors))
+        are_params = dict.fromkeys(self.shards)
+        small: dict[Any, list[Tensor]] = defaultdict(list)  # parameters first
+        large: list[Tensor] = []
+        for tensor in own.values():
+            is_small = is_plain(tensor) and tensor.numel() <= _SMALL and tensor.is_contiguous()
+            group = small[tensor.device, tensor.dtype] if is_small else large
+            group.append(tensor)
+        self._packs = [
+            _Pack(tensors, [tensor for tensor in tensors if tensor in are_params])
+            for tensors in small.values()
+        ]
+        self._large = large, [torch.empty_like(tensor) for tensor in large]
+        self._places = dict(zip(*self._large, strict=True))
+        for pack in self._packs:
+            self._places.update(_parts(pack.copies, pack.tensors))
+        self.of_params = [self._places[param] for param in self.shards]
+        # Large parameters, or of sharded ones those that this rank counts in the norm.
+        apart = [tensor for tensor in large if tensor in are_params]
+        if self.are_sharded:
+            apart = list(compress(self.shards, counted_here(params)))
+        self._apart = apart, [self._places[param] for param in apart]
+        # A parameter whose data was replaced (another dtype or shape) lies elsewhere.
+        self._addresses = list(map(Tensor.data_ptr, tensors)) if self.are_small else []
+
+    def fit(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these are the same tensors, at the same addresses."""
+        mine = self._tensors
+        are_same = len(tensors) == len(mine) and all(map(is_, tensors, mine))
+        return are_same and list(map(Tensor.data_ptr, tensors)) == self._addresses
+
+    def fill(self) -> None:
+        """Copy the tensors as they are now."""
+        for pack in self._packs:
+            pack.fill()
+        tensors, copies = self._large
+        if tensors:
+            torch._foreach_copy_(copies, tensors)
+
+    def put_back(self) -> None:
+        """Write the copies into the tensors."""
+        for tensor, copy in self._places.items():
+            tensor.copy_(copy)
+
+    def moves(self) -> list[Tensor]:
+        """Return tensors whose joint 2-norm is the distance that the parameters have moved since.
+
+        Returns:
+            Moves of small parameters, valid until the next call, and norms of large ones.
+        """
+        moves = [pack.move() for pack in self._packs if pack.params and not self.are_sharded]
+        for params, copies in in_chunks(*self._apart) if self._apart[0] else ():
+            moves += each_norm(torch._foreach_sub(params, copies))
+        return moves
+
+
+class _Pack:
+    """Small contiguous tensors of one dtype and device, which one call copies side by side.
+
+    Args:
+        tensors: The tensors, parameters first.
+        params: The parameters among them.
+    """
+
+    def __init__(self, tensors: list[Tensor], params: list[Tensor]) -> None:
+        self.tensors, self.params = tensors, params
+        # Kept, since to flatten them takes longer than to copy them.
+        self._flat = [tensor.view(-1) for tensor in tensors]
+        self._flat_params = self._flat[: len(params)]
+        self.copies = self._flat[0].new_empty(sum(map(Tensor.numel, tensors)))
+        self._start = self.copies[: sum(map(Tensor.numel, params))]
+        self._move = torch.empty_like(self._start)
+
+    def fill(self) -> None:
+        """Copy the tensors as they are now."""
+        torch.cat(self._flat, out=self.copies)
+
+    def move(self) -> Tensor:
+        """Return the flat move of the parameters since `fill`, valid until the next call."""
+        return torch.cat(self._flat_params, out=self._move).sub_(self._start)
+
+
+def _parts(packed: Tensor, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(tensors, _unflatten_dense_tensors(packed, tensors), strict=True)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    # To leave gradient mode at every step would take longer than to copy small tensors.
+    return tensor.detach() if tensor.requires_grad else tensor
