@@ -84,6 +84,7 @@ def odd_ones(rows: Tensor) -> list[int]:
         Indices of rows, none if all are equal.
 
     Example:
+        >>> import torch
         >>> odd_ones(torch.tensor([[1.0], [2.0], [1.0]])), odd_ones(torch.tensor([[1.0], [2.0]]))
         ([1], [0, 1])
     """
