@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from safestep._warn import warn_user
+from safestep.parallel.shards import are_sharded
 from safestep.workers.metrics import WorkerMetrics, WorkerReport
 
 from .run_dir import default_run_dir
@@ -170,12 +171,16 @@ def _check_strategy(trainer: Trainer) -> None:
     """Refuse ranks without gradients of their own; warn where there is one worker.
 
     Raises:
-        ValueError: If the ranks' strategy is not a DDP one.
+        ValueError: If the ranks' strategy is neither a DDP one nor one of ``fully_shard``.
     """
-    if trainer.world_size > 1 and not isinstance(trainer.strategy.model, DistributedDataParallel):
+    model = trainer.strategy.model
+    is_watched = isinstance(model, DistributedDataParallel) or are_sharded(
+        () if model is None else model.parameters()
+    )
+    if trainer.world_size > 1 and not is_watched:
         raise ValueError(
-            "WorkerConsistency: expected a DDP strategy, got "
-            f"{type(trainer.strategy).__name__}. Use Trainer(strategy='ddp'), or leave the "
+            "WorkerConsistency: expected a DDP strategy or ModelParallelStrategy with fully_shard, "
+            f"got {type(trainer.strategy).__name__}. Use Trainer(strategy='ddp'), or leave the "
             "callback out."
         )
     if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:

@@ -74,11 +74,22 @@ def refuse_flattened(params: Sequence[Tensor]) -> None:
         )
 
 
+def sharding_modules(module: nn.Module) -> Iterator[Any]:
+    """Yield the submodules that ``fully_shard`` was applied to.
+
+    Args:
+        module: The module to look in.
+
+    Yields:
+        Each of them, from the outside to the inside.
+    """
+    yield from filter(_is_sharding, module.modules())
+
+
 def reshard(module: nn.Module) -> None:
     """Free gathered parameters, which do not change when their shards are written to."""
-    for child in module.modules():
-        if _is_sharding(child):
-            child.reshard()  # type: ignore[operator]
+    for child in sharding_modules(module):
+        child.reshard()
 
 
 @contextmanager
@@ -99,7 +110,7 @@ def tangents_when_gathered(module: nn.Module, tangents: Mapping[Tensor, Tensor])
     missing = dict(tangents)
     handles: list[RemovableHandle] = []
     try:
-        for child in filter(_is_sharding, module.modules()):
+        for child in sharding_modules(module):
             places = [
                 (owner, name, param, missing.pop(param))
                 for owner in _own_modules(child)

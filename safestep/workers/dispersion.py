@@ -104,7 +104,7 @@ def worker_dispersion(
             f"worker_dispersion: expected `losses` of shape ({len(gram)},), one per row of "
             f"`gradients`, got shape {tuple(losses.shape)}. Pass each worker's own mean loss."
         )
-    return dispersion_from_sums(losses, _sums(gram), num_examples=num_examples)
+    return dispersion_from_sums(losses, sums_of_gram(gram), num_examples=num_examples)
 
 
 def worker_sums(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> WorkerSums:
@@ -116,7 +116,7 @@ def worker_sums(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> WorkerSum
     Returns:
         The sums over all parameters, on the gradients' device.
     """
-    return _sums(_gram(gradients))
+    return sums_of_gram(_gram(gradients))
 
 
 def dispersion_from_sums(
@@ -147,6 +147,42 @@ def dispersion_from_sums(
     )
 
 
+def add_to_gram(gram: Tensor | None, parts: Tensor, factor: float = 1.0) -> Tensor:
+    """Return inner products of gradients to which one more part of the gradients is added.
+
+    Args:
+        gram: The sum so far, None at the beginning. Shape ``[N, N]``.
+        parts: The same part of each worker's gradient. Shape ``[N, p]``.
+        factor: Factor of the products.
+
+    Returns:
+        The sum, float64. Shape ``[N, N]``.
+    """
+    for chunk in parts.split(_CHUNK, dim=1):
+        wide = chunk.double()
+        product = factor * (wide @ wide.mT)
+        gram = product if gram is None else gram + product
+    return parts.new_zeros(len(parts), len(parts), dtype=torch.float64) if gram is None else gram
+
+
+def sums_of_gram(gram: Tensor) -> WorkerSums:
+    """Return the sums that follow from the inner products of all pairs of gradients.
+
+    Args:
+        gram: The products, float64. Shape ``[N, N]``.
+
+    Returns:
+        The sums, on the device of `gram`.
+    """
+    norms = gram.diagonal().sqrt()
+    return WorkerSums(
+        squared_norms=gram.diagonal(),
+        mean_products=gram.mean(1),
+        mean_squared_norm=gram.mean(),
+        unit_squared_norm=(gram / norms / norms[:, None]).sum(),
+    )
+
+
 def unit_squared_norm_of_two(squared_norms: Tensor, mean_products: Tensor) -> Tensor:
     """Return ||g_1 / ||g_1|| + g_2 / ||g_2|| ||^2 where g is exactly the mean of the two.
 
@@ -171,9 +207,7 @@ def _gram(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Tensor:
     """
     gram = None
     for chunk in _chunks(gradients):
-        wide = chunk.detach().double()
-        product = wide @ wide.mT
-        gram = product if gram is None else gram + product
+        gram = add_to_gram(gram, chunk.detach())
     if gram is None:
         raise ValueError(
             "worker_dispersion: expected `gradients` of at least one worker and one parameter, "
@@ -194,7 +228,7 @@ def _chunks(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Iterator[Tens
                 "worker_dispersion: expected `gradients` of shape [N, P] with N and P at least 1, "
                 f"got shape {tuple(gradients.shape)}. Flatten each worker's gradient to one row."
             )
-        yield from gradients.split(_CHUNK, dim=1)
+        yield gradients
         return
     for name in gradients[0] if gradients else ():
         if any(gradient.keys() != gradients[0].keys() for gradient in gradients):
@@ -204,16 +238,6 @@ def _chunks(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Iterator[Tens
                 "gradient zeros."
             )
         yield torch.stack([gradient[name].flatten() for gradient in gradients])
-
-
-def _sums(gram: Tensor) -> WorkerSums:
-    norms = gram.diagonal().sqrt()
-    return WorkerSums(
-        squared_norms=gram.diagonal(),
-        mean_products=gram.mean(1),
-        mean_squared_norm=gram.mean(),
-        unit_squared_norm=(gram / norms / norms[:, None]).sum(),
-    )
 
 
 def _pairwise_cosine(sums: WorkerSums) -> Tensor:

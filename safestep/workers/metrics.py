@@ -14,6 +14,7 @@ from safestep.runlog.writer import RunLog
 from safestep.workers.ddp import DdpWorkers
 from safestep.workers.dispersion import WorkerDispersion, WorkerSums, dispersion_from_sums
 from safestep.workers.drift import WorkerEvent, WorkerWatch
+from safestep.workers.fsdp import FsdpWorkers
 from safestep.workers.kinds import Workers
 from safestep.workers.micro_batches import MicroBatches
 from safestep.workers.replicas import ReplicaWatch
@@ -66,8 +67,9 @@ class WorkerMetrics:
     Also say when a replica's parameters differ from the others' in any bit: their checksums travel
     with the other numbers.
 
-    Workers are the ranks of a `DistributedDataParallel` model, or the micro-batches of gradient
-    accumulation in a single process. Call `record` right after each backward, before gradients
+    Workers are the ranks of a `DistributedDataParallel` model or of one that ``fully_shard``
+    distributed over a mesh of one dimension, or the micro-batches of gradient accumulation in a
+    single process. Call `record` right after each backward, before gradients
     are clipped or unscaled. It does not change training, not even by a bit.
 
     The mean gradient is the one that DDP delivers. A comm hook that compresses changes
@@ -78,18 +80,20 @@ class WorkerMetrics:
     first mixes the mean into the workers' own gradients.
 
     Args:
-        model: A DDP model, compiled or not, or any other module for micro-batches.
+        model: A DDP model, compiled or not, a model of ``fully_shard``, or any other module for
+            micro-batches.
         every: Measure at one in so many optimizer steps.
         pairwise_every: Measure the pairwise cosine at one in so many measured steps, and report NaN
-            at the others; it takes an all-reduce of the size of the gradients. Micro-batches, and
-            two workers without a comm hook, need no all-reduce and always have it.
+            at the others; it takes an all-reduce of the size of the gradients. Micro-batches,
+            shards, and two workers without a comm hook need no all-reduce and always have it.
         micro_batches: Without DDP, the number of backwards in a step.
         num_examples: Examples in a worker's batch, the unit of the noise scale.
         scaler: The loss scaler, if the loss is scaled.
         run_dir: Directory of ``run.jsonl``, written by rank 0.
 
     Raises:
-        ValueError: If an interval is not positive, or the model is sharded.
+        ValueError: If an interval is not positive, or if the model is distributed, but not by DDP
+            or by ``fully_shard`` over one mesh.
 
     Example:
         >>> import torch
@@ -237,15 +241,18 @@ def _workers_of(model: Module, micro_batches: int) -> Workers:
     """Return the workers that train this model.
 
     Raises:
-        ValueError: If the model is sharded.
+        ValueError: If the model is distributed, but not by DDP or fully_shard over one mesh.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     if isinstance(model, DistributedDataParallel):
         return DdpWorkers(model)
     # Importing DTensor to ask for it takes over a second.
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        return FsdpWorkers(model)
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
         raise ValueError(
-            "WorkerMetrics: expected `model` to be replicated on every worker, got sharded "
-            "parameters. A worker's own gradient never exists there; use DistributedDataParallel."
+            "WorkerMetrics: expected `model` to be distributed by DistributedDataParallel or "
+            "fully_shard, got FullyShardedDataParallel, which reduces gradients inside backward "
+            "and shows them to nobody before. Shard with torch.distributed.fsdp.fully_shard."
         )
     return MicroBatches(model, micro_batches)

@@ -1,0 +1,80 @@
+"""Worker metrics of fully_shard over real gloo processes, beside gradients of plain copies."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+PROCESSES = Path(__file__).parents[1] / "processes"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(4, marks=pytest.mark.slow)],
+    ids=lambda ranks: f"{ranks}-ranks",
+)
+def ranks(request, tmp_path_factory):
+    """What each rank saw in every scenario; one start of the processes for all of them."""
+    output = tmp_path_factory.mktemp("sharded-workers")
+    script = str(PROCESSES / "sharded_workers.py")
+    command = [sys.executable, script, str(output), str(request.param)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(output / f"rank{rank}.pt") for rank in range(request.param)]
+
+
+def cosine(left, right):
+    return left @ right / (np.linalg.norm(left) * np.linalg.norm(right))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "rtol"),
+    [
+        ("plain", 1e-5),
+        ("accumulated", 1e-5),
+        ("scaled", 1e-5),
+        ("every second", 1e-5),
+        ("float16 reduction", 2e-3),
+    ],
+)
+def test_sharded_report_equals_by_hand_gradients(ranks, scenario, rtol):
+    for found in ranks:
+        reports, references = found[scenario]["reports"], found[scenario]["references"]
+        for report, (losses, gradients) in zip(reports, references, strict=False):
+            if report is None:
+                continue
+            gradients, mean = gradients.numpy(), gradients.mean(0).numpy()
+            pairs = itertools.combinations(gradients, 2)
+            expected = {
+                "loss": losses[:, 0].numpy(),
+                "grad_norm": np.linalg.norm(gradients, axis=1),
+                "cosine_to_mean": [cosine(gradient, mean) for gradient in gradients],
+                "pairwise_cosine": np.mean([cosine(*pair) for pair in pairs]),
+            }
+            for name, value in expected.items():
+                np.testing.assert_allclose(
+                    report[name], value, rtol=rtol, atol=rtol, err_msg=f"{scenario} {name}"
+                )
+
+
+def test_sharded_reports_are_the_same_on_every_rank_and_there_at_the_measured_steps(ranks):
+    for found in ranks:
+        assert found["plain"]["reports"] == ranks[0]["plain"]["reports"]
+        assert [report is None for report in found["every second"]["reports"]] == [
+            False, True, False,
+        ]  # fmt: skip
+
+
+def test_sharded_training_is_bitwise_the_same_with_and_without_metrics(ranks):
+    for found in ranks:
+        for name, value in found["unwatched"].items():
+            assert torch.equal(found["plain"]["after"][name], value)
+
+
+def test_metrics_of_gradients_that_are_nowhere_whole_are_refused_with_the_reason(ranks):
+    assert "replicas of shards" in ranks[0]["refused"]["hybrid"]
+    assert "tensor parallelism alone" in ranks[0]["refused"]["tensor"]
