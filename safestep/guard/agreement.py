@@ -1,15 +1,18 @@
-"""Let every worker of a data-parallel run decide on the same measurement."""
+"""Let every worker of a data-parallel run decide on the same numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf, isnan, nan
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from safestep.guard.controller import Finding, Measurement
+from safestep.guard.health import Health
+from safestep.guard.predictor import Measure, Predicted
+from safestep.measure.update import Finding, Measurement
 from safestep.parallel.collectives import gathered, world_size
 
 
@@ -34,15 +37,62 @@ def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measur
     )  # fmt: skip
     findings, radii, _, _, step_norms = rows.unbind(1)
     if not findings.any():  # all measured: thousands of workers are not looked at one by one
-        worst = _measurement(rows[radii.argmin()].tolist())
+        worst = _of_row(measurement, rows[radii.argmin()].tolist())
     else:
         reasons: list[str | None] = [None for _ in rows]
         dist.all_gather_object(reasons, measurement.reason, group=group)
-        everyone = map(_measurement, rows.tolist())
+        everyone = [_of_row(measurement, row) for row in rows.tolist()]
         worst = worst_of([replace(m, reason=r) for m, r in zip(everyone, reasons, strict=True)])
     if measurement.is_partial:
         worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
     return worst
+
+
+def agree_on_answer(answer: Predicted | Measure, group: ProcessGroup | None) -> Predicted | Measure:
+    """Return the answer of the most careful worker: all measure where one would.
+
+    The others would wait for it, or it for shards that no other gathers.
+
+    Args:
+        answer: This worker's.
+        group: The workers; None for the default process group, if there is one.
+
+    Returns:
+        The largest r that any worker predicts, if all of them predict.
+    """
+    code = answer.normalized_step if isinstance(answer, Predicted) else _CODES[answer]
+    worst = float(gathered([code], group).amax())  # NaN where any is
+    if isnan(worst):
+        return Measure.EXACTLY
+    return Predicted(worst) if worst < inf else Measure.QUICKLY
+
+
+def joint_health(health: Health, group: ProcessGroup | None, *, are_parts: bool) -> Health:
+    """Return the sizes that the batch of all workers has: the norms, and the largest signals.
+
+    They keep the number of workers out of the decision: each one's own data would look unusual now
+    and then, and with enough workers there would be such a one in every step.
+
+    Args:
+        health: The sizes of this worker.
+        group: The workers; None for the default process group, if there is one.
+        are_parts: Whether the norms are those of this worker's shard.
+
+    Returns:
+        The norms over all workers, and the largest of each signal.
+    """
+    slots = [0.0] * _SLOTS  # as many on every worker
+    for index, signal in enumerate(health.signals):
+        # NaN is as unusual as infinity, and infinity stays the largest.
+        slots[index % _SLOTS] = max(signal, slots[index % _SLOTS]) if signal == signal else inf
+    rows = gathered([health.step_norm, health.gradient_norm, *slots], group)
+    norms = rows[:, :2].norm(dim=0) if are_parts else rows[:, :2].amax(0)
+    step_norm, gradient_norm = norms.tolist()
+    return Health(step_norm, gradient_norm, tuple(rows[:, 2:].amax(0).tolist()))
+
+
+_SLOTS = 3 * 8  # three signals each of eight outputs or micro-batches; those after share a slot
+_CODES = {Measure.QUICKLY: inf, Measure.EXACTLY: nan}
 
 
 def worst_of(measurements: Sequence[Measurement]) -> Measurement:
@@ -68,6 +118,9 @@ def worst_of(measurements: Sequence[Measurement]) -> Measurement:
     return replace(tightest, finding=worst.finding, reason=reason)
 
 
-def _measurement(row: Sequence[float]) -> Measurement:
+def _of_row(mine: Measurement, row: Sequence[float]) -> Measurement:
     finding, radius, spread, bottleneck, step_norm = row
-    return Measurement(Finding(int(finding)), radius, spread, int(bottleneck), step_norm)
+    return replace(
+        mine, finding=Finding(int(finding)), radius=radius, spread=spread,
+        bottleneck=int(bottleneck), step_norm=step_norm, reason=None, is_partial=False,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from safestep.capture.call import Call
-from safestep.measure.cross_check import Update
+from safestep.measure.update import Update
 from safestep.parallel.norms import joint_norm
 from safestep.parallel.shards import are_sharded, counted_here, local
 

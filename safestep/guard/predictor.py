@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from enum import Enum
 from operator import le
 from typing import Any
 
@@ -21,6 +22,20 @@ DRIFT = 2.0  # times the largest at the last measurements: a warm-up goes there 
 OUTLIER = 3.0  # times the latest measurements: one that was over that was of other data
 MARGIN = 1.4  # growth of r per unit of distance that is always allowed for between measurements
 _RECENT = 4  # exact measurements that say what r and the signals are now
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The answer that r is surely within the limit, and what it will be."""
+
+    normalized_step: float
+
+
+class Measure(Enum):
+    """The answer that this step must be measured."""
+
+    EXACTLY = "exactly"
+    QUICKLY = "quickly"  # a secant may tell
 
 
 class Predictor:
@@ -62,8 +77,8 @@ class Predictor:
 
     def predict(
         self, step_norm: float, signals: Sequence[float], options: tuple[Any, ...]
-    ) -> float | None:
-        """Return the predicted r, or None if this step has to be measured exactly.
+    ) -> Predicted | Measure:
+        """Return the predicted r, or how this step has to be measured.
 
         Args:
             step_norm: Distance of the proposed update.
@@ -71,7 +86,7 @@ class Predictor:
             options: What turns the direction of an update when it changes.
 
         Returns:
-            r of the update, if r is surely within the limit; infinity if a secant may tell.
+            r of the update, if r is surely within the limit; else how to measure it.
         """
         self._steps += 1
         self._since += 1
@@ -81,12 +96,12 @@ class Predictor:
             self._usual.append(signals)
         self._options = options
         if is_unusual or self._steps <= FIRST_STEPS or not self._factors:
-            return None
+            return Measure.EXACTLY
         expected, bound = self._latest * step_norm, self._largest * step_norm * self._margin
         if bound <= self.limit and not self._is_due(bound):
-            return expected
+            return Predicted(expected)
         is_between = FAR * self.limit <= expected <= NEAR * self.limit
-        return math.inf if is_between and self._secants < SECANTS else None
+        return Measure.QUICKLY if is_between and self._secants < SECANTS else Measure.EXACTLY
 
     def is_far(self, secant: float) -> bool:
         """Return whether the r of a secant is small enough to let the step through.
@@ -172,6 +187,21 @@ class Predictor:
         )
 
 
+def direction_options(groups: Sequence[dict[str, Any]], count: int) -> tuple[float, ...]:
+    """Return the options of an optimizer that turn the direction of an update when they change.
+
+    Args:
+        groups: Its parameter groups.
+        count: Number of parameters that move.
+
+    Returns:
+        That number, and the learning rates in proportion to the first.
+    """
+    first, *others = (float(group.get("lr", math.nan)) for group in groups)
+    shares = (round(rate / first, 1) if first else rate for rate in others)
+    return (count, bool(first), *shares)
+
+
 class _Window:
     """The latest signals, all of one length, and the largest of each.
 
@@ -181,34 +211,17 @@ class _Window:
     """
 
     def __init__(self, size: int, rows: Iterable[Sequence[float]] = ()) -> None:
-        self.rows: deque[tuple[float, ...]] = deque(maxlen=size)
-        self.largest: tuple[float, ...] = ()
-        # The largest of the later rows, and of the earlier ones: of all of them, without the first,
-        # without the first two and so on, last things first. To look at all anew in every step
-        # takes longer than all else that a prediction does.
-        self._later: tuple[float, ...] = ()
-        self._earlier: list[tuple[float, ...]] = []
-        for row in rows:
-            self.append(tuple(row))
+        self.rows: deque[tuple[float, ...]] = deque(map(tuple, rows), maxlen=size)
+
+    @property
+    def largest(self) -> tuple[float, ...]:
+        """The largest of each signal; empty before the first."""
+        return tuple(map(max, zip(*self.rows, strict=True)))
 
     def append(self, signals: tuple[float, ...]) -> None:
         """Take signals in, and let the oldest go where there are too many."""
-        is_full = len(self.rows) == self.rows.maxlen
         self.rows.append(signals)
-        if is_full and len(self._earlier) < 2:
-            self._earlier = list(accumulate(reversed(self.rows), _larger))
-            self._later, self.largest = (), self._earlier[-1]
-            return
-        if is_full:
-            self._earlier.pop()
-        self._later = _larger(self._later, signals) if self._later else signals
-        earlier = self._earlier
-        self.largest = _larger(earlier[-1], self._later) if earlier else self._later
 
     def state(self) -> list[list[float]]:
         """Return the signals from the oldest to the latest, as lists."""
         return list(map(list, self.rows))
-
-
-def _larger(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(map(max, one, other))

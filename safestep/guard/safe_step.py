@@ -1,13 +1,13 @@
-"""Watch every step of a torch optimizer and scale or undo it where it is too long."""
+"""Watch every step of an optimizer; scale or undo it where it is too long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,30 @@ from torch.optim import Optimizer
 from safestep.capture import LogitsFn
 from safestep.capture.hooks import DetachableHook
 from safestep.capture.recorder import Recorder
-from safestep.guard.agreement import agree
+from safestep.guard.agreement import agree, agree_on_answer, joint_health
 from safestep.guard.attach import hooked_optimizer, is_within_step
-from safestep.guard.controller import Action, Measurement, Rung, StepController, StepReport
+from safestep.guard.controller import StepController, StepReport
+from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
 from safestep.guard.lookahead import Lookahead
-from safestep.guard.meter import Meter
-from safestep.guard.predictor import Predictor
+from safestep.guard.options import Action, EstimatorOption, check_arguments
+from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
 from safestep.guard.snapshot import Snapshot
+from safestep.guard.undo import Undo
 from safestep.measure.binding_radius import radii_of_step
-from safestep.measure.cross_check import Reading
+from safestep.measure.cross_check import CheckedEstimator
 from safestep.measure.inner_radii import RadiusName, inner_watch
-from safestep.parallel.collectives import apart_from_shards, gathered, world_size
+from safestep.measure.update import Estimator, Finding, Measurement, Update
+from safestep.parallel.collectives import apart_from_shards, world_size
+from safestep.radius.batch import Rung
 
 
 class SafeStep:
     """Keep every step of an optimizer within the softmax convergence radius.
 
     It hooks into ``optimizer.step()``, measures r = step distance / radius along the update that
-    was really made, and scales the update if r is over the limit. A step that is not finite is
-    undone, optimizer state included. While it does not intervene, it writes nothing: training is
-    what it would have been, bit for bit.
+    the optimizer made, and scales the update if r is over the limit. It undoes a step that is not
+    finite, optimizer state included. A step it leaves alone is bitwise the optimizer's own.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``, or a wrapper with the real one in ``.optimizer``.
@@ -56,20 +59,21 @@ class SafeStep:
             ``safestep.measure.estimators``; of "auto", ``safestep.guard.predictor``.
         action: "clip" scales down a step with r over the limit; "set" scales every step to
             r = the limit, up or down; "monitor" only measures.
-        logits: How to get from the model's output to the numbers that enter the softmax, where they
-            are not the output itself: ``logits=lambda output: output / temperature``.
-        quantile: Let the limit apply to this quantile of the rows' r, not to the largest. What
-            passes is then not certified for every row.
-        radii: What to log beside the output's radius, on which alone the decision rests:
-            "attention", of the softmax over attention scores, and "ffn", where ReLU-like units
-            switch; by layer, and which binds. See ``safestep.measure.inner_radii``. Only "jvp"
-            measures it, and "auto", which then measures every step.
+        logits: A function from the model's output to the numbers that enter the softmax, where
+            they are not the output itself: ``logits=lambda output: output / temperature``.
+        quantile: Apply the limit to this quantile of the rows' r in place of the largest. A step
+            that passes is then not certified for every row.
+        radii: Radii to log beside the output's: "attention", of the softmax over attention scores,
+            and "ffn", the distance at which ReLU-like units switch, by layer, with the name of the
+            smallest. The decision rests on the output's alone. They need an exact measurement, so
+            "auto" measures every step. See ``safestep.measure.inner_radii``.
         run_dir: Directory for ``run.jsonl``, the input of ``safestep report``. None writes none.
         process_group: The workers that must take the same step; by default all of them, if
             ``torch.distributed`` is initialized.
-        max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
-        part: The submodule whose forward calls are recorded and run again, by default all of
-            `model`. All of `model` is left without a trace of it either way.
+        max_consecutive_skips: Number of consecutive skipped steps after which ``step()`` raises
+            RuntimeError.
+        part: The submodule whose forward calls are recorded and run again; by default `model`
+            itself. A re-run leaves no trace on any part of `model`.
         copy: Whether parameters and optimizer state are copied while the optimizer steps. False
             needs no copy: the update is computed just before the step, which is then scaled by its
             learning rate or does not happen. For SGD, Adam, AdamW and Muon of torch, whose
@@ -80,12 +84,13 @@ class SafeStep:
         last: The StepReport of the latest step, None before the first.
         last_radii: What `radii` asked for, of the latest step: see
             ``safestep.measure.binding_radius``.
-        enabled: False lets steps pass unseen, as in a search for a learning rate.
+        enabled: False leaves steps alone without measuring them, for instance in a search for a
+            learning rate.
 
     Raises:
-        TypeError: If `optimizer` or `model` is none.
-        ValueError: If an option has a value that is not listed here, another SafeStep is already
-            attached to this optimizer, or `copy` is False and the optimizer is another one.
+        TypeError: If `optimizer` is not a torch.optim.Optimizer or `model` is not an nn.Module.
+        ValueError: If an option has a value that is not listed here, the optimizer already has a
+            SafeStep, or `copy` is False and the optimizer is not one of those listed.
 
     Reference:
         Ghosts of Softmax: Complex Singularities That Limit Safe Step Sizes in Cross-Entropy,
@@ -110,7 +115,7 @@ class SafeStep:
         *,
         max_normalized_step: float = 1.0,
         radius: Rung = "bound",
-        estimator: Literal["auto", "jvp", "secant", "difference"] = "auto",
+        estimator: EstimatorOption = "auto",
         action: Action = "clip",
         logits: LogitsFn | None = None,
         quantile: float | None = None,
@@ -122,17 +127,19 @@ class SafeStep:
         copy: bool = True,
     ) -> None:
         self.optimizer = hooked_optimizer(optimizer)
-        _check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
+        check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
+        _refuse_second_guard(self.optimizer)
         self.last: StepReport | None = None
         self.last_radii: dict[str, Any] = {}
         self.enabled = True
-        self._controller = StepController(max_normalized_step, radius, action, quantile)
-        self._estimator = estimator
+        self._controller = StepController(
+            max_normalized_step, radius, action, quantile, max_consecutive_skips
+        )
+        self._estimator_option: EstimatorOption = estimator
         self._group = apart_from_shards(self._trained(), process_group)
-        self._max_consecutive_skips = max_consecutive_skips
         self._is_ahead = not copy
-        self._change = Snapshot(self.optimizer) if copy else Lookahead(self.optimizer)
-        self._verdict: tuple[StepReport, Reading] | None = None
+        self._undo: Undo = Snapshot(self.optimizer) if copy else Lookahead(self.optimizer)
+        self._verdict: tuple[StepReport, Measurement] | None = None
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()
         self._journal = Journal(run_dir, {**self._settings(), "radii": list(radii)}, process_group)
@@ -141,12 +148,12 @@ class SafeStep:
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
         self._recorder = Recorder(model, self._trained, part=part, watches=is_sparing)
         module = self._recorder.module
-        names: dict[Tensor, str] = {param: name for name, param in module.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._inside = inner_watch(module, radii)
-        self._meter = Meter(
-            module, names, self._controller,
-            "jvp" if estimator == "auto" else estimator, self._predictor, logits, self._inside,
-        )  # fmt: skip
+        first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
+        self._estimator = CheckedEstimator(
+            module, self._controller.rule, first, logits, self._inside
+        )
         self._handles = (
             self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
             self.optimizer.register_step_post_hook(_StepHook(self._after_step)),
@@ -190,7 +197,7 @@ class SafeStep:
         for handle in self._handles:
             handle.remove()
         self._recorder.detach()
-        self._change.release()
+        self._undo.release()
         self._journal.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,12 +236,12 @@ class SafeStep:
             if is_within_step(self.optimizer):
                 self._inner_steps += 1
                 return None
-            self._change.release()  # of a step that raised
+            self._undo.release()  # of a step that raised
         self._seconds, self._inner_steps, self._verdict = None, 0, None
         if not self.enabled:
             return None
         begin = perf_counter()
-        self._change.take()
+        self._undo.take()
         has_closure = any(map(callable, (*args, *kwargs.values())))
         if has_closure:  # forward calls in the step, and the gradients
             self._recorder.begin_step()
@@ -270,74 +277,96 @@ class SafeStep:
         if not self._is_ahead:
             self._judge()
         assert self._verdict is not None
-        report, reading = self._verdict
-        self._change.release()
-        self._note_radii(reading, report.step_norm)
-        # Nobody has seen it yet, and a copy would take longer than the decision did.
-        object.__setattr__(report, "seconds", perf_counter() - begin)
-        self.last = report
-        self._journal.publish(report)
-        self._give_up_if_stuck(report)
+        report, measurement = self._verdict
+        self._undo.release()
+        self._note_radii(measurement, report.step_norm)
+        self.last = replace(report, seconds=perf_counter() - begin)
+        self._journal.publish(self.last)
+        self._controller.give_up_if_stuck(self.last)
 
+    @torch.no_grad()
     def _judge(self) -> None:
         """Measure the update, made or still to come, and scale it or keep it from counting."""
-        has_graph = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # what torch.no_grad does, which here shows in the cost
-        try:
-            self._verdict = self._judged_step()
-        finally:
-            torch._C._set_grad_enabled(has_graph)
-
-    def _judged_step(self) -> tuple[StepReport, Reading]:
-        update = self._change.update(self._recorder.take())
-        gather = partial(gathered, group=self._group) if world_size(self._group) > 1 else None
-        measurement, reading = self._meter.measure(update, self._direction_options(), gather)
-        if reading.estimator != "predicted":  # which all workers know already
-            measurement = self._agreed(measurement, reading)
-            if not self._meter.suffices(measurement, reading):
-                measurement, reading = self._meter.measure_now(update)
-                measurement = self._agreed(measurement, reading)
-            self._meter.learn(measurement, reading)
+        update = self._undo.update(self._recorder.take())
+        health = Health.of(update, watches=self._predictor is not None)
+        measurement = self._foresee(update, health)
+        if isinstance(measurement, Measure):
+            measurement = self._measure(update, health, measurement)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
-        report = self._controller.decide(measurement, lr, reading.estimator)
+        report = self._controller.decide(measurement, lr)
         if report.status == "skipped":
-            self._change.restore()
+            self._undo.restore()
         elif report.scale != 1.0:
-            self._change.rescale(report.scale)
-        return report, reading
+            self._undo.rescale(report.scale)
+        self._verdict = report, measurement
 
-    def _agreed(self, measurement: Measurement, reading: Reading) -> Measurement:
-        self._journal.introduce(self._meter.logits_found, self._controller.step)
-        if reading.warning is not None:
-            self._journal.warn_once(reading.warning)
-        head = self._controller.head_of(measurement.bottleneck)
-        if head is not None:
-            self._journal.note({"head": head})
-        return agree(measurement, self._group)
+    def _foresee(self, update: Update, health: Health) -> Measurement | Measure:
+        """Return what the last measurements tell about this update, or how to measure it."""
+        if self._predictor is None:
+            return Measure.EXACTLY
+        is_alone = world_size(self._group) == 1
+        if not is_alone:
+            health = joint_health(health, self._group, are_parts=update.is_sharded)
+        signals = (health.gradient_norm, *health.signals)
+        options = direction_options(self.optimizer.param_groups, len(update.params))
+        answer = self._predictor.predict(health.step_norm, signals, options)
+        is_untrusted = answer is Measure.QUICKLY and not self._estimator.trusts_secants
+        if not update.calls or is_untrusted:
+            answer = Measure.EXACTLY
+        if not is_alone:
+            answer = agree_on_answer(answer, self._group)
+        if isinstance(answer, Predicted):
+            return Measurement.predicted(answer.normalized_step, health.step_norm)
+        return answer
 
-    def _note_radii(self, reading: Reading, step_norm: float) -> None:
+    def _measure(self, update: Update, health: Health, how: Measure) -> Measurement:
+        """Return what all workers measured of an update, and let the predictor learn from it."""
+        measurement = self._measured_here(update, health, how)
+        self._journal.introduce(self._estimator.finder.description, self._controller.step)
+        if measurement.warning is not None:
+            self._journal.warn_once(measurement.warning)
+        if measurement.head is not None:
+            self._journal.note({"head": measurement.head})
+        measurement = agree(measurement, self._group)
+        if self._predictor is None:
+            return measurement
+        is_measured = measurement.finding is Finding.MEASURED
+        r = measurement.normalized_step
+        is_secant = measurement.estimator is Estimator.SECANT
+        if is_secant and not (is_measured and self._predictor.is_far(r)):
+            return self._measure(update, health, Measure.EXACTLY)
+        if is_measured:
+            self._predictor.learn(measurement.step_norm, r, is_secant=is_secant)
+        return measurement
+
+    def _measured_here(self, update: Update, health: Health, how: Measure) -> Measurement:
+        """Return what this worker measured; an obstacle is in the reason."""
+        is_quick, reason = how is Measure.QUICKLY, None
+        # Of a secant too: whether it suffices is a question that all workers answer alike.
+        measurement = Measurement(Estimator.SECANT if is_quick else self._estimator.estimator)
+        if update.calls:
+            try:
+                measurement = self._estimator.measure(update, is_quick=is_quick)
+            except Exception as error:  # training goes on; the report and a warning say why
+                reason = _one_line(error)
+        else:
+            reason = _NO_CALLS
+        finding = health.finding(measurement.radius, reason)
+        if finding.forbids_step:
+            reason = where_not_finite(finding, update, self._names)
+        return replace(
+            measurement, finding=finding, reason=reason, step_norm=health.step_norm,
+            is_partial=update.is_sharded,
+            bottleneck=measurement.bottleneck if finding is Finding.MEASURED else -1,
+        )  # fmt: skip
+
+    def _note_radii(self, measurement: Measurement, step_norm: float) -> None:
         if self._inside is None:
             return
-        self.last_radii = radii_of_step(self._inside, reading, step_norm)
+        self.last_radii = radii_of_step(self._inside, measurement, step_norm)
         self._journal.note(self.last_radii)
         for kind, reason in self.last_radii.get("radii_reason", {}).items():
             self._journal.warn_once(f"the {kind} radius is not measured: {reason}")
-
-    def _direction_options(self) -> tuple[float, ...]:
-        """Return what turns the direction of an update: which parameters move, and how far."""
-        first, *others = (float(group.get("lr", nan)) for group in self.optimizer.param_groups)
-        shares = (round(rate / first, 1) if first else rate for rate in others)
-        return (len(self._change.params), bool(first), *shares)
-
-    def _give_up_if_stuck(self, report: StepReport) -> None:
-        skips = self._controller.skips_in_a_row
-        if skips >= self._max_consecutive_skips:
-            raise RuntimeError(
-                f"SafeStep: {skips} steps in a row were not taken; the last because "
-                f"{report.reason}. Parameters and optimizer state are those of the last step that "
-                "was. Look for the cause there, lower the learning rate, or raise "
-                "`max_consecutive_skips`."
-            )
 
     def _trained(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
@@ -349,7 +378,7 @@ class SafeStep:
             "parameters": sum(param.numel() for param in self._trained()),
             "max_normalized_step": self._controller.max_normalized_step,
             "radius": self._controller.radius,
-            "estimator": self._estimator,
+            "estimator": self._estimator_option,
             "action": self._controller.action,
             "quantile": self._controller.quantile,
         }
@@ -359,36 +388,21 @@ class _StepHook(DetachableHook):
     """Marks an optimizer that a SafeStep is attached to."""
 
 
-def _check_arguments(
-    optimizer: Any, model: Any, estimator: str, logits: Any, max_consecutive_skips: Any
-) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            "SafeStep: expected `optimizer` to be a torch.optim.Optimizer or to wrap one, got "
-            f"{type(optimizer).__name__}. Pass the optimizer whose step() updates the parameters."
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "
-            "Pass the module whose forward computes the logits."
-        )
-    if estimator not in ("auto", "jvp", "secant", "difference"):
-        raise ValueError(
-            "SafeStep: expected `estimator` to be 'auto', 'jvp', 'secant' or 'difference', got "
-            f"{estimator!r}. 'jvp' measures every step exactly."
-        )
-    if logits is not None and not callable(logits):
-        raise TypeError(
-            f"SafeStep: expected `logits` to be callable, got {type(logits).__name__}. "
-            "Pass a function from the model's output to its logits."
-        )
-    if not (isinstance(max_consecutive_skips, int) and max_consecutive_skips > 0):
-        raise ValueError(
-            "SafeStep: expected `max_consecutive_skips` to be a positive integer, got "
-            f"{max_consecutive_skips!r}. 25 is the default."
-        )
+def _refuse_second_guard(optimizer: Optimizer) -> None:
     if any(isinstance(h, _StepHook) for h in optimizer._optimizer_step_pre_hooks.values()):
         raise ValueError(
             "SafeStep: expected an `optimizer` without a SafeStep, got one that has it already. "
             "Call detach() on the other one first."
         )
+
+
+_NO_CALLS = (
+    "no gradient came back through a forward call of `model` since the last step; pass the module "
+    "whose forward computes the logits, or tell the guard the whole step with "
+    "guard.record(training_step, batch)"
+)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"

@@ -14,8 +14,8 @@ from torch.optim import LBFGS, Optimizer
 from safestep.capture.call import Call
 from safestep.guard.copies import Copies
 from safestep.guard.optimizer_state import OptimizerState
-from safestep.measure.cross_check import Update
 from safestep.measure.perturb import in_chunks
+from safestep.measure.update import Update
 
 
 class Snapshot:

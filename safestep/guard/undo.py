@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from safestep.capture.call import Call
-from safestep.measure.cross_check import Update
+from safestep.measure.update import Update
 
 
 class Undo(Protocol):

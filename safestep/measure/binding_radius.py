@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from safestep.measure.cross_check import Reading
 from safestep.measure.inner_radii import InnerWatch
+from safestep.measure.update import Estimator, Measurement
 
 _UNSEEN = {
     "attention": "no call of scaled_dot_product_attention, and no softmax that weighs a matrix",
@@ -16,7 +16,7 @@ _UNSEEN = {
 }
 
 
-def radii_of_step(watch: InnerWatch, reading: Reading, step_norm: float) -> dict[str, Any]:
+def radii_of_step(watch: InnerWatch, measurement: Measurement, step_norm: float) -> dict[str, Any]:
     """Return the radii of a step, as parameter distances, and which is the smallest.
 
     All are bounds of one kind, so that they compare: the output's is pi / spread, whichever radius
@@ -24,7 +24,7 @@ def radii_of_step(watch: InnerWatch, reading: Reading, step_norm: float) -> dict
 
     Args:
         watch: What was seen inside the model since it was asked last.
-        reading: What was measured at its output.
+        measurement: What this worker measured at its output.
         step_norm: 2-norm of the update.
 
     Returns:
@@ -38,19 +38,20 @@ def radii_of_step(watch: InnerWatch, reading: Reading, step_norm: float) -> dict
 
     Example:
         >>> watch = InnerWatch(torch.nn.ReLU(), ["ffn"])
-        >>> row = torch.tensor([0.5, 2 * math.pi, 0.0])
-        >>> radii_of_step(watch, Reading(row, "jvp"), step_norm=3.0)["radii"]
+        >>> measurement = Measurement(Estimator.JVP, radius=0.5, spread=2 * math.pi)
+        >>> radii_of_step(watch, measurement, step_norm=3.0)["radii"]
         {'output': 1.5}
     """
     inside = watch.take()
-    if bool(reading.row.isnan().any()):
+    if math.isnan(measurement.radius) or math.isnan(measurement.spread):
         return {}
-    is_exact = reading.estimator.startswith("jvp")
+    is_exact = measurement.estimator is Estimator.JVP
     if not is_exact:  # of an attempt that failed half-way
         inside = {}
     found = [(kind, layer, radius) for kind in inside for layer, radius in inside[kind].items()]
-    numbers = torch.stack([math.pi / reading.row[1], *(r.to(reading.row) for _, _, r in found)])
-    output, *rest = (math.inf if math.isinf(r) else r * step_norm for r in numbers.tolist())
+    numbers = torch.stack([r.double() for _, _, r in found]).tolist() if found else []
+    bound = math.pi / measurement.spread if measurement.spread else math.inf
+    output, *rest = (math.inf if math.isinf(r) else r * step_norm for r in (bound, *numbers))
     radii: dict[str, Any] = {"output": output}
     for (kind, layer, _), radius in zip(found, rest, strict=True):
         radii.setdefault(kind, {})[layer] = radius

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
-from itertools import compress
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
-from safestep.capture.call import Call
 from safestep.measure.estimators import (
     LogitTangent,
     MissingTangentError,
@@ -27,65 +25,18 @@ from safestep.measure.estimators import (
     working_dtype,
 )
 from safestep.measure.inner_radii import InnerWatch
-from safestep.measure.perturb import moved_back
-from safestep.parallel.shards import counted_here, refuse_flattened
+from safestep.measure.update import Estimator, Measurement, Update
+from safestep.parallel.shards import refuse_flattened
+from safestep.radius.batch import BatchRadius, BatchRule
 from safestep.radius.masking import absent_classes
-
-EstimatorName = Literal["jvp", "difference", "secant"]
-Reduce = Callable[[Iterable[LogitTangent]], Tensor]
 
 CHECKED_STEPS = 3  # in a row, before one estimator is believed
 TOLERANCE = 0.2  # of r; the secant alone is off by 5 % at ordinary steps
 _ROUNDING = 1.0  # units in the last place of the largest logit, by which a difference may be off
 
 
-@dataclass(slots=True)  # not frozen: that alone takes longer to make, and one is made at every step
-class Update:
-    """What an estimator is given.
-
-    Attributes:
-        calls: The calls that the update was computed from.
-        params: The trained parameters, after the update.
-        start: Their values before it.
-        change: The update of each of them.
-        is_made: False where the update is still to come: `params` are at the start.
-        is_sharded: Whether this rank holds but a shard of any parameter.
-    """
-
-    calls: Sequence[Call]
-    params: Sequence[Tensor]
-    start: Sequence[Tensor]
-    change: Sequence[Tensor]
-    is_made: bool = True
-    is_sharded: bool = False
-
-    def parts(self) -> list[Tensor]:
-        """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""
-        return list(compress(self.change, counted_here(self.params)))
-
-    def at_start(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are where the update begins."""
-        return moved_back(self.params, self.start) if self.is_made else nullcontext()
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What was measured, and how.
-
-    Attributes:
-        row: The result of `reduce`: ``[radius, largest spread, index]``.
-        estimator: How, for the report: the estimator's name, with the r that it and a second one
-            found where they differ.
-        warning: What the user should know, said once; else None.
-    """
-
-    row: Tensor
-    estimator: str
-    warning: str | None = None
-
-
-class Gauge:
-    """Measure updates of one model.
+class CheckedEstimator:
+    """Measure updates of one model, and check the measurement by a second estimator.
 
     Where forward-mode automatic differentiation fails, the finite difference takes over for good.
     The first steps are measured twice, by independent estimators; while the two differ, every step
@@ -93,6 +44,7 @@ class Gauge:
 
     Args:
         module: The root module of the calls.
+        rule: How the rows of a batch become one radius.
         estimator: The estimator to begin with.
         logits: The user's way from an output to its logits.
         inside: Looks inside the model wherever the estimator is "jvp".
@@ -105,12 +57,14 @@ class Gauge:
     def __init__(
         self,
         module: nn.Module,
-        estimator: EstimatorName = "jvp",
+        rule: BatchRule,
+        estimator: Estimator = Estimator.JVP,
         logits: LogitsFn | None = None,
         inside: InnerWatch | None = None,
     ) -> None:
-        self.estimator: EstimatorName = estimator
+        self.estimator = estimator
         self._module = module
+        self._rule = rule
         self._jvp = partial(jvp, inside=inside)
         self.finder = LogitFinder(logits)
         self._agreements = 0
@@ -119,114 +73,125 @@ class Gauge:
     @property
     def trusts_secants(self) -> bool:
         """Return whether a secant saves time, and is known to measure the same as the estimator."""
-        return self.estimator == "jvp" and not self._has_disagreed
+        return self.estimator is Estimator.JVP and not self._has_disagreed
 
-    def measure(self, update: Update, reduce: Reduce, *, is_quick: bool = False) -> Reading:
-        """Return the reading of one update.
+    def measure(self, update: Update, *, is_quick: bool = False) -> Measurement:
+        """Return what is measured of one update.
 
         Args:
-            update: The update, just made.
-            reduce: What turns rows of logits and tangents into ``[radius, largest spread, index]``.
+            update: The update.
             is_quick: Whether a secant will do, which nothing checks.
 
         Returns:
-            The reading.
+            The measurement, without a step norm.
 
         Raises:
             RuntimeError: If no estimator works, or no tangent reaches the logits.
         """
         if is_quick:
-            reading = Reading(self._row("secant", update, reduce), "secant")
+            found = _measurement(Estimator.SECANT, self._smallest(Estimator.SECANT, update))
         else:
-            reading = self._reading(update, reduce)
+            found = self._checked(update)
         lacks = {what: None for call in update.calls for what in call.lacks}
+        warning = found.warning or self.finder.warning
         if not lacks:
-            return reading
+            return replace(found, warning=warning)
         return replace(
-            reading, estimator=f"{reading.estimator} (of another random draw)",
-            warning=reading.warning or (
+            found, remarks=(*found.remarks, "of another random draw"),
+            warning=found.warning or (
                 f"a call drew from {' and '.join(lacks)}, which it never did before and was not "
                 "recorded: r is that of another draw. It is recorded from now on"
             ),
         )  # fmt: skip
 
-    def _reading(self, update: Update, reduce: Reduce) -> Reading:
+    def _checked(self, update: Update) -> Measurement:
         refuse_flattened(update.params)
         if update.is_sharded:
             # Every forward pass gathers: ranks that ran different ones would wait for each other.
-            return Reading(self._row(self.estimator, update, reduce), self.estimator)
+            return _measurement(self.estimator, self._smallest(self.estimator, update))
         warning = None
         try:
-            row = self._row(self.estimator, update, reduce)
+            smallest = self._smallest(self.estimator, update)
         except RuntimeError as error:
-            if self.estimator != "jvp" or isinstance(
-                error, (MissingTangentError, LogitsNotFoundError)
-            ):
+            is_final = isinstance(error, (MissingTangentError, LogitsNotFoundError))
+            if is_final or self.estimator is not Estimator.JVP:
                 raise
-            row = self._fall_back(error, update, reduce)
+            smallest = self._fall_back(error, update)
             warning = (
                 f"{culprit(error, self._module)} has no forward-mode derivative "
                 f"({_first_sentence(error)}); r is measured by finite difference from now on"
             )
-        if self._agreements >= CHECKED_STEPS:
-            return Reading(row, self.estimator, warning)
-        reading = self._check(row, update, reduce)
-        return Reading(reading.row, reading.estimator, warning or reading.warning)
+        found = _measurement(self.estimator, smallest, warning=warning)
+        return found if self._agreements >= CHECKED_STEPS else self._check(found, smallest, update)
 
-    def _row(self, estimator: EstimatorName, update: Update, reduce: Reduce) -> Tensor:
+    def _smallest(
+        self, estimator: Estimator, update: Update, sizes: list[Tensor] | None = None
+    ) -> BatchRadius:
+        """Return the smallest radius of the batch, and note the sizes of the logits."""
         calls, params, start = update.calls, update.params, update.start
         rows: Generator[LogitTangent, None, None]
-        if estimator == "secant" and update.is_made:
+        if estimator is Estimator.SECANT and update.is_made:
             with closing(secant(calls, self._module, params, start, self.finder)) as rows:
-                return reduce(rows)
-        ahead = partial(difference, scale=1.0)  # the secant, before the update is made
-        estimate = {"jvp": self._jvp, "difference": difference, "secant": ahead}[estimator]
+                return self._rule.reduce(_noting_sizes(rows, sizes))
+        estimate = {
+            Estimator.JVP: self._jvp,
+            Estimator.DIFFERENCE: difference,
+            Estimator.SECANT: partial(difference, scale=1.0),  # before the update is made
+        }[estimator]
         with (
             update.at_start(),
             closing(estimate(calls, self._module, params, update.change, self.finder)) as rows,
         ):
-            return reduce(rows)
+            return self._rule.reduce(_noting_sizes(rows, sizes))
 
-    def _fall_back(self, error: RuntimeError, update: Update, reduce: Reduce) -> Tensor:
+    def _fall_back(self, error: RuntimeError, update: Update) -> BatchRadius:
         try:
-            row = self._row("difference", update, reduce)
+            smallest = self._smallest(Estimator.DIFFERENCE, update)
         except Exception:
             raise error from None
-        self.estimator = "difference"
-        return row
+        self.estimator = Estimator.DIFFERENCE
+        return smallest
 
-    def _check(self, row: Tensor, update: Update, reduce: Reduce) -> Reading:
-        unchecked = Reading(row, self.estimator)
-        other: EstimatorName = "secant" if self.estimator == "difference" else "difference"
+    def _check(self, found: Measurement, smallest: BatchRadius, update: Update) -> Measurement:
+        """Return the measurement, or the larger r where a second estimator finds another one."""
+        is_difference = self.estimator is Estimator.DIFFERENCE
+        other = Estimator.SECANT if is_difference else Estimator.DIFFERENCE
         sizes: list[Tensor] = []
         try:
-            second = self._row(other, update, lambda rows: reduce(_noting_sizes(rows, sizes)))
+            second = self._smallest(other, update, sizes)
         except Exception as error:  # the step is measured; what could not be is the check
             self._agreements = CHECKED_STEPS  # it would fail again at every step
-            return Reading(
-                row, self.estimator,
-                f"r by {self.estimator} could not be checked by {other} ({_first_sentence(error)})",
-            )  # fmt: skip
-        r, r_second = (float(found[1]) / math.pi for found in (row, second))
-        is_beyond_secant = "secant" in (self.estimator, other) and min(r, r_second) > 1
+            warning = (
+                f"r by {self.estimator.value} could not be checked by {other.value} "
+                f"({_first_sentence(error)})"
+            )
+            return replace(found, warning=found.warning or warning)
+        r, r_second = smallest.spread / math.pi, second.spread / math.pi
+        is_beyond_secant = Estimator.SECANT in (self.estimator, other) and min(r, r_second) > 1
         if is_beyond_secant or not math.isfinite(r + r_second):
-            return unchecked
-        noise = self._noise(update, sizes, other)
-        if abs(r - r_second) <= TOLERANCE * max(r, r_second) + noise:
+            return found
+        if abs(r - r_second) <= TOLERANCE * max(r, r_second) + self._noise(update, sizes, other):
             self._agreements += 1
-            return unchecked
-        return self._disagreement(row, second, update, f"r {r:.3g}; {other} r {r_second:.3g}")
+            return found
+        return self._disagreement(found, smallest, second, update, other)
 
-    def _noise(self, update: Update, sizes: Sequence[Tensor], other: EstimatorName) -> float:
+    def _noise(self, update: Update, sizes: Sequence[Tensor], other: Estimator) -> float:
         """Return how far rounding alone may put the r of a difference off."""
         eps = torch.finfo(working_dtype(update.calls, update.params, self.finder)).eps
         size = float(torch.stack(list(sizes)).max()) if sizes else 0.0
         scale = difference_scale(update.calls, update.start, update.change, self.finder)
-        if "secant" in (self.estimator, other):
+        if Estimator.SECANT in (self.estimator, other):
             scale = min(1.0, scale)
         return _ROUNDING * eps * size / (scale * math.pi)
 
-    def _disagreement(self, row: Tensor, second: Tensor, update: Update, text: str) -> Reading:
+    def _disagreement(
+        self,
+        found: Measurement,
+        smallest: BatchRadius,
+        second: BatchRadius,
+        update: Update,
+        other: Estimator,
+    ) -> Measurement:
         self._agreements = 0
         if not is_repeatable(update.calls, self._module, self.finder):
             why = (
@@ -235,12 +200,22 @@ class Gauge:
             )
         else:
             why = "the larger r counts"
-            row = torch.where(second[1] > row[1], second, row)
-        warning = None
+            smallest = max(smallest, second, key=lambda each: each.spread)
+        remark = f"r {found.spread / math.pi:.3g}; {other.value} r {second.spread / math.pi:.3g}"
+        warning = found.warning
         if not self._has_disagreed:
-            warning = f"two estimators of one step differ: {self.estimator} {text}; {why}"
+            warning = warning or (
+                f"two estimators of one step differ: {self.estimator.value} {remark}; {why}"
+            )
         self._has_disagreed = True
-        return Reading(row, f"{self.estimator} ({text})", warning)
+        return _measurement(self.estimator, smallest, remarks=(remark,), warning=warning)
+
+
+def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> Measurement:
+    return Measurement(
+        estimator, radius=smallest.radius, spread=smallest.spread, bottleneck=smallest.index,
+        head=smallest.head, **others,
+    )  # fmt: skip
 
 
 def culprit(error: BaseException, module: nn.Module) -> str:
@@ -267,7 +242,12 @@ def _first_sentence(error: BaseException) -> str:
     return text.split(". ")[0].rstrip(".")[:160]
 
 
-def _noting_sizes(rows: Iterable[LogitTangent], sizes: list[Tensor]) -> Iterator[LogitTangent]:
+def _noting_sizes(
+    rows: Iterable[LogitTangent], sizes: list[Tensor] | None
+) -> Iterator[LogitTangent]:
+    if sizes is None:
+        yield from rows
+        return
     for row in rows:
         logits = row.logits
         absent = absent_classes(logits)  # a mask of -1e9 is no number that anything is rounded by

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,58 @@ class LogitTangent:
         """The logits; computed anew each time where they are too many to hold."""
         source = self.source
         return source if isinstance(source, Tensor) else source().view_as(self.tangent)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRadius:
+    """The smallest radius of a batch, as numbers of the host.
+
+    Attributes:
+        radius: In multiples of the update, NaN if any row's is.
+        spread: Largest spread along the whole update, unit: logits.
+        index: Index of the row that set the radius, counted over all sets of rows.
+        head: Which set of logits that row belongs to, None if there is only one.
+    """
+
+    radius: float
+    spread: float
+    index: int
+    head: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRule:
+    """How the rows of a batch become one radius.
+
+    Attributes:
+        rung: Which radius of the ladder.
+        limit: The largest normalised step that is allowed; rows that a lower rung shows to be
+            within it do not climb further. None: every row climbs.
+        quantile: Use this quantile of the rows' r in place of their maximum. Not certified.
+    """
+
+    rung: Rung = "bound"
+    limit: float | None = None
+    quantile: float | None = None
+
+    def reduce(self, rows: Iterable[LogitTangent]) -> BatchRadius:
+        """Return the smallest radius of the rows, with one wait for the device.
+
+        Args:
+            rows: Logits and tangents, one set of rows after the other.
+
+        Returns:
+            The radius, and where it was found.
+
+        Raises:
+            ValueError: If there are no rows.
+        """
+        heads: list[tuple[str, int]] = []
+        row = smallest_row(
+            _noting_heads(rows, heads), rung=self.rung, limit=self.limit, quantile=self.quantile
+        )
+        radius, spread, index = row.tolist()
+        return BatchRadius(radius, spread, int(index), _head_of(int(index), heads))
 
 
 def smallest_row(
@@ -96,3 +148,22 @@ def _lower_quantile(radii: Tensor, quantile: float | None) -> tuple[Tensor, Tens
 def _raised(limit: float | None, smallest: float) -> float | None:
     """Return the limit under which rows cannot have a smaller radius than one that was found."""
     return max(limit or 0.0, 1 / smallest) if 0 < smallest < math.inf else limit
+
+
+def _noting_heads(
+    rows: Iterable[LogitTangent], heads: list[tuple[str, int]]
+) -> Iterator[LogitTangent]:
+    for row in rows:
+        heads.append((row.name, row.tangent.shape[:-1].numel()))
+        yield row
+        del row  # before the next is made
+
+
+def _head_of(index: int, heads: Sequence[tuple[str, int]]) -> str | None:
+    if len({name for name, _ in heads}) < 2:
+        return None
+    for name, count in heads:
+        index -= count
+        if index < 0:
+            return name
+    return None

@@ -21,20 +21,20 @@ from bench_step import SHAPES, WARM_UP, variant
 
 from safestep.capture.recorder import Recorder
 from safestep.guard.controller import StepController
+from safestep.guard.health import Health
 from safestep.guard.journal import Journal
-from safestep.guard.meter import _Norms
 from safestep.guard.predictor import Predictor
 from safestep.guard.safe_step import SafeStep
 from safestep.guard.snapshot import Snapshot, _Made
-from safestep.measure.cross_check import Gauge
+from safestep.measure.cross_check import CheckedEstimator
 
 PARTS: dict[str, list[tuple[type, str]]] = {
     "record the forward call": [(Recorder, "_before"), (Recorder, "_after")],
     "look at the gradient of its output": [(Recorder, "_on_gradient")],
     "copy parameters and optimizer state": [(Snapshot, "take")],
-    "norms of update, gradient and signals": [(_Made, "parts"), (_Norms, "of"), (_Norms, "read")],
+    "norms of update, gradient and signals": [(_Made, "parts"), (Health, "of")],
     "predict": [(Predictor, "predict"), (Predictor, "learn")],
-    "run again with tangents, reduce the rows": [(Gauge, "measure")],
+    "run again with tangents, reduce the rows": [(CheckedEstimator, "measure")],
     "decide, report, log": [(StepController, "decide"), (Journal, "publish")],
     "all else": [(SafeStep, "_before_step"), (SafeStep, "_after_step")],
 }

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from safestep.guard.agreement import agree
-from safestep.guard.controller import Finding, Measurement
 from safestep.guard.predictor import NEAR
+from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.parallel.collectives import rank, world_size
 
 PROCESSES = Path(__file__).parents[1] / "processes"
@@ -209,7 +209,7 @@ def test_a_rank_that_dies_leaves_the_other_no_longer_than_the_group_timeout(tmp_
 
 
 def test_agree_without_a_process_group_returns_the_measurement():
-    measurement = Measurement(Finding.UNMEASURED, float("nan"), 1.0, -1, 2.0, "why")
+    measurement = Measurement(Estimator.JVP, Finding.UNMEASURED, float("nan"), 1.0, -1, 2.0, "why")
 
     assert agree(measurement) is measurement
     assert (rank(), world_size()) == (0, 1)

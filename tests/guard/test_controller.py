@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from safestep.guard.agreement import worst_of
-from safestep.guard.controller import Finding, Measurement, StepController, StepReport
+from safestep.guard.controller import StepController, StepReport
+from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.radius.batch import LogitTangent, smallest_row
 
 
@@ -19,13 +20,13 @@ def rows_of(*spreads, mask=None):
 
 def measured(radius, **changes):
     measurement = Measurement(
-        Finding.MEASURED, radius=radius, spread=math.pi / radius, bottleneck=0, step_norm=2.0
+        Estimator.JVP, radius=radius, spread=math.pi / radius, bottleneck=0, step_norm=2.0
     )
     return dataclasses.replace(measurement, **changes)
 
 
 def decide(measurement, **options) -> StepReport:
-    return StepController(**options).decide(measurement, learning_rate=0.1, estimator="jvp")
+    return StepController(**options).decide(measurement, learning_rate=0.1)
 
 
 def test_the_row_with_the_largest_spread_sets_the_radius_over_all_sets_of_rows():
@@ -199,7 +200,7 @@ def test_skips_are_counted_in_a_row():
     counts = []
 
     for measurement in (broken, broken, measured(1.0), broken):
-        controller.decide(measurement, 0.1, "jvp")
+        controller.decide(measurement, 0.1)
         counts.append(controller.skips_in_a_row)
 
     assert counts == [1, 2, 0, 1]
@@ -207,13 +208,13 @@ def test_skips_are_counted_in_a_row():
 
 def test_state_makes_a_round_trip_and_is_not_changed():
     controller, resumed = StepController(), StepController()
-    controller.decide(measured(1.0), 0.1, "jvp")
-    controller.decide(measured(math.nan, finding=Finding.UPDATE_NOT_FINITE), 0.1, "jvp")
+    controller.decide(measured(1.0), 0.1)
+    controller.decide(measured(math.nan, finding=Finding.UPDATE_NOT_FINITE), 0.1)
     state = controller.state_dict()
     before = dict(state)
 
     resumed.load_state_dict(state)
-    report = resumed.decide(measured(1.0), 0.1, "jvp")
+    report = resumed.decide(measured(1.0), 0.1)
 
     assert before == state == {"step": 2, "skips_in_a_row": 1}
     assert report.step == 2

@@ -3,7 +3,6 @@
 import json
 import random
 from itertools import groupby, pairwise
-from math import inf
 
 import pytest
 
@@ -18,6 +17,7 @@ from safestep.guard.predictor import (
     OUTLIER,
     SECANTS,
     WINDOW,
+    Measure,
     Predictor,
     _Window,
 )
@@ -37,10 +37,10 @@ def looked(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
     """
     measured = []
     for step in range(steps):
-        predicted = predictor.predict(step_norm, [signal], options)
-        if predicted in (None, inf):
-            predictor.learn(step_norm, r, is_secant=predicted == inf)
-            measured.append((step, "exact" if predicted is None else "secant"))
+        answer = predictor.predict(step_norm, [signal], options)
+        if isinstance(answer, Measure):
+            predictor.learn(step_norm, r, is_secant=answer is Measure.QUICKLY)
+            measured.append((step, "exact" if answer is Measure.EXACTLY else "secant"))
     return measured
 
 
@@ -63,7 +63,7 @@ def test_prediction_is_in_proportion_to_the_step_distance():
     predictor = Predictor(1.0)
     train(predictor, 0.2, 80)
 
-    assert predictor.predict(0.12, [1.0], OPTIONS) == pytest.approx(0.24)
+    assert predictor.predict(0.12, [1.0], OPTIONS).normalized_step == pytest.approx(0.24)
 
 
 @pytest.mark.parametrize(
@@ -80,18 +80,18 @@ def test_unusual_step_is_measured(step_norm, signal, options):
     predictor = Predictor(1.0)
     train(predictor, 0.01, 100)
 
-    assert predictor.predict(0.1, [1.0], OPTIONS) is not None
-    assert predictor.predict(step_norm, [signal], options) is None
+    assert predictor.predict(0.1, [1.0], OPTIONS) is not Measure.EXACTLY
+    assert predictor.predict(step_norm, [signal], options) is Measure.EXACTLY
 
 
 @pytest.mark.parametrize("signal", [float("inf"), float("nan")], ids=str)
 def test_what_was_not_finite_does_not_count_as_usual(signal):
     predictor = Predictor(1.0)
     train(predictor, 0.01, 100)
-    assert predictor.predict(0.1, [signal], OPTIONS) is None  # the step was not taken
+    assert predictor.predict(0.1, [signal], OPTIONS) is Measure.EXACTLY  # the step was not taken
 
-    assert predictor.predict(0.1, [1.0], OPTIONS) is not None
-    assert predictor.predict(0.1, [JUMP * 1.01], OPTIONS) is None
+    assert predictor.predict(0.1, [1.0], OPTIONS) is not Measure.EXACTLY
+    assert predictor.predict(0.1, [JUMP * 1.01], OPTIONS) is Measure.EXACTLY
 
 
 def test_signal_that_creeps_up_is_measured_at_every_doubling():
@@ -100,7 +100,7 @@ def test_signal_that_creeps_up_is_measured_at_every_doubling():
 
     for step in range(300):
         signal = 1.01**step
-        if predictor.predict(0.1, [signal], OPTIONS) is None:
+        if predictor.predict(0.1, [signal], OPTIONS) is Measure.EXACTLY:
             predictor.learn(0.1, 0.01)
             measured.append(signal)
 
@@ -145,10 +145,10 @@ def test_largest_of_many_measurements_bounds_r_and_the_latest_predict_it():
     for _ in range(WINDOW - 1):  # too few to forget it
         predictor.learn(0.1, 0.1)
 
-    assert predictor.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.1)
-    assert predictor.predict(0.105, [1.0], OPTIONS) == inf
+    assert predictor.predict(0.1, [1.0], OPTIONS).normalized_step == pytest.approx(0.1)
+    assert predictor.predict(0.105, [1.0], OPTIONS) is Measure.QUICKLY
     predictor.learn(0.1, 0.1)
-    assert predictor.predict(0.105, [1.0], OPTIONS) == pytest.approx(0.105)
+    assert predictor.predict(0.105, [1.0], OPTIONS).normalized_step == pytest.approx(0.105)
 
 
 def test_bad_batch_is_forgotten_when_the_latest_measurements_are_far_below_it():
@@ -156,10 +156,10 @@ def test_bad_batch_is_forgotten_when_the_latest_measurements_are_far_below_it():
     train(predictor, 0.1, FIRST_STEPS)
     predictor.learn(0.1, 3 * 0.1 * OUTLIER)
     for _ in range(4):
-        assert predictor.predict(0.1, [1.0], OPTIONS) is None
+        assert predictor.predict(0.1, [1.0], OPTIONS) is Measure.EXACTLY
         predictor.learn(0.1, 0.1)
 
-    assert predictor.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.1)
+    assert predictor.predict(0.1, [1.0], OPTIONS).normalized_step == pytest.approx(0.1)
 
 
 def test_prediction_that_fell_short_is_followed_by_measurements_and_a_wider_margin():
@@ -168,7 +168,7 @@ def test_prediction_that_fell_short_is_followed_by_measurements_and_a_wider_marg
 
     predictor.learn(0.1, 0.21)
 
-    assert [predictor.predict(0.1, [1.0], OPTIONS) for _ in range(4)][-1] == inf
+    assert [predictor.predict(0.1, [1.0], OPTIONS) for _ in range(4)][-1] is Measure.QUICKLY
     assert predictor.state_dict()["margin"] > 4
 
 
@@ -190,9 +190,9 @@ def test_state_survives_json_and_the_first_step_after_it_is_measured():
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
 
     assert other.state_dict() == one.state_dict()
-    assert other.predict(0.1, [1.0], OPTIONS) is None
+    assert other.predict(0.1, [1.0], OPTIONS) is Measure.EXACTLY
     other.learn(0.1, 0.2)
-    assert other.predict(0.1, [1.0], OPTIONS) == pytest.approx(0.2)
+    assert other.predict(0.1, [1.0], OPTIONS).normalized_step == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32])

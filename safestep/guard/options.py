@@ -1,0 +1,75 @@
+"""The options of a SafeStep: what they may be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+Action = Literal["clip", "set", "monitor"]
+EstimatorOption = Literal["auto", "jvp", "secant", "difference"]
+
+
+def check_limits(limit: float, radius: str, action: str, quantile: float | None) -> None:
+    """Check the options that the decision about a step rests on.
+
+    Raises:
+        ValueError: If one has a value that it may not have.
+    """
+    if not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
+        raise ValueError(
+            f"SafeStep: expected `max_normalized_step` to be a positive number, got {limit!r}. "
+            "1.0 is the radius itself."
+        )
+    for name, value, allowed in (
+        ("radius", radius, ("bound", "certified")),
+        ("action", action, ("clip", "set", "monitor")),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"SafeStep: expected `{name}` to be one of {', '.join(map(repr, allowed))}, "
+                f"got {value!r}. Choose one of them."
+            )
+    if quantile is not None and not (isinstance(quantile, float) and 0 < quantile <= 1):
+        raise ValueError(
+            f"SafeStep: expected `quantile` to be None or a float in (0, 1], got {quantile!r}. "
+            "0.99 leaves the one row in a hundred with the largest r out; None is certified."
+        )
+
+
+def check_arguments(
+    optimizer: Any, model: Any, estimator: str, logits: Any, max_consecutive_skips: Any
+) -> None:
+    """Check the arguments of a SafeStep.
+
+    Raises:
+        TypeError: If one is of the wrong kind.
+        ValueError: If one has a value that it may not have.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "SafeStep: expected `optimizer` to be a torch.optim.Optimizer or to wrap one, got "
+            f"{type(optimizer).__name__}. Pass the optimizer whose step() updates the parameters."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "
+            "Pass the module whose forward computes the logits."
+        )
+    if estimator not in ("auto", "jvp", "secant", "difference"):
+        raise ValueError(
+            "SafeStep: expected `estimator` to be 'auto', 'jvp', 'secant' or 'difference', got "
+            f"{estimator!r}. 'jvp' measures every step exactly."
+        )
+    if logits is not None and not callable(logits):
+        raise TypeError(
+            f"SafeStep: expected `logits` to be callable, got {type(logits).__name__}. "
+            "Pass a function from the model's output to its logits."
+        )
+    if not (isinstance(max_consecutive_skips, int) and max_consecutive_skips > 0):
+        raise ValueError(
+            "SafeStep: expected `max_consecutive_skips` to be a positive integer, got "
+            f"{max_consecutive_skips!r}. 25 is the default."
+        )

@@ -1,0 +1,130 @@
+"""An update of the parameters, and what was measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from itertools import compress
+from math import inf, nan, pi
+
+from torch import Tensor
+
+from safestep.capture.call import Call
+from safestep.measure.perturb import moved_back
+from safestep.parallel.shards import counted_here
+
+
+@dataclass(slots=True)
+class Update:
+    """What an estimator is given.
+
+    Attributes:
+        calls: The calls that the update was computed from.
+        params: The trained parameters, after the update.
+        start: Their values before it.
+        change: The update of each of them.
+        is_made: False where the update is still to come: `params` are at the start.
+        is_sharded: Whether this rank holds only a shard of any parameter.
+    """
+
+    calls: Sequence[Call]
+    params: Sequence[Tensor]
+    start: Sequence[Tensor]
+    change: Sequence[Tensor]
+    is_made: bool = True
+    is_sharded: bool = False
+
+    def parts(self) -> list[Tensor]:
+        """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""
+        return list(compress(self.change, counted_here(self.params)))
+
+    def at_start(self) -> AbstractContextManager[None]:
+        """Return a context in which the parameters are where the update begins."""
+        return moved_back(self.params, self.start) if self.is_made else nullcontext()
+
+
+class Estimator(str, Enum):
+    """How the radius of an update was found; the value is its name in logs and reports."""
+
+    JVP = "jvp"
+    DIFFERENCE = "difference"
+    SECANT = "secant"
+    PREDICTED = "predicted"
+
+
+class Finding(IntEnum):
+    """Outcome of a measurement, from the best to the worst: over workers, the worst one counts."""
+
+    MEASURED = 0
+    UNMEASURED = 1
+    MEASUREMENT_NOT_FINITE = 2
+    UPDATE_NOT_FINITE = 3
+    GRADIENT_NOT_FINITE = 4
+
+    @property
+    def forbids_step(self) -> bool:
+        """Whether a step with this finding must not be taken."""
+        return self >= Finding.MEASUREMENT_NOT_FINITE
+
+    def __str__(self) -> str:
+        return _FINDINGS[self]
+
+
+_FINDINGS = {
+    Finding.MEASURED: "measured",
+    Finding.UNMEASURED: "the radius could not be measured",
+    Finding.MEASUREMENT_NOT_FINITE: "the logits or their tangent are not finite",
+    Finding.UPDATE_NOT_FINITE: "the update is not finite",
+    Finding.GRADIENT_NOT_FINITE: "the gradient is not finite",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What is known of one update, on one worker or agreed over all of them.
+
+    Attributes:
+        estimator: How it was found.
+        finding: Whether the numbers below are to be trusted.
+        radius: Smallest radius, in multiples of the update.
+        spread: Largest spread along the whole update, unit: logits.
+        bottleneck: Index of the row that set the radius, -1 where there is none.
+        step_norm: 2-norm of the update; of this worker's shard where `is_partial`.
+        reason: What stood in the way of a measurement, else None.
+        head: Which set of logits the row belongs to, None if there is only one.
+        remarks: What the report adds to the estimator's name, each in parentheses.
+        warning: What the user should be told once, else None.
+        is_partial: Whether `step_norm` is that of this worker's shard alone.
+    """
+
+    estimator: Estimator
+    finding: Finding = Finding.MEASURED
+    radius: float = nan
+    spread: float = nan
+    bottleneck: int = -1
+    step_norm: float = nan
+    reason: str | None = None
+    head: str | None = None
+    remarks: tuple[str, ...] = ()
+    warning: str | None = None
+    is_partial: bool = False
+
+    @classmethod
+    def predicted(cls, normalized_step: float, step_norm: float) -> Measurement:
+        """Return what a prediction of r stands for."""
+        radius = 1.0 / normalized_step if normalized_step else inf
+        return cls(
+            Estimator.PREDICTED, radius=radius, spread=normalized_step * pi, step_norm=step_norm
+        )
+
+    @property
+    def normalized_step(self) -> float:
+        """R of the update: the reciprocal of its radius."""
+        return 1.0 / self.radius if self.radius else inf
+
+    @property
+    def method(self) -> str:
+        """How it was found, for the report: the estimator's name and the remarks."""
+        return " ".join([self.estimator.value, *(f"({remark})" for remark in self.remarks)])
