@@ -215,14 +215,18 @@ def _model():
         return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-def _train(run_dir, *, spike, **options):
-    """Train with Adam, the learning rate multiplied by `spike` at one step."""
+def _train(run_dir, *, spike=1, rate=0.01, broken_step=None, **options):
+    """Train with Adam, the learning rate multiplied by `spike` at one step.
+
+    The inputs are NaN at the step that is broken.
+    """
     generator, model = torch.Generator().manual_seed(0), _model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     with SafeStep(optimizer, model, run_dir=run_dir, **options) as guard:
         for step in range(NUM_STEPS):
             inputs, targets = _blobs(64, generator)
-            optimizer.param_groups[0]["lr"] = 0.01 * (spike if step == SPIKE_STEP else 1)
+            inputs = inputs if step != broken_step else inputs * math.nan
+            optimizer.param_groups[0]["lr"] = rate * (spike if step == SPIKE_STEP else 1)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(inputs), targets)
             loss.backward()
@@ -233,7 +237,7 @@ def _train(run_dir, *, spike, **options):
 
 @pytest.fixture(scope="session")
 def healthy_run(tmp_path_factory):
-    return _train(tmp_path_factory.mktemp("healthy"), spike=1)
+    return _train(tmp_path_factory.mktemp("healthy"))
 
 
 @pytest.fixture(scope="session")
@@ -246,6 +250,24 @@ def spiked_run(tmp_path_factory):
 def lost_run(tmp_path_factory):
     """The same spike, only watched."""
     return _train(tmp_path_factory.mktemp("lost"), spike=10_000, action="monitor")
+
+
+@pytest.fixture(scope="session")
+def hot_run(tmp_path_factory):
+    """A learning rate that the guard has to lower at every step."""
+    return _train(tmp_path_factory.mktemp("hot"), rate=3.0)
+
+
+@pytest.fixture(scope="session")
+def cold_run(tmp_path_factory):
+    """A learning rate that hardly moves the logits."""
+    return _train(tmp_path_factory.mktemp("cold"), rate=1e-6)
+
+
+@pytest.fixture(scope="session")
+def broken_run(tmp_path_factory):
+    """A batch of NaN, which the guard leaves out."""
+    return _train(tmp_path_factory.mktemp("broken"), broken_step=70)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Journal:
             report: The step's.
         """
         if self._log is not None:
-            self._log.write("step", asdict(report) | self._values)
+            self._log.write("step", asdict(report) | {"time": time.time()} | self._values)
         self._values = {}
         if report.status == "unmeasured":
             self.warn_once(f"a step was not measured and left alone: {report.reason}")

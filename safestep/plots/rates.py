@@ -7,7 +7,7 @@ from safestep.plots.registry import figure, has_step
 from safestep.plots.style import COLORS, INK, label_ends, last_finite, make_axes, say, use_log_scale
 from safestep.plots.wording import count, number, percent
 from safestep.runlog.reader import Run
-from safestep.runlog.series import positive, removed_area, step_series, thin
+from safestep.runlog.series import positive, removed_area, step_series, step_share, thin
 
 __all__ = ["plot_cost", "plot_learning_rate"]
 
@@ -61,7 +61,9 @@ def _cost_says(run: Run) -> str:
     seconds = step_series(run).seconds
     known = seconds[np.isfinite(seconds)]
     mean, worst = (number(1e3 * float(value)) for value in (known.mean(), known.max()))
-    return f"The guard took {mean} ms a step in the mean, {worst} ms at most."
+    share = step_share(run)
+    part = f" ({percent(share)} of the step's time)" if np.isfinite(share) else ""
+    return f"The guard took {mean} ms a step in the mean{part}, {worst} ms at most."
 
 
 @figure(

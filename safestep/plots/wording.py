@@ -59,10 +59,11 @@ def count(how_many: int, noun: str) -> str:
         The text.
 
     Example:
-        >>> count(1, "step"), count(1200, "step")
-        ('1 step', '1,200 steps')
+        >>> count(1, "step"), count(1200, "step"), count(2, "stretch")
+        ('1 step', '1,200 steps', '2 stretches')
     """
-    return f"{how_many:,} {noun}{'' if how_many == 1 else 's'}"
+    ending = "" if how_many == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{how_many:,} {noun}{ending}"
 
 
 def steps_between(first: int, last: int) -> str:

@@ -1,11 +1,12 @@
 """The stretches of a run where the guard stepped in or r was over the limit, in words."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from safestep.plots.wording import count, number, sentence, steps_between
-from safestep.report.regimes import (
+from safestep.report.bands import (
     AFTERMATH,
     MIN_WIDTH,
     TOLERANCE,
@@ -13,12 +14,14 @@ from safestep.report.regimes import (
     lost_is_infinite,
     upper_band,
 )
+from safestep.report.levels import Effect, effect_of
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, spans, step_series
 
 _JOINED_GAP = 10  # touched steps so near each other are one story
 _LOOKBACK = 20  # steps before an episode that say what was usual
 _LASTING = 10  # so many steps over the loss band, or under it again, are no chance
+_MAX_JUDGED = 2000  # episodes whose loss is looked at, those of the largest r
 _MIN_RATE_JUMP = 1.5  # a learning rate so many times the usual one is named as the cause
 
 
@@ -34,7 +37,8 @@ class Evidence:
         edges: Upper edge of the loss band. Shape ``[T]``.
         is_over_band: Whether the loss that followed was over the band, in stretches of more than
             ten steps: in a long run a shorter one is chance. Shape ``[T]``.
-        reasons: Why a step was not taken, None where it was. Shape ``[T]``.
+        reasons: By number of a step that was not taken, why.
+        episodes: What `find_episodes` found; empty before.
     """
 
     series: StepSeries
@@ -44,17 +48,26 @@ class Evidence:
     edges: np.ndarray
     is_over_band: np.ndarray
     reasons: dict[int, str]
+    episodes: "list[Episode]"
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """Neighbouring steps that were touched or over the limit, from index first to index last."""
+    """Neighbouring steps that were touched or over the limit, and what the loss did after.
+
+    Attributes:
+        first, last: Indices of the first and the last step.
+        peak: Largest r that was proposed, infinite where none was measured.
+        effect: What the loss did.
+    """
 
     first: int
     last: int
     peak: float
+    effect: Effect
 
 
+@lru_cache(maxsize=16)  # the page asks for it more than once
 def gather(run: Run) -> Evidence:
     """Return what a run's episodes are judged by.
 
@@ -83,6 +96,7 @@ def gather(run: Run) -> Evidence:
         reasons={} if reasons is None else {
             int(run.steps["step"][at]): str(reasons[at] or "unknown") for at in skipped
         },
+        episodes=[],
     )  # fmt: skip
 
 
@@ -95,23 +109,36 @@ def find_episodes(evidence: Evidence) -> list[Episode]:
     Returns:
         The stretches; steps at most ten apart are in one.
     """
+    if evidence.episodes:
+        return evidence.episodes
     series = evidence.series
     is_over = series.intervened | (series.proposed > evidence.limit * (1 + TOLERANCE))
-    episodes = []
-    for first, last in spans(is_over, _JOINED_GAP):
-        inside = series.proposed[first : last + 1]
-        known = inside[~np.isnan(inside)]
-        episodes.append(Episode(first, last, float(known.max()) if len(known) else np.inf))
-    return episodes
+    stretches = spans(is_over, _JOINED_GAP)
+    ends = [first + 1 for first, _ in stretches[1:]] + [len(evidence.loss)]
+    peaks = [_peak_of(series.proposed[first : last + 1]) for first, last in stretches]
+    judged = set(np.argsort(peaks, kind="stable")[-_MAX_JUDGED:].tolist())
+    known = np.flatnonzero(~np.isnan(evidence.loss))
+    for place, (first, last) in enumerate(stretches):
+        effect = Effect("unknown")
+        if place in judged:
+            effect = effect_of(evidence.loss, first, last, ends[place], known)
+        evidence.episodes.append(Episode(first, last, peaks[place], effect))
+    return evidence.episodes
 
 
-def tell_healthy(evidence: Evidence, first: int, last: int) -> str:
+def _peak_of(proposed: np.ndarray) -> float:
+    known = proposed[~np.isnan(proposed)]
+    return float(known.max()) if len(known) else np.inf
+
+
+def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = False) -> str:
     """Return a stretch inside the limit in a sentence; it is healthy if its loss held as well.
 
     Args:
         evidence: The run's evidence.
         first: First index.
         last: Last index.
+        is_told: Whether the episode before was said to have raised the loss.
 
     Returns:
         The sentence.
@@ -123,6 +150,8 @@ def tell_healthy(evidence: Evidence, first: int, last: int) -> str:
     peak = f"r <= {number(float(np.nanmax(r)))}{' where measured' * bool(np.isnan(r).any())}"
     is_followed = last + 1 < len(evidence.loss)  # what follows the last steps is the next episode
     over = np.flatnonzero(evidence.is_over_band[first : last + 1 - AFTERMATH * is_followed])
+    if is_told:
+        return sentence(f"{where} within the radius ({peak})")
     if not len(over):
         return sentence(f"{where} healthy ({peak})")
     from_step = evidence.series.step[first + over[0]]
@@ -154,7 +183,7 @@ def tell(evidence: Evidence, episode: Episode) -> str:
         facts.append(_not_taken(evidence, series.step[inside][skipped]))
     story = ", ".join(fact for fact in facts if fact)
     where = _where(evidence, episode.first, episode.last)
-    return sentence(f"{what} at {where}: {story}; {_loss_effect(evidence, episode)}")
+    return sentence(f"{what} at {where}: {story}; {loss_effect(evidence, episode)}")
 
 
 def _where(evidence: Evidence, first: int, last: int) -> str:
@@ -186,21 +215,32 @@ def _not_taken(evidence: Evidence, steps: np.ndarray) -> str:
     return f"{what} ({reason})"
 
 
-def _loss_effect(evidence: Evidence, episode: Episode) -> str:
+def loss_effect(evidence: Evidence, episode: Episode) -> str:
+    """Return in words what the loss did after an episode, with its levels before and after.
+
+    Args:
+        evidence: The run's evidence.
+        episode: The episode.
+
+    Returns:
+        A clause.
+    """
+    effect, step = episode.effect, evidence.series.step
+    before, after = number(effect.before), number(effect.after)
     if np.isnan(evidence.loss).all():
         return "the log holds no loss"
-    during = evidence.after[episode.first : episode.last + 1]
-    if np.isnan(during).all():
-        return "the log ends there"
-    edge = evidence.edges[episode.first]
-    if np.isinf(edge):
-        return "too early to judge the loss"
-    if np.nanmax(during) <= edge:
-        return "loss unaffected"
-    before = evidence.loss[max(0, episode.first - _LOOKBACK) : episode.first + 1]
-    worst = episode.first + int(np.nanargmax(during))
-    levels = number(float(np.nanmedian(before))), number(float(evidence.after[worst]))
-    is_back = spans(evidence.after[worst:] <= edge)
-    back = [first for first, last in is_back if last - first >= _LASTING]
-    end = f"was back by step {evidence.series.step[worst + back[0]]}" if back else "stayed up"
-    return f"loss rose from {levels[0]} to {levels[1]} and {end}"
+    if effect.kind == "unknown":
+        return "too few losses around it to judge"
+    if effect.kind == "held":
+        return f"loss unaffected ({before} before, {after} after)"
+    if effect.kind == "unclear":
+        give = number(effect.give)
+        return f"no rise of the loss beyond its noise ({before} before, {after} after, +-{give})"
+    if effect.kind == "lost":
+        return f"loss rose from {before} and was not finite afterwards"
+    rose = f"loss rose from {before} to {number(effect.peak)}"
+    if np.isinf(effect.peak):
+        rose = f"loss was {before} before and not finite for a while"
+    if effect.back is not None:
+        return f"{rose}, and was back at {after} by step {step[effect.back]}"
+    return f"{rose} and stayed up ({after} by step {step[effect.until]})"

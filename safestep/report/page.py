@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from safestep.plots.style import SERIES_COLORS
 from safestep.plots.wording import number, percent
+from safestep.report.episodes import gather
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import Verdict
 from safestep.runlog.measured_how import how_measured
@@ -140,7 +141,7 @@ def _bar(run: Run) -> list[dict[str, Any]]:
     series = step_series(run)
     if not len(series.step):
         return []
-    counts = {name: int(mask.sum()) for name, mask in name_regimes(run, series).items()}
+    counts = {name: int(mask.sum()) for name, mask in name_regimes(run, gather(run)).items()}
     return [
         {"name": name, "steps": steps, "color": _REGIME_COLORS[name]}
         for name, steps in counts.items() if steps or name in ("safe", "harmful")

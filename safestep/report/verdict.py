@@ -1,20 +1,18 @@
 """Say in words what happened in a run, from its log alone."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from safestep.plots.wording import count, number, sentence
+from safestep.plots.wording import count, number, percent, sentence, steps_between
+from safestep.report.drift import drifted_workers
 from safestep.report.episodes import Evidence, find_episodes, gather, tell, tell_healthy
-from safestep.report.regimes import TOLERANCE, name_regimes
+from safestep.report.findings import Tone, find
 from safestep.runlog.reader import Run
-from safestep.runlog.series import StepSeries, removed_area, scalar
+from safestep.runlog.series import StepSeries, removed_area, spans, step_share
 
 MAX_EPISODES = 5  # told one by one; the others are counted
-_MAX_WORKER_EVENTS = 5
-_OFTEN_SCALED = 0.5  # share of steps from which on it is no longer an accident
-_OFTEN = 10  # flags within twenty records; alike workers have one in a hundred steps
+_MAX_HEADLINES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +21,11 @@ class Verdict:
 
     Attributes:
         tone: "good" (nothing happened, or it was caught), "warn" (worth a look) or "bad" (harm).
-        headline: One sentence.
+        headline: One to three sentences: the gravest findings, or that all is well.
         sentences: The story, in the order of the steps.
     """
 
-    tone: Literal["good", "warn", "bad"]
+    tone: Tone
     headline: str
     sentences: list[str]
 
@@ -42,103 +40,61 @@ def write_verdict(run: Run) -> Verdict:
         Headline and story.
     """
     evidence = gather(run)
-    series = evidence.series
-    workers, ends = _workers(run), [*_loss_course(evidence), *_closing(run, series)]
-    if not len(series.step):
-        headline = "The log holds no step" + (" but what its workers say." if workers else " yet.")
-        return Verdict("warn", headline, workers + ends)
-    harmful = name_regimes(run, series)["harmful"]
-    is_doubtful = workers or series.unmeasured.any() or evidence.is_over_band.any()
-    is_doubtful = is_doubtful or series.intervened.mean() > _OFTEN_SCALED
-    tone = "bad" if harmful.any() else "warn" if is_doubtful else "good"
-    return Verdict(tone, _headline(evidence, harmful), _story(evidence) + workers + ends)
-
-
-def _headline(evidence: Evidence, harmful: np.ndarray) -> str:
-    series = evidence.series
-    total = count(len(series.step), "step")
-    touched = int(series.intervened.sum())
-    if harmful.any():
-        first = series.step[harmful.argmax()]
-        return (
-            f"Harmed: the loss rose after {harmful.sum():,} of {total} with r over 1, "
-            f"first after step {first}."
-        )
-    if touched:
-        text = f"the guard stepped in at {touched:,} of {total}"
-        is_high = evidence.is_over_band.any()
-        return sentence(f"{text}, yet the loss rose" if is_high else f"Protected: {text}")
-    if not np.isfinite(series.proposed).any():
-        return f"Not measured: none of {total} has an r."
-    over = int((series.proposed > 1 + TOLERANCE).sum())
-    if over:
-        return f"Unharmed: r was over 1 at {over:,} of {total}, and the loss held."
-    peak = number(float(np.nanmax(series.proposed)))
-    if evidence.is_over_band.any():
-        return f"Inside the radius (r <= {peak}) in all of {total}, yet the loss rose."
-    return f"Healthy: {total}, r <= {peak}, none touched."
+    workers = drifted_workers(run)
+    ends = [*_loss_course(evidence), *_closing(run, evidence.series)]
+    if not len(evidence.series.step):
+        headline = workers[0] if workers else "The log holds no step yet."
+        return Verdict("warn", headline, workers[1:] + ends)
+    findings = find(run, evidence)
+    tones = {finding.tone for finding in findings}
+    tone: Tone = "bad" if "bad" in tones else "warn" if "warn" in tones else "good"
+    if tone == "good" and evidence.series.unmeasured.any():
+        tone = "warn"
+    headlines = [finding.text for finding in findings[:_MAX_HEADLINES]]
+    others = [worker for worker in workers if worker not in headlines]
+    return Verdict(tone, " ".join(headlines), _story(evidence) + others + ends)
 
 
 def _story(evidence: Evidence) -> list[str]:
     """Return healthy stretches and the worst episodes in turn, and count the episodes left out."""
     episodes = find_episodes(evidence)
-    worst = sorted(episodes, key=lambda episode: -episode.peak)[:MAX_EPISODES]
-    sentences, start, left_out = [], 0, []
+    worst = sorted(episodes, key=lambda e: (not e.effect.has_risen, -e.peak))[:MAX_EPISODES]
+    sentences, start, left_out, is_told = [], 0, [], False
     for episode in episodes:
         if episode not in worst:
             left_out.append(episode)
             continue
         if episode.first > start and not left_out:
-            sentences.append(tell_healthy(evidence, start, episode.first - 1))
+            last = episode.first - 1
+            sentences.append(tell_healthy(evidence, start, last, is_told=is_told))
         sentences.append(tell(evidence, episode))
-        start = episode.last + 1
+        start, is_told = episode.last + 1, episode.effect.has_risen
     if left_out:
         peak = max(episode.peak for episode in left_out)
         how_many = count(len(left_out), "milder episode")
         sentences.append(sentence(f"{how_many} besides, r <= {number(peak)}"))
     elif start < len(evidence.series.step):
-        sentences.append(tell_healthy(evidence, start, len(evidence.series.step) - 1))
-    return sentences
-
-
-def _workers(run: Run) -> list[str]:
-    """Return what the watch over the workers found first of each, else who often stood out."""
-    found: dict[object, str] = {}
-    for event in run.events:
-        if event.get("name") == "worker":
-            message = str(event.get("message"))
-            found.setdefault(event.get("rank"), sentence(f"worker drifted: {message}"))
-    sentences = list(found.values()) or _standing_out(run)
-    if len(sentences) > _MAX_WORKER_EVENTS:
-        more = count(len(sentences) - _MAX_WORKER_EVENTS, "more worker")
-        sentences = [*sentences[:_MAX_WORKER_EVENTS], sentence(f"{more} drifted")]
-    return sentences
-
-
-def _standing_out(run: Run) -> list[str]:
-    """Return the workers that stood out at most steps of some stretch of twenty records."""
-    outlier, sentences = scalar(run, "outlier"), []
-    for worker in np.unique(outlier[np.isfinite(outlier)])[:1000]:
-        flags = np.flatnonzero(outlier == worker)
-        dense = np.flatnonzero(flags[_OFTEN - 1 :] - flags[: 1 - _OFTEN] < 2 * _OFTEN)
-        if len(dense):
-            since = run.workers["step"][flags[dense[0]]]
-            share = (outlier[flags[dense[0]] :] == worker).mean()
-            what = f"worker {worker:.0f} stood out from step {since} on"
-            sentences.append(sentence(f"{what}, at {share:.0%} of the measured steps"))
+        last = len(evidence.series.step) - 1
+        sentences.append(tell_healthy(evidence, start, last, is_told=is_told))
     return sentences
 
 
 def _loss_course(evidence: Evidence) -> list[str]:
-    """Return where the loss began and ended."""
-    known = np.flatnonzero(np.isfinite(evidence.loss))
+    """Return where the loss began and ended, and where it was not finite."""
+    step, known = evidence.series.step, np.flatnonzero(np.isfinite(evidence.loss))
     if len(known) < 2:
         return []
     first, last = (number(float(evidence.loss[known[at]])) for at in (0, -1))
-    text = f"the loss went from {first} to {last}"
-    if np.isinf(evidence.loss[-1]):
-        text += f"; it is not finite after step {evidence.series.step[known[-1]]}"
-    return [sentence(text)]
+    sentences = [sentence(f"the loss went from {first} to {last}")]
+    lost = spans(np.isinf(evidence.loss))
+    if lost:
+        where = steps_between(*(int(step[at]) for at in lost[0]))
+        if lost[0][1] == len(step) - 1:
+            where = f"step {step[lost[0][0]]} on"
+        more = f" and at {count(len(lost) - 1, 'more stretch')}" if len(lost) > 1 else ""
+        preposition = "from" if where.endswith(" on") else "at"
+        sentences.append(sentence(f"it was not finite {preposition} {where}{more}"))
+    return sentences
 
 
 def _closing(run: Run, series: StepSeries) -> list[str]:
@@ -150,16 +106,15 @@ def _closing(run: Run, series: StepSeries) -> list[str]:
         first = reasons[np.flatnonzero(status == "unmeasured")[0]] if reasons is not None else None
         what = f"{count(unmeasured, 'step')} could not be measured and passed unguarded"
         sentences.append(sentence(f"{what} ({first or 'reason unknown'})"))
-    if len(series.step) and series.clipped.mean() > _OFTEN_SCALED:
-        r = number(float(np.nanmedian(series.proposed[series.clipped])))
-        what = f"more than half of the steps were scaled, at a median r of {r}"
-        sentences.append(sentence(f"{what}: the learning rate is too high for this run"))
     removed = removed_area(series)
     if removed >= 0.0005:
-        sentences.append(sentence(f"the guard removed {removed:.1%} of the learning-rate area"))
+        what = f"the guard lowered the mean learning rate by {percent(removed)}"
+        sentences.append(sentence(what))
     if np.isfinite(series.seconds).any():
-        milliseconds = 1e3 * float(np.nanmedian(series.seconds))
-        sentences.append(sentence(f"it took {number(milliseconds)} ms a step in the median"))
+        milliseconds = 1e3 * float(np.nanmean(series.seconds))
+        share = step_share(run)
+        part = f", {percent(share)} of the step's time" if np.isfinite(share) else ""
+        sentences.append(sentence(f"it took {number(milliseconds)} ms a step in the mean{part}"))
     resumed = sum(event.get("name") == "resumed" for event in run.events)
     if resumed:
         sentences.append(sentence(f"the run was resumed {count(resumed, 'time')}"))

@@ -111,7 +111,8 @@ def worker_noun(run: Run) -> str:
     Returns:
         The word, in the singular.
     """
-    return "micro-batch" if run.header.get("world_size") == 1 else "worker"
+    is_micro = run.settings.get("workers") == "micro-batches" or run.header.get("world_size") == 1
+    return "micro-batch" if is_micro else "worker"
 
 
 def scalar(run: Run, name: str) -> np.ndarray:
@@ -165,6 +166,29 @@ def removed_area(series: StepSeries) -> float:
     if not total > 0:
         return float("nan")
     return float(1 - series.effective_learning_rate[known].sum() / total)
+
+
+def step_share(run: Run) -> float:
+    """Return the guard's share of the time of a training step, NaN if the log holds no times.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Mean seconds of the guard over mean seconds from step to step. Pauses longer than ten
+        times the median (a validation pass) count as ten times the median.
+    """
+    time, series = _column(run, "time"), step_series(run)
+    known = np.flatnonzero(np.isfinite(time))
+    if len(known) < 3 or not np.isfinite(series.seconds).any():
+        return float("nan")
+    steps, first = np.unique(run.steps["step"][known], return_index=True)
+    between = np.diff(time[known][first])[np.diff(steps) == 1]
+    between = between[between > 0]
+    if not len(between):
+        return float("nan")
+    mean = np.minimum(between, 10 * np.median(between)).mean()
+    return float(min(np.nanmean(series.seconds) / mean, 1.0))
 
 
 def loss_ratios(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:

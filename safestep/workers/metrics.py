@@ -142,7 +142,8 @@ class WorkerMetrics:
         self._log: RunLog | None = None
         self._is_first_rank = rank() == 0
         if run_dir is not None and self._is_first_rank:
-            self._log = RunLog(run_dir, settings, self._workers.num_workers)
+            kind = "ranks" if self._workers.are_ranks else "micro-batches"
+            self._log = RunLog(run_dir, {**settings, "workers": kind}, self._workers.num_workers)
 
     def record(self, loss: Tensor, *, is_last: bool | None = None) -> WorkerReport | None:
         """Take one backward's loss and gradient; return a report at the end of a measured step.

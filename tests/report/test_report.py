@@ -63,7 +63,7 @@ def test_report_of_a_spiked_run_opens_with_what_happened(spiked_run, tmp_path):
     path = write_report([spiked_run], tmp_path)
 
     page = Page(path)
-    assert "Protected: the guard stepped in at" in page.words
+    assert "Protected: the guard scaled down" in page.words
     assert "learning rate x10,000" in page.words
     assert sum(label.startswith("The loss went") for label in page.values("aria-label")) == 1
     assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.pdf"))) == 7
@@ -73,7 +73,7 @@ def test_report_of_a_spiked_run_opens_with_what_happened(spiked_run, tmp_path):
 def test_report_of_workers_shows_them(worker_run, tmp_path):
     page = page_of(worker_run, output=tmp_path)
 
-    assert "Worker drifted: rank 3" in page.words
+    assert "Worker 3 drifted from step 80 on" in page.words
     labels = page.values("aria-label")
     assert sum(label.startswith("Over the last tenth of the run") for label in labels) == 3
     assert not any(label.startswith("The loss went") for label in labels)  # no step was logged
@@ -168,7 +168,10 @@ def test_csv_is_enough_for_a_report(tmp_path):
 
     page = page_of(tmp_path)
 
-    assert "1 intervention at step 30: r = 9, scaled by 0.11; loss unaffected." in page.words
+    assert (
+        "1 intervention at step 30: r = 9, scaled by 0.11; loss unaffected (1 before, 1 after)."
+        in page.words
+    )
 
 
 def test_report_command_prints_where_the_page_is(tmp_path, capsys):
@@ -234,7 +237,7 @@ def test_million_steps_are_reported_in_a_minute(tmp_path):
     page = Page(write_report([tmp_path]))
     elapsed = time.perf_counter() - start
 
-    assert "1 intervention at step 777777: r = 500, scaled by 0.002; loss unaffected." in page.words
+    assert "1 intervention at step 777777: r = 500, scaled by 0.002; loss unaffected" in page.words
     assert (tmp_path / "report" / "report.html").stat().st_size < 10_000_000
     sys.stdout.write(f"{elapsed:.1f} s\n")
     assert elapsed < 120  # about 25 s on one core

@@ -1,0 +1,94 @@
+"""The first screen of the page names what is wrong with a run, and what to change."""
+
+import re
+
+import numpy as np
+import pytest
+
+from safestep.report.verdict import write_verdict
+from safestep.report.write import write_report
+from safestep.runlog.reader import read_run
+from safestep.runlog.writer import RunLog
+
+from .test_report import Page
+
+# What a reader has to find in the headline of each run of real training.
+EXPECTED = {
+    "healthy_run": r"^Healthy: 120 steps, r <= 0\.\d+",
+    "spiked_run": r"^Protected: the guard scaled down 1 of 120 steps; ",
+    "hot_run": r"^The learning rate is about [\d.]+ times too large: 0\.\d+ would have stayed "
+    r"under the limit at 95 % of the steps; the guard scaled down 120 of 120 steps\.$",
+    "cold_run": r"^r is far below the limit of 1 .*: the learning rate could be larger\.$",
+    "lost_run": r"^Harmed: after step 60, where an r of \d+ was let through, the loss rose from 0",
+    "broken_run": r"^Protected: the guard did not take 1 \(.*not finite.*\) of 120 steps; ",
+    "worker_run": r"^Worker 3 drifted from step 80 on \(loss 9 times the usual spread above ",
+}
+TONES = {"healthy_run": "good", "spiked_run": "good", "broken_run": "good", "lost_run": "bad"}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_headline_names_what_is_wrong(name, request):
+    run_dir = request.getfixturevalue(name)
+
+    verdict = write_verdict(read_run(run_dir))
+
+    assert re.search(EXPECTED[name], verdict.headline), verdict.headline
+    assert verdict.tone == TONES.get(name, "warn")
+
+
+def test_headline_stands_before_the_figures(hot_run, tmp_path):
+    page = Page(write_report([hot_run], tmp_path, refresh_seconds=5)).words
+
+    assert "exact 120" in page or "predicted" in page
+    assert (
+        page.index("times too large")
+        < page.index("How steps were measured")
+        < page.index("More figures")
+    )
+
+
+def test_suggested_learning_rate_keeps_the_steps_under_the_limit(hot_run):
+    """The length of a step, and with it r, is proportional to the learning rate."""
+    run = read_run(hot_run)
+    (text,) = re.findall(r"too large: ([\d.]+) would", write_verdict(run).headline)
+
+    r = run["normalized_step"] * float(text) / run["learning_rate"]
+
+    assert np.mean(r <= 1.01) >= 0.95
+    assert np.quantile(r, 0.95) > 0.9
+
+
+def test_replica_that_differs_is_named_with_its_step(tmp_path):
+    with RunLog(tmp_path, {}, world_size=4) as log:
+        for step in range(60):
+            log.write("step", {"step": step, "normalized_step": 0.5, "scale": 1.0, "loss": 1.0})
+        message = "rank 2: update norm differs from the other replicas since step 40 (by 50 %)"
+        log.write("event", {"name": "replica", "step": 44, "since": 40, "rank": 2,
+                            "message": message})  # fmt: skip
+
+    headline = write_verdict(read_run(tmp_path)).headline
+
+    assert headline == (
+        "Replica 2 drifted from step 40 on (update norm differs from the other replicas (by 50 %))."
+    )
+
+
+def test_loss_that_stays_up_although_the_guard_stepped_in_is_no_protection(tmp_path):
+    losses = np.r_[np.full(150, 0.17), np.full(150, 0.33)]
+    losses += 0.01 * np.random.default_rng(0).normal(size=300)
+    with RunLog(tmp_path, {"max_normalized_step": 1.0}) as log:
+        for step, loss in enumerate(losses):
+            is_held = 149 <= step < 200
+            log.write("step", {
+                "step": step, "loss": loss, "normalized_step": 80.0 if is_held else 0.5,
+                "scale": 1 / 80 if is_held else 1.0, "status": "clipped" if is_held else "ok",
+            })  # fmt: skip
+
+    verdict = write_verdict(read_run(tmp_path))
+
+    assert verdict.tone == "bad"
+    assert verdict.headline.startswith("The guard scaled down 51 of 300 steps, yet after step 149")
+    assert re.search(
+        r"the loss rose from 0\.1[67]\d* to 0\.3[34]\d* and stayed up \(0\.3[23]\d* by step 299\)",
+        verdict.headline,
+    )
