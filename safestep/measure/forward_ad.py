@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from safestep.capture.unwinding import undone
 from safestep.measure.jvp_rules import TangentRules, dual_of
 from safestep.parallel.shards import is_sharded, local, tangents_when_gathered
 
@@ -124,12 +125,9 @@ _MKLDNN: _Switch = (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
 @contextmanager
 def _without(switch: _Switch) -> Iterator[None]:
     get, put = switch
-    is_on = get()
-    put(False)
-    try:
+    with undone(partial(put, get())):
+        put(False)
         yield
-    finally:
-        put(is_on)
 
 
 @contextmanager
@@ -137,8 +135,10 @@ def _plain_calls(checkpoint: type[torch.autograd.Function]) -> Iterator[None]:
     def call(function: Callable[..., Any], _: bool, *args: Any) -> Any:
         return function(*args)
 
-    checkpoint.apply = staticmethod(call)
-    try:
+    def undo() -> None:
+        if "apply" in vars(checkpoint):
+            del checkpoint.apply  # the inherited one shows again
+
+    with undone(undo):
+        checkpoint.apply = staticmethod(call)
         yield
-    finally:
-        del checkpoint.apply  # the inherited one shows again

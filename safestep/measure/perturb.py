@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from safestep.capture.unwinding import undone
 from safestep.measure.forward_ad import Written
 from safestep.parallel.shards import local
 
 # Fewest elements that are worth a call, and chunks of all: what is held of one at a time is little.
 _CHUNK, _CHUNKS = 2**16, 64
+_Chunk = tuple[list[Tensor], list[Tensor]]
 
 
 @contextmanager
@@ -28,11 +30,10 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
     """
     held = tuple(map(local, params))
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(held):
-        _exchange(held, start)
-        try:
+        exchange = _Exchange(in_chunks(held, start))
+        with undone(exchange.undo):
+            exchange.run()
             yield
-        finally:
-            _exchange(held, start)
 
 
 def displaced_by(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -> list[Tensor]:
@@ -56,17 +57,48 @@ def displaced_by(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -
     return displaced
 
 
-def _exchange(left: Sequence[Tensor], right: Iterable[Tensor]) -> None:
-    for ones, others in in_chunks(left, right):
-        kept = [one.detach().clone() for one in ones]
-        torch._foreach_copy_(ones, others)
+class _Exchange:
+    """Contents of tensors that change places, and return, however often they are interrupted.
+
+    Args:
+        chunks: Pairs of lists of tensors.
+    """
+
+    def __init__(self, chunks: Iterable[_Chunk]) -> None:
+        self._chunks = list(chunks)
+        # How many chunks were exchanged, and of the next one the old contents of its first list and
+        # whether they are already overwritten. One attribute, so that the three change together.
+        self._state: tuple[int, list[Tensor] | None, bool] = 0, None, False
+        self._return: _Exchange | None = None
+
+    def run(self) -> None:
+        """Exchange all, from where an interruption left it."""
+        while self._state[0] < len(self._chunks):
+            self._exchange_one()
+
+    def undo(self) -> None:
+        """Put everything back, from where an interruption left it."""
+        if self._return is None:
+            if self._state[1] is not None:
+                self._exchange_one()
+            self._return = _Exchange(self._chunks[: self._state[0]])
+        with torch.no_grad():
+            self._return.run()
+
+    def _exchange_one(self) -> None:
+        index, kept, is_overwritten = self._state
+        ones, others = self._chunks[index]
+        if kept is None:
+            kept = [one.detach().clone() for one in ones]
+            self._state = index, kept, False
+        if not is_overwritten:
+            torch._foreach_copy_(ones, others)
+            self._state = index, kept, True
         torch._foreach_copy_(others, kept)
-        del kept  # before the next is made
+        self._state = index + 1, None, False  # frees the copies before the next are made
 
 
-def in_chunks(
-    left: Sequence[Tensor], right: Iterable[Tensor]
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def in_chunks(left: Sequence[Tensor], right: Iterable[Tensor]) -> Iterator[_Chunk]:
     """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of.
 
     Args:
