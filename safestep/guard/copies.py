@@ -32,22 +32,25 @@ class Copies:
         params: The parameters among them.
 
     Attributes:
-        shards: This rank's part of each parameter.
+        before: This rank's part of each parameter, in the memory that it had when copied.
         of_params: The copy of each parameter.
         are_small: Whether to keep them for the next step.
         are_sharded: Whether this rank holds only a shard of some parameter.
+        uncopied: The types of tensors that cannot be copied.
     """
 
     def __init__(self, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        self._tensors = tensors
+        self._tensors, self._params = tensors, params
+        self._addresses = _addresses(tensors)
+        self.uncopied: set[str] = set()
         # Each once: a state may hold a parameter, or share a tensor with another one.
-        own = {tensor: _without_graph(local(tensor)) for tensor in tensors}
-        self.shards = [own[param] for param in params]
+        own = self._own = {tensor: self._memory(tensor) for tensor in tensors}
+        self.before = [own[param] for param in params]
         self.are_sharded = are_sharded(params)
         size = sum(map(Tensor.numel, own.values()))
         is_usual = not torch.is_inference_mode_enabled()  # tensors made there cannot be written to
         self.are_small = is_usual and size <= _KEPT and all(map(is_plain, tensors))
-        are_params = dict.fromkeys(self.shards)
+        are_params = dict.fromkeys(self.before)
         small: dict[Any, list[Tensor]] = defaultdict(list)  # parameters first
         large: list[Tensor] = []
         for tensor in own.values():
@@ -58,24 +61,22 @@ class Copies:
             _Pack(tensors, [tensor for tensor in tensors if tensor in are_params])
             for tensors in small.values()
         ]
-        self._large = large, [torch.empty_like(tensor) for tensor in large]
+        self._large = self._copied(large)
         self._places = dict(zip(*self._large, strict=True))
         for pack in self._packs:
             self._places.update(_parts(pack.copies, pack.tensors))
-        self.of_params = [self._places[param] for param in self.shards]
+        self.of_params = [self._places[param] for param in self.before]
         # Large parameters, or of sharded ones those that this rank counts in the norm.
         apart = [tensor for tensor in large if tensor in are_params]
         if self.are_sharded:
-            apart = list(compress(self.shards, counted_here(params)))
+            apart = list(compress(self.before, counted_here(params)))
         self._apart = apart, [self._places[param] for param in apart]
-        # A parameter whose data was replaced (another dtype or shape) lies elsewhere.
-        self._addresses = list(map(Tensor.data_ptr, tensors)) if self.are_small else []
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these are the same tensors, at the same addresses."""
         mine = self._tensors
         are_same = len(tensors) == len(mine) and all(map(is_, tensors, mine))
-        return are_same and list(map(Tensor.data_ptr, tensors)) == self._addresses
+        return are_same and _addresses(tensors) == self._addresses
 
     def fill(self) -> None:
         """Copy the tensors as they are now."""
@@ -85,10 +86,30 @@ class Copies:
         if tensors:
             torch._foreach_copy_(copies, tensors)
 
+    @property
+    def after(self) -> list[Tensor]:
+        """This rank's part of each parameter, in the memory that it has now.
+
+        ``param.data = ...`` gives a parameter other memory.
+        """
+        if _addresses(self._params) == self._addresses[: len(self._params)]:
+            return self.before
+        return [_without_graph(local(param)) for param in self._params]
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """Return the copy of a tensor, None if there is none."""
+        own = self._own.get(tensor)
+        return None if own is None else self._places.get(own)
+
     def put_back(self) -> None:
-        """Write the copies into the tensors."""
-        for tensor, copy in self._places.items():
-            tensor.copy_(copy)
+        """Give the tensors the memory that they had, and write the copies into it."""
+        for tensor, own in self._own.items():
+            if is_plain(tensor) and (
+                tensor.data_ptr() != own.data_ptr() or tensor.stride() != own.stride()
+            ):
+                tensor.data = own
+            if own in self._places:
+                own.copy_(self._places[own])
 
     def moves(self) -> list[Tensor]:
         """Return tensors whose joint 2-norm is the distance that the parameters have moved since.
@@ -96,10 +117,36 @@ class Copies:
         Returns:
             Moves of small parameters, valid until the next call, and norms of large ones.
         """
-        moves = [pack.move() for pack in self._packs if pack.params and not self.are_sharded]
-        for params, copies in in_chunks(*self._apart) if self._apart[0] else ():
-            moves += each_norm(torch._foreach_sub(params, copies))
+        moves, (apart, copies) = [], self._apart
+        if (after := self.after) is not self.before:
+            are_counted = counted_here(self._params)
+            apart, copies = (list(compress(each, are_counted)) for each in (after, self.of_params))
+        elif not self.are_sharded:
+            moves += [pack.move() for pack in self._packs if pack.params]
+        for ends, starts in in_chunks(apart, copies) if apart else ():
+            moves += each_norm(torch._foreach_sub(ends, starts))
         return moves
+
+    def _memory(self, tensor: Tensor) -> Tensor:
+        # An alias stays with this memory when the tensor gets another; a subclass may have none.
+        return tensor.detach() if is_plain(tensor) else _without_graph(local(tensor))
+
+    def _copied(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tensors that can be copied, and memory for their copies."""
+        able, copies = [], []
+        for tensor in tensors:
+            try:
+                copy = torch.empty_like(tensor)
+                if not is_plain(tensor):
+                    copy.copy_(tensor)
+            except Exception:
+                if is_plain(tensor):
+                    raise
+                self.uncopied.add(type(tensor).__name__)
+                continue
+            able.append(tensor)
+            copies.append(copy)
+        return able, copies
 
 
 class _Pack:
@@ -126,6 +173,25 @@ class _Pack:
     def move(self) -> Tensor:
         """Return the flat move of the parameters since `fill`, valid until the next call."""
         return torch.cat(self._flat_params, out=self._move).sub_(self._start)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    if _WHOLE.issuperset(map(type, tensors)):
+        try:
+            return list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:  # a sparse one has no address
+            pass
+    return list(map(_address, tensors))
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return local(tensor).data_ptr()
+    except Exception:  # a tensor subclass need not have one
+        return 0
+
+
+_WHOLE = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _parts(packed: Tensor, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from safestep._warn import warn_user
 from safestep.capture.call import Call
 from safestep.guard.copies import Copies
 from safestep.guard.optimizer_state import OptimizerState
-from safestep.measure.perturb import in_chunks
+from safestep.guard.redo import rescale, rescale_with_state
 from safestep.measure.update import Update
 
 
@@ -35,7 +35,9 @@ class Snapshot:
         self._optimizer = optimizer
         self._state, self._copies = _NOTHING, _NO_COPIES
         self._spare = self._state, self._copies
-        self._options: list[dict[str, Any]] = []
+        self._gradients: list[tuple[Tensor, Tensor, int, Tensor]] = []
+        self._keeps_gradients = True
+        self._has_warned = False
         self.params: list[Tensor] = []
 
     def take(self) -> None:
@@ -46,8 +48,20 @@ class Snapshot:
         if not copies.fit(state.tensors):
             copies = Copies(state.tensors, state.params)
         copies.fill()
+        state.note_options(self._optimizer)
         self._state, self._copies, self.params = state, copies, state.params
-        self._options = list(map(dict.copy, self._optimizer.param_groups))
+        if self._keeps_gradients and not state.is_of_torch:
+            self._gradients = [
+                (p, p.grad, p.grad._version, p.grad.clone()) for p in self.params
+                if p.grad is not None
+            ]  # fmt: skip
+        if copies.uncopied and not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                "SafeStep: the optimizer's state holds tensors that cannot be copied "
+                f"({', '.join(sorted(copies.uncopied))}): a step that is undone leaves them as the "
+                "step made them. Use an optimizer with plain tensors in its state, if you can."
+            )
 
     def update(self, calls: Sequence[Call]) -> Update:
         """Return the update that was made since `take`.
@@ -59,7 +73,7 @@ class Snapshot:
             The update.
         """
         copies = self._copies
-        change = _Change(copies.shards, copies.of_params)
+        change = _Change(copies.after, copies.of_params)
         return _Made(
             calls, self.params, copies.of_params, change,
             is_sharded=copies.are_sharded, copies=copies,
@@ -71,11 +85,10 @@ class Snapshot:
         Args:
             scale: Factor of the update.
         """
-        for params, copies in in_chunks(self._copies.shards, self._copies.of_params):
-            moves = torch._foreach_sub(params, copies)
-            torch._foreach_copy_(params, copies)
-            torch._foreach_add_(params, moves, alpha=scale)
-            del moves  # frees them before the next are made
+        if self._state.is_of_torch or not rescale_with_state(
+            self._optimizer, (self._state, self._copies), self._restore_all, scale
+        ):
+            rescale(self._copies.after, self._copies.of_params, scale)
         if isinstance(self._optimizer, LBFGS):
             # It would pair the move it believes in with the next gradient: its steps then grow
             # without end (measured: r to 1e19 within 60 steps).
@@ -84,16 +97,22 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back, bit for bit, into the tensors that it came from."""
         self._copies.put_back()
-        self._state.put_back(self._optimizer)
-        for group, options in zip(self._optimizer.param_groups, self._options, strict=True):
-            group.update(options)
+        self._state.put_back()
+
+    def _restore_all(self) -> None:
+        self.restore()
+        for _, gradient, version, copy in self._gradients:
+            if gradient._version != version:
+                gradient.copy_(copy)
 
     def release(self) -> None:
         """Free the copies, or keep the memory of small ones for the next step."""
         if self._copies is not _NO_COPIES:
             is_kept = self._copies.are_small
             self._spare = (self._state, self._copies) if is_kept else (_NOTHING, _NO_COPIES)
-        self._state, self._copies, self._options, self.params = _NOTHING, _NO_COPIES, [], []
+        if self._gradients:  # most optimizers leave them as they are
+            self._keeps_gradients = any(g._version != v for _, g, v, _ in self._gradients)
+        self._state, self._copies, self._gradients, self.params = _NOTHING, _NO_COPIES, [], []
 
 
 @dataclass(slots=True)
@@ -140,4 +159,4 @@ class _Change(Sequence[Tensor]):
         return self._after[index].detach() - self._before[index].detach()
 
 
-_NOTHING, _NO_COPIES = OptimizerState([], [], [], []), Copies([], [])
+_NOTHING, _NO_COPIES = OptimizerState(), Copies([], [])
