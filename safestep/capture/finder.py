@@ -13,11 +13,12 @@ from torch.autograd import forward_ad
 
 from safestep.capture.fused_logits import LinearTile
 from safestep.capture.gradient import GradientEvidence
-from safestep.capture.losses import LossWatch, Part
+from safestep.capture.loss_watch import LossWatch
+from safestep.capture.losses import Part
+from safestep.capture.outputs import named_tensors
 from safestep.capture.plan import (
     Plan,
     examine_outputs,
-    named_tensors,
     plan_of_losses,
     plan_of_outputs,
 )
@@ -216,8 +217,8 @@ def _planned(
     found = []
     for index in sorted(plan.events):
         seen = watch.seen[index]
-        count = watch.names[:index].count(seen.function)
-        name = f"input of {seen.function}" + (f" (call {count + 1})" if count else "")
+        count = watch.names[:index].count(seen.entry.name)
+        name = f"input of {seen.entry.name}" + (f" (call {count + 1})" if count else "")
         parts = seen.parts if index not in weights else _masked(seen.parts, weights[index])
         found += [Logits(name, source, mask) for source, mask in parts]
     tensors = dict(named_tensors(output))

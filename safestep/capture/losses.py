@@ -1,121 +1,81 @@
-"""See what a training step hands to its loss functions while it runs again."""
+"""The torch functions that losses are made of, and where each holds logits.
+
+To add a function, write a reader and add a ``LossFunction`` to `LOSS_FUNCTIONS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.nn import functional
 
 from safestep.capture import fused_logits as tiles
-from safestep.capture.autograd_graph import Node
-from safestep.capture.vmap import all_examples, held, is_batched
 
 Part = tuple[Tensor | tiles.LinearTile, Tensor | None]
 
 
-@dataclass(frozen=True, slots=True)
-class LossInput:
-    """Logits that a function of a loss was given.
+def _unchanged(flags: Tensor, *_: object, **__: object) -> Tensor:
+    return flags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossFunction:
+    """A torch function that a loss is made of.
 
     Attributes:
-        function: Name of the function.
-        parts: The logits, classes last, ``[*B, C]``, or tiles of them; and with each
-            a mask, True where a row counts, None if all do.
-        is_loss: Whether the function is a loss; a softmax may also be a part of the model.
-        is_trained: Whether the logits, not only the target, have a gradient.
-        prediction: Node of the autograd graph that the argument came from, if it has one.
-        result: Node of the result.
-        is_reduced: Whether the rows are summed up in the result, so that all weigh alike.
-        dim: Axis of the classes, of a softmax.
+        name: The function's ``__name__``, without the ``special_`` of torch.special.
+        reader: Called like the function; yields logits, classes last, ``[*B, C]``, or tiles of
+            them, each with a mask: True where a row counts, None if all do.
+        example: A loss of logits ``[6, 4]`` and labels ``[6]`` that calls the function.
+        kind: "loss"; "softmax" and "log-softmax", whose result has the shape of the logits; "sum"
+            for a log-sum-exp; "sigmoid".
+        argument: Name of the argument that is computed from the logits.
+        is_fused: Whether the function computes the logits itself, from weights it is given.
+        is_last_word: Whether its argument always holds logits, so that a softmax before it is part
+            of the model.
+        outranks_softmax: Whether the mask of this loss is used, rather than that of the softmax
+            that its argument came from. "same shape": if both have their classes last.
+        combines: Whether it sums over combinations of classes, one from each of many rows.
+        has_forward_mode: False where torch has no forward-mode derivative, or one that would hold
+            every logit.
+        rows: From flags of elements of the result, and the arguments, to flags of rows of logits:
+            shape ``[*B]``, or ``[]`` where the result is one number.
     """
 
-    function: str
-    parts: tuple[Part, ...]
-    is_loss: bool
-    is_trained: bool
-    prediction: Node | None
-    result: Node | None
-    is_reduced: bool
-    dim: int | None = None
+    name: str
+    reader: Callable[..., Iterator[Part]]
+    example: Callable[[Tensor, Tensor], Tensor]
+    kind: Literal["loss", "softmax", "log-softmax", "sum", "sigmoid"] = "loss"
+    argument: str = "input"
+    is_fused: bool = False
+    is_last_word: bool = False
+    outranks_softmax: Literal["always", "same shape", "never"] = "never"
+    combines: bool = False
+    has_forward_mode: bool = True
+    rows: Callable[..., Tensor] = _unchanged
 
+    @property
+    def is_loss(self) -> bool:
+        """Whether it is a loss; a softmax or a sigmoid may be part of the model."""
+        return self.kind == "loss"
 
-class LossWatch(TorchFunctionMode):
-    """Collect the input of every loss function, softmax and sigmoid that is called inside.
+    def row_flags(self, flags: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return which rows of the logits some elements of the result belong to.
 
-    Only around a re-run, never around the user's own loop.
+        Args:
+            flags: True for elements of the result.
+            *args: What the function was called with.
+            **kwargs: Likewise.
 
-    Args:
-        keep: Collect only the calls with these indices: an attention's scores are not held.
-
-    Attributes:
-        names: Names of the functions, in the order of the calls.
-        seen: What was collected, by the index of the call.
-        dtypes: Types of floating point of everything that was computed: a function may enter an
-            autocast region of its own, or cast.
-
-    Example:
-        >>> logits, target = torch.zeros(2, 3), torch.tensor([0, 2])
-        >>> with LossWatch() as watch:
-        ...     loss = torch.nn.functional.cross_entropy(logits / 0.5, target)
-        >>> watch.names, watch.seen[0].parts[0][0].shape
-        (['cross_entropy'], torch.Size([2, 3]))
-    """
-
-    def __init__(self, keep: frozenset[int] | None = None) -> None:
-        super().__init__()
-        self.keep = keep
-        self.names: list[str] = []
-        self.seen: dict[int, LossInput] = {}
-        self.dtypes: set[torch.dtype] = set()
-
-    def __enter__(self) -> LossWatch:
-        super().__enter__()
-        return self
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Return what the function returns, after a look at what it was given."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        reader = READERS.get(name)
-        if reader is None:
-            result = func(*args, **kwargs)
-            if isinstance(result, Tensor):
-                with torch._C.DisableTorchFunction():  # no other mode needs to see these questions
-                    if result.is_floating_point():
-                        self.dtypes.add(result.dtype)
-            return result
-        is_linear = name == "linear_cross_entropy"
-        if is_linear or name == "ctc_loss":
-            # Its forward-mode derivative would hold every logit, or does not exist.
-            result = func(*tree_map(tiles.primal, args), **tree_map(tiles.primal, kwargs))
-        else:
-            result = func(*args, **kwargs)
-        if self.keep is None or len(self.names) in self.keep:
-            argument = args[0] if args else kwargs["log_probs" if name == "ctc_loss" else "input"]
-            self.seen[len(self.names)] = LossInput(
-                name,
-                tuple(_with_rows(_of_all_examples(part)) for part in reader(*args, **kwargs)),
-                is_loss=name in _LOSSES,
-                is_trained=held(result if is_linear else argument).requires_grad,
-                prediction=held(argument).grad_fn,
-                result=held(result).grad_fn,
-                is_reduced=is_batched(result) or (name in _LOSSES and result.ndim == 0),
-                dim=_class_axis(*args, **kwargs) if name.endswith("softmax") else None,
-            )
-        self.names.append(name)
-        return result
+        Returns:
+            True for rows. Shape ``[*B]``, or ``[]`` where the result is one number.
+        """
+        return self.rows(flags, *args, **kwargs) if flags.ndim else flags
 
 
 def binary_rows(logit: Tensor) -> Tensor:
@@ -134,32 +94,8 @@ def binary_rows(logit: Tensor) -> Tensor:
     return torch.stack((torch.zeros_like(logit), logit), dim=-1)
 
 
-def row_flags(function: str, flags: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return which rows of its logits a result of a function belongs to.
-
-    Args:
-        function: Name of the function.
-        flags: True for elements of its result.
-        *args: What the function was called with.
-        **kwargs: Likewise.
-
-    Returns:
-        True for rows. Shape ``[*B]``, or ``[]`` where the result is one number.
-    """
-    if flags.ndim == 0:
-        return flags
-    if function == "kl_div":
-        return flags.any(-1)
-    if function.endswith("softmax"):
-        kwargs = {key: value for key, value in kwargs.items() if key != "input"}
-        return _classes_last(flags, *args[1:], **kwargs).any(-1)
-    if function.endswith("logsumexp"):
-        return flags.reshape(_classes_last(*args, **kwargs).shape[:-1])
-    return flags
-
-
-# The readers below are called like the torch functions they are named after, so their arguments
-# have torch's names. Each yields logits and the rows of them that count.
+# A reader is called like the torch function it is named after, so its arguments have torch's names.
+# It yields logits and the mask of the rows that count.
 
 
 def _cross_entropy(
@@ -185,7 +121,7 @@ def _labelled(
     ignore_index: int | None,
     label_smoothing: float,
 ) -> Tensor | None:
-    """Return True for rows with a label that counts, None for all."""
+    """Return a mask of the rows whose label counts, None if all do."""
     if target.is_floating_point():
         if label_smoothing > 0:
             return None
@@ -270,19 +206,21 @@ def _ctc_loss(
 
 
 def _softmax(input: Tensor, *args: Any, **kwargs: Any) -> Iterator[Part]:
-    yield _classes_last(input, *args, **kwargs), None
+    yield classes_last(input, *args, **kwargs), None
 
 
-def _classes_last(
+def classes_last(
     input: Tensor, dim: int | tuple[int, ...] | None = None, *_: object, **__: object
 ) -> Tensor:
-    dim = _class_axis(input) if dim is None else dim
+    """Return the argument of a softmax with its axis, or all its axes in one, last."""
+    dim = class_axis(input) if dim is None else dim
     axes = (dim,) if isinstance(dim, int) else dim
     return input.movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes))
 
 
-def _class_axis(input: Tensor, dim: int | None = None, *_: object, **__: object) -> int:
-    if dim is None:  # what torch takes where no dim is given, with a warning of its own
+def class_axis(input: Tensor, dim: int | None = None, *_: object, **__: object) -> int:
+    """Return the axis of a softmax."""
+    if dim is None:  # torch's own choice, with a warning
         return 0 if input.ndim in (0, 1, 3) else 1
     return dim
 
@@ -295,21 +233,17 @@ def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Iter
     yield binary_rows(beta * input), None
 
 
-def _with_rows(part: Part) -> Part:
-    """Return a part of one row without an axis for rows as a part with one."""
-    logits, mask = part
-    if isinstance(logits, tiles.LinearTile) or logits.ndim > 1:
-        return part
-    return logits.unsqueeze(0), None if mask is None else mask.reshape(1)
+def _rows_of_softmax(flags: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    kwargs = {key: value for key, value in kwargs.items() if key != "input"}
+    return classes_last(flags, *args[1:], **kwargs).any(-1)
 
 
-def _of_all_examples(part: Part) -> Part:
-    logits, mask = part
-    if isinstance(logits, tiles.LinearTile) or not is_batched(logits):
-        return part
-    if mask is not None:  # labels may be shared by examples
-        mask = all_examples(mask & torch.ones_like(logits[..., 0], dtype=torch.bool))
-    return all_examples(logits), mask
+def _rows_of_sum(flags: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return flags.reshape(classes_last(*args, **kwargs).shape[:-1])
+
+
+def _rows_of_divergence(flags: Tensor, *_: object, **__: object) -> Tensor:
+    return flags.any(-1)
 
 
 def _held(parameter: Tensor) -> Tensor:
@@ -319,24 +253,111 @@ def _held(parameter: Tensor) -> Tensor:
     return parameter if is_dual else parameter.detach().clone()
 
 
-_LOSSES: dict[str, Callable[..., Iterator[Part]]] = {
-    "cross_entropy": _cross_entropy,
-    "linear_cross_entropy": _linear_cross_entropy,
-    # Log-probabilities are the logits up to a shift of each row, which changes no spread.
-    "nll_loss": _cross_entropy,
-    "binary_cross_entropy_with_logits": _binary_cross_entropy_with_logits,
-    "binary_cross_entropy": _binary_cross_entropy,
-    "kl_div": _kl_div,
-    "ctc_loss": _ctc_loss,
-}
-READERS = _LOSSES | {
-    "log_softmax": _softmax,
-    "special_log_softmax": _softmax,
-    "softmax": _softmax,
-    "special_softmax": _softmax,
-    "logsumexp": _softmax,
-    "special_logsumexp": _softmax,
-    "log_sigmoid": _sigmoid,
-    "sigmoid": _sigmoid,
-    "softplus": _softplus,
-}
+def _picked(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    return -log_probabilities.gather(-1, labels.unsqueeze(-1)).mean()
+
+
+def _one_hot(z: Tensor, labels: Tensor) -> Tensor:
+    return functional.one_hot(labels, z.shape[-1]).to(z)
+
+
+_LOSSES = (
+    LossFunction(
+        name="cross_entropy",
+        reader=_cross_entropy,
+        example=lambda z, y: functional.cross_entropy(z, y),
+        is_last_word=True,
+    ),
+    LossFunction(
+        name="linear_cross_entropy",
+        reader=_linear_cross_entropy,
+        example=lambda z, y: functional.linear_cross_entropy(z, torch.eye(4).to(z), y),
+        is_fused=True,
+        has_forward_mode=False,
+    ),
+    LossFunction(
+        # Log-probabilities are logits up to a shift of each row, which changes no spread.
+        name="nll_loss",
+        reader=_cross_entropy,
+        example=lambda z, y: functional.nll_loss(z.log_softmax(-1), y),
+        outranks_softmax="always",
+    ),
+    LossFunction(
+        name="binary_cross_entropy_with_logits",
+        reader=_binary_cross_entropy_with_logits,
+        example=lambda z, y: functional.binary_cross_entropy_with_logits(z, _one_hot(z, y)),
+        is_last_word=True,
+    ),
+    LossFunction(
+        # Its argument is rounded by the sigmoid, so the sigmoid's own argument is preferred.
+        name="binary_cross_entropy",
+        reader=_binary_cross_entropy,
+        example=lambda z, y: functional.binary_cross_entropy(z.sigmoid(), _one_hot(z, y)),
+    ),
+    LossFunction(
+        # It does not know which axis holds the classes: the softmax before it does.
+        name="kl_div",
+        reader=_kl_div,
+        example=lambda z, y: functional.kl_div(z.log_softmax(-1), _one_hot(z, y), reduction="sum"),
+        outranks_softmax="same shape",
+        rows=_rows_of_divergence,
+    ),
+    LossFunction(
+        name="ctc_loss",
+        reader=_ctc_loss,
+        example=lambda z, y: functional.ctc_loss(
+            z.log_softmax(-1), y[:1] % 3 + 1, torch.tensor(6), torch.tensor(1)
+        ),
+        argument="log_probs",
+        outranks_softmax="same shape",
+        combines=True,
+        has_forward_mode=False,
+    ),
+)
+_PARTS = (
+    LossFunction(
+        name="softmax",
+        reader=_softmax,
+        example=lambda z, y: _picked(z.softmax(-1), y),
+        kind="softmax",
+        rows=_rows_of_softmax,
+    ),
+    LossFunction(
+        name="log_softmax",
+        reader=_softmax,
+        example=lambda z, y: _picked(z.log_softmax(-1), y),
+        kind="log-softmax",
+        rows=_rows_of_softmax,
+    ),
+    LossFunction(
+        name="logsumexp",
+        reader=_softmax,
+        example=lambda z, y: z.logsumexp(-1).mean() + _picked(z, y),
+        kind="sum",
+        rows=_rows_of_sum,
+    ),
+    LossFunction(
+        name="sigmoid",
+        reader=_sigmoid,
+        example=lambda z, y: (z.sigmoid() - _one_hot(z, y)).square().sum(),
+        kind="sigmoid",
+    ),
+    LossFunction(
+        name="log_sigmoid",
+        reader=_sigmoid,
+        example=lambda z, y: -functional.logsigmoid(z * (2 * _one_hot(z, y) - 1)).sum(),
+        kind="sigmoid",
+    ),
+    LossFunction(
+        name="softplus",
+        reader=_softplus,
+        example=lambda z, y: functional.softplus(z * (1 - 2 * _one_hot(z, y))).sum(),
+        kind="sigmoid",
+    ),
+)
+LOSS_FUNCTIONS = {entry.name: entry for entry in (*_LOSSES, *_PARTS)}
+
+
+def loss_function(function: Callable[..., Any]) -> LossFunction | None:
+    """Return the entry of a torch function, None if losses are not made of it."""
+    return LOSS_FUNCTIONS.get(getattr(function, "__name__", "").removeprefix("special_"))

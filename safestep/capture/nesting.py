@@ -1,4 +1,4 @@
-"""Log-sum-exps of log-sum-exps, which are sums over combinations, as of sequences."""
+"""Find nested log-sum-exps, which sum over combinations of terms, such as sequences."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from safestep.capture.autograd_graph import Node
-from safestep.capture.losses import LossInput
+from safestep.capture.loss_watch import LossInput
 
-SUMS = frozenset({"logsumexp", "special_logsumexp"})
-_NORMALISERS = frozenset({"log_softmax", "special_log_softmax"})
 _ROUNDING = 1e-2  # half precision
 
 
 def sums_of_sums(events: Collection[int], seen: Mapping[int, LossInput]) -> frozenset[int]:
-    """Return the log-sum-exps whose terms hold log-sum-exps of their own.
+    """Return the log-sum-exps whose terms contain other log-sum-exps.
 
-    exp of such a one is a sum over all combinations of the terms, so its zeros answer to the spread
-    of sums of logits and not to that of one set. The forward algorithm of a conditional random
-    field is like that, and a mixture of softmaxes. A log-sum-exp that is taken off all terms alike
-    is harmless: its share in the gradient of each is 1, where that of a term is a fraction.
+    A nested logsumexp sums over combinations of terms, so the radius depends on the spread of sums
+    of logits. The forward algorithm of a conditional random field is one, and so is a mixture of
+    softmaxes. A log-sum-exp that is subtracted from all terms alike is not: its derivative is an
+    integer, where that of a term is a fraction.
 
     Args:
-        events: The calls that a loss is made of, by their index.
-        seen: What was seen of them, while an autograd graph was built.
+        events: Indices of the calls that a loss is made of.
+        seen: The recorded calls, with an autograd graph.
 
     Returns:
-        Which of the events are such.
+        Those of the events that are nested.
     """
-    outer = [index for index in events if seen[index].function in SUMS]
-    inner = [index for index in events if seen[index].function in SUMS | _NORMALISERS]
+    outer = [index for index in events if seen[index].entry.kind == "sum"]
+    inner = [index for index in events if seen[index].entry.kind in {"sum", "log-softmax"}]
     return frozenset(
         index
         for index in outer
@@ -44,13 +42,13 @@ def _is_term(inner: LossInput, outer: LossInput) -> bool:
     share = _derivative(outer.result, inner.result)
     if share is None:
         return False
-    if inner.dim is not None:  # of log_softmax(z) = z - logsumexp(z), the share of the sum
+    if inner.dim is not None:  # of log_softmax(z) = z - logsumexp(z), the derivative by the sum
         share = share.sum(inner.dim)
     return bool(((share - share.round()).abs() > _ROUNDING).any())
 
 
 def _derivative(result: Node, argument: Node) -> Tensor | None:
-    """Return the gradient of the sum of a result, which each of its elements has a part in."""
+    """Return the gradient of the sum of a result with respect to an argument."""
     described = result._input_metadata[0]
     seed = torch.ones(described.shape, dtype=described.dtype, device=described.device)
     (gradient,) = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""How a tensor of a model's output enters the softmax of a loss that nobody showed us."""
+"""Infer, from its gradient, how a model output enters the softmax of an unseen loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from safestep.capture.gradient import (
     GradientEvidence,
-    binary_temperature,
     is_blind_to_scale,
-    label_temperature,
     lowers_labels,
     spares_likely_classes,
 )
 from safestep.capture.losses import binary_rows
+from safestep.capture.temperature import binary_temperature, label_temperature
 
 Kind = Literal[
     "logits",
@@ -50,11 +49,11 @@ class OutputForm:
 
     @property
     def is_evident(self) -> bool:
-        """Whether only a loss can have given this output its gradient and values."""
+        """Whether this output must have entered a loss, rather than a later part of the model."""
         return self.is_checked and "probabilities" not in self.kind.split()
 
     def describe(self, name: str) -> str:
-        """Return what an output of this form is to a user.
+        """Return the name of the logits, as a user would write it.
 
         Args:
             name: Name of the output.
@@ -90,12 +89,12 @@ class OutputForm:
 
 
 def _with_fitted(counted: Tensor, logits: Tensor) -> Tensor:
-    """Return the mask with the rows that have no gradient because they are fitted perfectly."""
+    """Return the mask with the rows whose gradient underflows because they are fitted perfectly."""
     if bool(counted.all()):
         return counted
     first, second = logits.detach()[~counted].float().topk(2).values.unbind(-1)
     limits = torch.finfo(logits.dtype)
-    # dL/dlogits is about exp(-margin) there; an ignored row of such a margin is counted in vain.
+    # dL/dlogits is about exp(-margin). An ignored row with such a margin is counted too.
     underflow = -math.log(limits.tiny * limits.eps)
     counted = counted.clone()
     counted[~counted] = first - second > underflow - math.log(counted.numel())
@@ -110,7 +109,7 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
         evidence: What the gradient of the loss showed about it.
 
     Returns:
-        The form, with temperature NaN if there is one that cannot be told; None if the output is
+        The form, with temperature NaN if the temperature cannot be told; None if the output is
         not known to enter a softmax.
     """
     axis = evidence.class_axis

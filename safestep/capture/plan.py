@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
-from torch import Tensor
-
 from safestep.capture.autograd_graph import Node, is_behind, loss_side, view_chain
 from safestep.capture.gradient import GradientEvidence
-from safestep.capture.losses import LossInput
-from safestep.capture.nesting import SUMS, sums_of_sums
+from safestep.capture.loss_watch import LossInput
+from safestep.capture.nesting import sums_of_sums
 from safestep.capture.output_form import OutputForm, examine
+from safestep.capture.outputs import named_tensors, traced_loss
 
-# What these are given are logits: behind it lies the model. Others may be functions of functions.
-_LAST_WORD = frozenset({"cross_entropy", "binary_cross_entropy_with_logits"})
 _HOW_TO_TELL = (
     "Pass logits=lambda output: ... to SafeStep, or tell it the whole training step, "
     "guard.record(step, *args), just before it runs, where step returns the loss; in Lightning's "
@@ -30,14 +27,14 @@ class LogitsNotFoundError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to look at when a call runs again.
+    """Where the logits of a call are.
 
     Attributes:
-        events: Which calls of loss functions, softmaxes and sigmoids, by their index.
-        outputs: Which tensors of the output, and how each enters its softmax.
-        left_out: Tensors of the output that have a gradient but no known way into a softmax.
-        weighed: Events whose rows may weigh nothing in the loss, each time others.
-        combined: Functions that sum over combinations of classes, one of each of many rows.
+        events: Indices of calls of loss functions, softmaxes and sigmoids.
+        outputs: The tensors of the output that enter a softmax, by name, and how.
+        left_out: Tensors of the output that have a gradient but enter no known softmax.
+        weighed: Events whose rows may have a weight of 0 in the loss, which is read at each step.
+        combined: Functions that sum over combinations of classes, one from each of many rows.
     """
 
     events: frozenset[int]
@@ -47,7 +44,7 @@ class Plan:
     combined: tuple[str, ...] = ()
 
     def doubts(self) -> str | None:
-        """Return what could not be checked about the logits, None if nothing."""
+        """Return a sentence on each assumption about the logits, None if there is none."""
         doubts = [
             f"{name} is taken for the logits themselves: its gradient shows that it enters a "
             "softmax, and does not show whether a temperature comes between (it would for one "
@@ -74,42 +71,6 @@ class Plan:
                 f"{', '.join(self.left_out)}: not measured, its gradient is not one of a softmax"
             )
         return "; ".join(doubts) or None
-
-
-def named_tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Walk through tensors, mappings, sequences and dataclasses, yielding names and tensors.
-
-    Args:
-        output: What a model returned.
-        name: What to call it.
-
-    Yields:
-        A name such as ``output.logits`` or ``output[0]``, and the tensor.
-    """
-    if isinstance(output, Tensor):
-        yield name, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from named_tensors(value, f"{name}.{key}")
-    elif isinstance(output, (list, tuple)):
-        for index, value in enumerate(output):
-            yield from named_tensors(value, f"{name}[{index}]")
-    elif is_dataclass(output) and not isinstance(output, type):
-        for field in fields(output):
-            yield from named_tensors(getattr(output, field.name), f"{name}.{field.name}")
-
-
-def traced_loss(output: Any) -> list[tuple[str, Tensor]]:
-    """Return the tensors with a gradient of what a training step returned.
-
-    Args:
-        output: A loss, or a mapping with one in "loss".
-
-    Returns:
-        Names and tensors.
-    """
-    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-    return [(name, each) for name, each in named_tensors(loss) if each.grad_fn is not None]
 
 
 def examine_outputs(
@@ -147,7 +108,7 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
 
     Args:
         output: What it returned, with its autograd graph: a loss, or a mapping with one in "loss".
-        seen: The loss functions, softmaxes and sigmoids that it called.
+        seen: The calls of loss functions, softmaxes and sigmoids in it.
 
     Returns:
         The plan.
@@ -173,12 +134,12 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
 def plan_of_outputs(
     output: Any, forms: Mapping[str, OutputForm | None], seen: Mapping[int, LossInput]
 ) -> Plan:
-    """Return the plan for a call of a model: losses inside it, and outputs that enter a softmax.
+    """Return the plan for a call of a model: losses inside it and outputs that enter a softmax.
 
     Args:
         output: What the model returned, with its autograd graph if `seen` holds anything.
         forms: What ``examine_outputs`` says of it, for every output that has a gradient.
-        seen: The loss functions, softmaxes and sigmoids that the model called.
+        seen: The calls of loss functions, softmaxes and sigmoids in it.
 
     Returns:
         The plan. An output that a loss inside the model was computed from is part of that loss.
@@ -187,7 +148,7 @@ def plan_of_outputs(
         LogitsNotFoundError: If there are none.
     """
     nodes = {name: tensor.grad_fn for name, tensor in named_tensors(output) if name in forms}
-    losses = {index: item for index, item in seen.items() if item.is_loss}
+    losses = {index: item for index, item in seen.items() if item.entry.is_loss}
     unknown = [name for name, form in forms.items() if form is None]
     is_single = {name for name, tensor in named_tensors(output) if tensor.numel() == 1}
     events = _live([nodes[name] for name in unknown if name in is_single], seen)
@@ -221,40 +182,38 @@ def plan_of_outputs(
 
 
 def _of_rows(events: frozenset[int], seen: Mapping[int, LossInput]) -> frozenset[int]:
-    """Return the events whose result has a number for each row, which a mask may multiply."""
+    """Return the events whose result has one number per row, which may be weighted."""
     return frozenset(index for index in events if not seen[index].is_reduced)
 
 
 def _combining(events: frozenset[int], seen: Mapping[int, LossInput]) -> tuple[str, ...]:
-    functions = {seen[index].function for index in sums_of_sums(events, seen)}
-    functions |= {seen[index].function for index in events} & {"ctc_loss"}
-    return tuple(sorted(functions))
+    nested = sums_of_sums(events, seen)
+    combining = {index for index in events if seen[index].entry.combines} | nested
+    return tuple(sorted({seen[index].entry.name for index in combining}))
 
 
 def _live(roots: list[Node], seen: Mapping[int, LossInput]) -> frozenset[int]:
-    """Return which of the calls seen a loss is made of, each logits once."""
-    stops = {item.prediction for item in seen.values() if item.function in _LAST_WORD}
+    """Return the calls that a loss is made of, without two for the same logits."""
+    stops = {item.prediction for item in seen.values() if item.entry.is_last_word}
     side = loss_side(roots, stops)
     live = {i for i, item in seen.items() if item.is_trained and item.result in side}
     softmaxes = {
         seen[index].result: index
         for index in live
-        if not (seen[index].is_loss or seen[index].function in SUMS)
+        if not (seen[index].entry.is_loss or seen[index].entry.kind == "sum")
     }
-    for index in [index for index in live if seen[index].is_loss]:
+    for index in [index for index in live if seen[index].entry.is_loss]:
         origin = next((n for n in view_chain(seen[index].prediction) if n in softmaxes), None)
         if origin is not None:
-            live.discard(_lesser(index, softmaxes[origin], seen))
+            softmax = softmaxes[origin]
+            live.discard(softmax if _outranks(seen[index], seen[softmax]) else index)
     return frozenset(live)
 
 
-def _lesser(loss: int, softmax: int, seen: Mapping[int, LossInput]) -> int:
-    """Return which to drop of a loss and the softmax or sigmoid that it was given the result of."""
-    # nll_loss knows which rows count, and that its classes are second. kl_div does not know where
-    # its classes are, and binary_cross_entropy is given what a sigmoid has rounded.
-    (ours, _), *_ = seen[loss].parts
-    (theirs, _), *_ = seen[softmax].parts
-    has_same_rows = seen[loss].function == "nll_loss" or (
-        seen[loss].function in {"kl_div", "ctc_loss"} and ours.shape == theirs.shape
-    )
-    return softmax if has_same_rows else loss
+def _outranks(loss: LossInput, softmax: LossInput) -> bool:
+    """Return whether to read the logits of a loss rather than of the softmax before it."""
+    if loss.entry.outranks_softmax != "same shape":
+        return loss.entry.outranks_softmax == "always"
+    (ours, _), *_ = loss.parts
+    (theirs, _), *_ = softmax.parts
+    return ours.shape == theirs.shape

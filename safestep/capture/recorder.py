@@ -15,7 +15,7 @@ from safestep._warn import warn_user
 from safestep.capture.call import Call, versions_of
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.hooks import DetachableHook
-from safestep.capture.plan import named_tensors
+from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
 from safestep.capture.wrappers import eager_module, without_data_parallel
 from safestep.parallel.norms import each_norm

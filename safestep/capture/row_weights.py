@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from safestep.capture.isolation import without_side_effects
-from safestep.capture.losses import READERS, row_flags
-from safestep.capture.plan import named_tensors, traced_loss
+from safestep.capture.losses import loss_function
+from safestep.capture.outputs import named_tensors, traced_loss
 from safestep.capture.vmap import is_batched
 
 if TYPE_CHECKING:
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
     """Run a call again and return which rows of its loss functions have a gradient.
 
-    ``cross_entropy(..., reduction="none")`` is multiplied by a mask after it returns, and so are
-    the picked entries of a log_softmax. The graph begins at the results of these functions: what is
-    run is a forward pass without a graph and the backward pass of a few sums.
+    The result of ``cross_entropy(..., reduction="none")`` may be multiplied by a mask, and so may
+    entries of a log_softmax. The autograd graph begins at these results, so the model runs without
+    one.
 
     Args:
-        call: The call. It must compute what it did when the events were counted.
-        events: Which calls of loss functions, softmaxes and sigmoids, by their index.
+        call: The call. It must call the same functions as when the events were counted.
+        events: Indices of calls of loss functions, softmaxes and sigmoids.
 
     Returns:
-        By index, True where a row has a gradient: shape ``[*B]``, or ``[]`` where all share one.
-        Nothing for an event that no gradient comes back to.
+        By index, True where a row has a gradient: shape ``[*B]``, or ``[]`` where all rows share
+        one. An event without a gradient is left out.
     """
     children, _ = call.modes
     root = children[0] if children else torch.nn.Module()
@@ -52,11 +52,11 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
 
 
 def _roots(call: Call, output: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what a backward pass began with, and its gradient there."""
+    """Return the tensors where the backward pass begins, and the gradients there."""
     if not call.gradients:
         roots = [tensor for _, tensor in traced_loss(output)]
         return roots, [torch.ones_like(tensor) for tensor in roots]
-    # A loss that the model returns; other outputs enter softmaxes outside of it.
+    # A loss that the model returns. Other outputs enter softmaxes outside the model.
     pairs = [
         (tensor, call.gradients[name].sample.to(tensor))
         for name, tensor in named_tensors(output)
@@ -68,10 +68,10 @@ def _roots(call: Call, output: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class _Results(TorchFunctionMode):
-    """Let an autograd graph begin at the results of some functions.
+    """Begin the autograd graph at the results of some functions.
 
     Args:
-        events: Which, counted as ``LossWatch`` counts.
+        events: Indices of their calls, counted as ``LossWatch`` counts.
     """
 
     def __init__(self, events: Collection[int]) -> None:
@@ -92,11 +92,11 @@ class _Results(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Return what the function returns, as a leaf where it is one of the events."""
+        """Return the result of the function, as a leaf if it is one of the events."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name not in READERS:
+        entry = loss_function(func)
+        if entry is None:
             return result
         index, self._count = self._count, self._count + 1
         if index in self._events and not is_batched(result):
@@ -104,6 +104,6 @@ class _Results(TorchFunctionMode):
                 result = result.detach().requires_grad_()
             torch.set_grad_enabled(True)  # until the end of the call
             self.results[index] = result
-            self.flags[index] = lambda flags: row_flags(name, flags, *args, **kwargs)
-            return result.clone()  # a leaf takes no change in place
+            self.flags[index] = lambda flags: entry.row_flags(flags, *args, **kwargs)
+            return result.clone()  # a leaf must not be changed in place
         return result

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional
 
 from safestep.capture import LogitFinder, LogitsNotFoundError, find_logits
-from safestep.capture.gradient import GradientEvidence, binary_temperature, label_temperature
-from safestep.capture.plan import named_tensors
+from safestep.capture.gradient import GradientEvidence
+from safestep.capture.outputs import named_tensors
+from safestep.capture.temperature import binary_temperature, label_temperature
 
 GENERATOR = torch.Generator().manual_seed(3)
 INPUTS = torch.randn(16, 4, generator=GENERATOR)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from safestep import SafeStep
-from safestep.capture.gradient import label_temperature
+from safestep.capture.temperature import label_temperature
 from safestep.radius.masking import without_absent
 
 ALLOWED = torch.arange(7) < torch.tensor([[3], [6], [5], [4], [3]])  # of a pointer or of actions
