@@ -4,7 +4,7 @@ Each figure of the report is one entry: a plot function under ``@figure`` of ``r
 the modules below. The order of the modules is the order of the figures.
 """
 
-from safestep.plots import ladder, loss, radii, rates, steps, worker_heatmap, workers
+from safestep.plots import ladder, loss, steps, rates, radii, worker_heatmap, workers
 from safestep.plots.ladder import *
 from safestep.plots.loss import *
 from safestep.plots.steps import *

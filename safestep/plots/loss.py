@@ -23,6 +23,7 @@ from safestep.runlog.series import loss_ratios, step_series, thin
 __all__ = ["plot_loss", "plot_prediction", "rank_correlation"]
 
 _WEAK, _STRONG = 0.1, 0.5  # rank correlations below and above which words differ
+_MAX_DOTS = 2000
 _FEW = 10  # steps; fewer say nothing about a correlation
 
 
@@ -78,7 +79,7 @@ def _prediction_says(run: Run) -> str:
         return f"Only {count(len(r), 'step')} with r and two losses: too few to say."
     if np.isnan(rho):
         return f"r or the loss change was the same at all {len(r):,} steps: nothing to compare."
-    correlation = f"rank correlation {rho:+.2f} over {len(r):,} steps"
+    correlation = f"rank correlation {rho:.2f} over {len(r):,} steps"
     if abs(rho) < _WEAK:
         return f"r did not predict the loss change here: {correlation}."
     strength = "clearly" if abs(rho) >= _STRONG else "weakly"
@@ -113,7 +114,7 @@ def plot_prediction(run: Run, ax: Axes | None = None) -> Axes:
     if len(r) < 2:
         return say(ax, "no two neighbouring steps with a loss")
     order = np.argsort(r)
-    at = order[thin(ratio[order], r[order])]
+    at = order[:: -(-len(order) // _MAX_DOTS)]  # evenly: extremes alone would look like bands
     dots(ax, r[at], ratio[at], "normalized_step", size=3)
     shares = np.array_split(order, min(10, len(r)))
     middle = [(np.median(r[share]), np.median(ratio[share])) for share in shares]
@@ -124,7 +125,7 @@ def plot_prediction(run: Run, ax: Axes | None = None) -> Axes:
     mark_limit(ax, axis="x")
     rho = rank_correlation(r, ratio)
     if np.isfinite(rho):
-        note(ax, f"rank correlation {rho:+.2f}", INK)
+        note(ax, f"rank correlation {rho:.2f}", INK)
     return ax
 
 

@@ -11,6 +11,8 @@ from safestep.runlog.series import positive, removed_area, step_series, step_sha
 
 __all__ = ["plot_cost", "plot_learning_rate"]
 
+FEW = 0.05  # share of touched steps under which a mean over the run tells of one wild step alone
+
 
 def _learning_rate_says(run: Run) -> str:
     series = step_series(run)
@@ -20,7 +22,8 @@ def _learning_rate_says(run: Run) -> str:
     if not series.intervened.any():
         return f"{scheduled}; the guard never lowered it."
     removed, touched = removed_area(series), count(int(series.intervened.sum()), "step")
-    mean = f": its mean over the run fell by {percent(removed)}" if np.isfinite(removed) else ""
+    is_often = series.intervened.mean() > FEW and np.isfinite(removed)
+    mean = f": its mean over the run fell by {percent(removed)}" if is_often else ""
     return f"{scheduled}; the guard lowered it at {touched}{mean}."
 
 
@@ -51,6 +54,8 @@ def plot_learning_rate(run: Run, ax: Axes | None = None) -> Axes:
     ax.plot(series.step[at], base[at], color=color, linewidth=1, linestyle=(0, (4, 2)))
     ax.plot(series.step[at], effective[at], color=color, linewidth=1.6)
     use_log_scale(ax, base, effective, max_depth=1e-3)
+    if ax.get_yscale() == "linear":
+        ax.set_ylim(bottom=0)  # a constant rate is a line in the middle, not noise
     label_ends(ax, [
         (last_finite(effective), "taken", color), (last_finite(base), "set", color),
     ])  # fmt: skip

@@ -19,7 +19,7 @@ from safestep.plots.style import (
     say,
     use_log_scale,
 )
-from safestep.plots.wording import count, number, percent, sentence
+from safestep.plots.wording import count, number, percent
 from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, positive, step_series, thin
@@ -27,6 +27,7 @@ from safestep.runlog.series import StepSeries, positive, step_series, thin
 __all__ = ["plot_distribution", "plot_normalized_step", "plot_safe_zone"]
 
 PHASES = ("early", "middle", "late")
+_THIRDS = ("the first third", "the second", "the last third")
 
 
 def _normalized_step_says(run: Run) -> str:
@@ -90,13 +91,13 @@ def plot_normalized_step(run: Run, ax: Axes | None = None) -> Axes:
 def _distribution_says(run: Run) -> str:
     series = step_series(run)
     facts = []
-    for name, phase in zip(PHASES, np.array_split(np.arange(len(series.step)), 3), strict=True):
+    for name, phase in zip(_THIRDS, np.array_split(np.arange(len(series.step)), 3), strict=True):
         r = series.proposed[phase]
         if not np.isnan(r).all():
             rate = series.clipped[phase].mean()
             clipped = f" ({percent(rate)} of the steps scaled down)" if rate else ""
-            facts.append(f"{number(float(np.nanmedian(r)))} {name}{clipped}")
-    return sentence(f"in the median r was {', '.join(facts)}")
+            facts.append(f"{number(float(np.nanmedian(r)))} in {name}{clipped}")
+    return f"The median r was {', '.join(facts)} of the run."
 
 
 @figure(

@@ -80,13 +80,14 @@ def use_log_scale(ax: Axes, *values: np.ndarray, ratio: float = 30, max_depth: f
         ax: The axes.
         *values: What is drawn on them.
         ratio: Largest over smallest from which on a linear axis would hide the small.
-        max_depth: Lowest value shown, as a share of the median.
+        max_depth: Lowest value shown, as a share of the lowest median.
     """
-    shown = np.concatenate([value[np.isfinite(value)] for value in values])
+    known = [finite for value in values if len(finite := value[np.isfinite(value)])]
+    shown = np.concatenate(known or [np.empty(0)])
     if not len(shown) or shown.min() <= 0 or shown.max() <= ratio * shown.min():
         return
     make_log(ax, "y")
-    floor = max_depth * np.median(shown)
+    floor = max_depth * min(np.median(value) for value in known)
     if shown.min() < floor:  # the last steps of a schedule that ends at 0 say nothing
         ax.set_ylim(bottom=floor)
 
@@ -187,16 +188,18 @@ def mark_steps(ax: Axes, steps: np.ndarray, marker: str, text: str) -> None:
     note(ax, text)
 
 
-def note(ax: Axes, text: str, color: str = COLORS["intervention"]) -> None:
-    """Write a line over the upper right corner.
+def note(ax: Axes, text: str, color: str = COLORS["intervention"], *, below: bool = False) -> None:
+    """Write a line over the upper right corner, or under the lower one beside a long title.
 
     Args:
         ax: The axes.
         text: The line.
         color: Its colour; a note about interventions has theirs.
+        below: Whether it stands at the height of the axis's name.
     """
+    place, offset = ((1.0, 0.0), -32) if below else ((1.0, 1.0), 7)
     ax.annotate(
-        text, (1.0, 1.0), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points",
+        text, place, xycoords="axes fraction", xytext=(0, offset), textcoords="offset points",
         ha="right", color=color, annotation_clip=False,
     )  # fmt: skip
 
@@ -260,7 +263,7 @@ def _spread_out(heights: np.ndarray, labels: list[tuple[float, str, str]]) -> np
     """Return the heights moved apart, up first, then down from the upper edge. Shape ``[L]``."""
     half = np.array([0.04 * (1 + text.count("\n")) for _, text, _ in labels])
     order = np.argsort(heights, kind="stable")
-    moved = heights.astype(float)
+    moved = np.maximum(heights, half - 0.04)  # above the numbers of the step axis
     for below, above in pairwise(order):
         moved[above] = max(moved[above], moved[below] + half[below] + half[above])
     moved[order[-1]] = min(moved[order[-1]], 1.0)

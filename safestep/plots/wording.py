@@ -62,8 +62,23 @@ def count(how_many: int, noun: str) -> str:
         >>> count(1, "step"), count(1200, "step"), count(2, "stretch")
         ('1 step', '1,200 steps', '2 stretches')
     """
-    ending = "" if how_many == 1 else "es" if noun.endswith("ch") else "s"
-    return f"{how_many:,} {noun}{ending}"
+    return f"{how_many:,} {noun if how_many == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """Return a regular noun's plural.
+
+    Args:
+        noun: The noun.
+
+    Returns:
+        Its plural.
+
+    Example:
+        >>> plural("worker"), plural("micro-batch")
+        ('workers', 'micro-batches')
+    """
+    return f"{noun}es" if noun.endswith("ch") else f"{noun}s"
 
 
 def steps_between(first: int, last: int) -> str:

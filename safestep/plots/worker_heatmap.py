@@ -18,7 +18,7 @@ from safestep.plots.style import (
     note,
     say,
 )
-from safestep.plots.wording import count, number
+from safestep.plots.wording import count, number, plural
 from safestep.runlog.reader import Run
 from safestep.runlog.series import scalar, worker_noun
 
@@ -56,7 +56,7 @@ def plot_worker_heatmap(run: Run, ax: Axes | None = None, *, quantity: str = "lo
         )
     unit = HEATMAP_QUANTITIES[quantity]
     noun = worker_noun(run)
-    ax = make_axes(ax, f"{noun.capitalize()}s: {unit.split(' (')[0]}", noun)
+    ax = make_axes(ax, f"{plural(noun).capitalize()}: {unit.split(' (')[0]}", noun)
     values = run.workers.get(quantity)
     if values is None or values.ndim != 2 or not np.isfinite(values).any():
         return say(ax, f"the log holds no {unit.split(' (')[0]} by {noun}")
@@ -111,7 +111,7 @@ def _mark_outliers(ax: Axes, run: Run) -> None:
         run.workers["step"][is_named], outlier[is_named], "x", color=COLORS["intervention"],
         markersize=4, rasterized=is_named.sum() > MAX_MARKS,
     )  # fmt: skip
-    note(ax, "x: stands out")
+    note(ax, "x: stands out", below=True)
 
 
 def _says(quantity: str) -> Callable[[Run], str]:
@@ -124,7 +124,7 @@ def _says(quantity: str) -> Callable[[Run], str]:
         }  # fmt: skip
         name = HEATMAP_QUANTITIES[quantity].split(" (")[0]
         if not medians:
-            return f"The last {noun}s' {name} is not finite."
+            return f"The {name} of the last {plural(noun)} is not finite."
         low, high = min(medians, key=medians.__getitem__), max(medians, key=medians.__getitem__)
         ends = (
             f"Over the last tenth of the run, the median {name} was lowest in {noun} {low} "

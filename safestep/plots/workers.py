@@ -14,7 +14,7 @@ from safestep.plots.style import (
     say,
     use_log_scale,
 )
-from safestep.plots.wording import count, number, percent, sentence
+from safestep.plots.wording import count, number, percent, plural
 from safestep.runlog.reader import Run
 from safestep.runlog.series import scalar, thin, worker_noun
 
@@ -30,15 +30,15 @@ def _dispersion_says(run: Run) -> str:
     ):  # fmt: skip
         known = values[np.isfinite(values)]
         if len(known):
-            facts.append(f"their {what} by {percent(float(np.median(known)))}")
+            facts.append(f"{what} by {percent(float(np.median(known)))}")
     if not facts:
-        return f"The {noun}s' spread relative to their mean is unknown."
-    return sentence(f"between {noun}s, in the median step, {' and '.join(facts)} of the mean")
+        return f"How far the {plural(noun)} spread relative to their mean is unknown."
+    return f"In the median step the {plural(noun)} differ in {' and in '.join(facts)} of the mean."
 
 
 @figure(
     "dispersion",
-    caption="Standard deviation over the workers, relative to their mean. Bold: the trend.",
+    caption="Standard deviation at a step, relative to the mean. Bold: the trend.",
     says=_dispersion_says, has_data=has_worker_scalar("loss_std"),
 )  # fmt: skip
 def plot_dispersion(run: Run, ax: Axes | None = None) -> Axes:
@@ -54,7 +54,7 @@ def plot_dispersion(run: Run, ax: Axes | None = None) -> Axes:
     Reference:
         "Silent Inconsistency in Data-Parallel Full Fine-Tuning", arXiv:2602.14462.
     """
-    ax = make_axes(ax, "Dispersion of the workers", "standard deviation / mean")
+    ax = make_axes(ax, f"Dispersion of the {plural(worker_noun(run))}", "standard deviation / mean")
     lines = {
         "gradient\nnorm": (scalar(run, "grad_norm_cv"), COLORS["grad_norm"]),
         "loss": (_relative_loss_std(run), COLORS["loss"]),
@@ -65,20 +65,19 @@ def plot_dispersion(run: Run, ax: Axes | None = None) -> Axes:
 def _consistency_says(run: Run) -> str:
     cosine = scalar(run, "pairwise_cosine")
     middle = float(np.median(cosine[np.isfinite(cosine)]))
-    noun = worker_noun(run)
+    noun, nouns = worker_noun(run), plural(worker_noun(run))
     meaning = (
-        f"{noun}s agree on the direction" if middle >= _AGREEING
+        f"{nouns} agree on the direction" if middle >= _AGREEING
         else f"each {noun}'s gradient is mostly noise" if middle < _UNRELATED
-        else f"{noun}s agree in part"
+        else f"{nouns} agree in part"
     )  # fmt: skip
-    return (
-        f"The cosine between two {noun}s' gradients is {number(middle)} in the median: {meaning}."
-    )
+    size = number(middle)
+    return f"In the median, two {nouns}' gradients have a cosine of {size}: {meaning}."
 
 
 @figure(
     "consistency",
-    caption="How well the workers' gradients agree in direction: 1 is agreement, 0 is none.",
+    caption="How well the gradients agree in direction: 1 is agreement, 0 is none.",
     says=_consistency_says, has_data=has_worker_scalar("pairwise_cosine"),
 )  # fmt: skip
 def plot_consistency(run: Run, ax: Axes | None = None) -> Axes:
@@ -97,7 +96,7 @@ def plot_consistency(run: Run, ax: Axes | None = None) -> Axes:
     Reference:
         "Silent Inconsistency in Data-Parallel Full Fine-Tuning", arXiv:2602.14462.
     """
-    ax = make_axes(ax, "Consistency of the workers", "cosine")
+    ax = make_axes(ax, f"Consistency of the {plural(worker_noun(run))}", "cosine")
     cosines = run.workers.get("cosine_to_mean")
     least = np.full(len(run.workers["step"]), np.nan)
     if cosines is not None and cosines.ndim == 2:

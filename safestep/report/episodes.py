@@ -156,7 +156,7 @@ def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = F
         return sentence(f"{where} healthy ({peak})")
     from_step = evidence.series.step[first + over[0]]
     return sentence(
-        f"{where} within the radius ({peak}), but the loss was over its band after "
+        f"{where} within the radius ({peak}), but the loss was above its usual range after "
         f"{count(len(over), 'step')}, first at step {from_step}"
     )
 
@@ -234,8 +234,8 @@ def loss_effect(evidence: Evidence, episode: Episode) -> str:
     if effect.kind == "held":
         return f"loss unaffected ({before} before, {after} after)"
     if effect.kind == "unclear":
-        give = number(effect.give)
-        return f"no rise of the loss beyond its noise ({before} before, {after} after, +-{give})"
+        levels = f"{before} before, {after} after, give or take {number(effect.give)}"
+        return f"no rise of the loss beyond its noise ({levels})"
     if effect.kind == "lost":
         return f"loss rose from {before} and was not finite afterwards"
     rose = f"loss rose from {before} to {number(effect.peak)}"

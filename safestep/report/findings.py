@@ -41,7 +41,7 @@ def find(run: Run, evidence: Evidence) -> list[Finding]:
     """
     problems = [finding for judge in _PROBLEMS if (finding := judge(run, evidence))]
     rises = [finding for judge in _RISES if (finding := judge(run, evidence))]
-    found = rises[:1] + problems
+    found = sorted(problems + rises[:1], key=lambda finding: finding.tone != "bad")
     return found or [_calm(run, evidence)]
 
 
@@ -121,18 +121,18 @@ def _not_taken(run: Run, evidence: Evidence) -> Finding | None:
 def _too_hot(run: Run, evidence: Evidence) -> Finding | None:
     """Return whether most steps had to be scaled down, and by how much the rate is too large."""
     series = evidence.series
-    if series.clipped.mean() <= OFTEN or run.settings.get("action") == "set":
+    thirds = [part for part in np.array_split(series.clipped, 3) if len(part)]
+    is_hot = max(part.mean() for part in thirds) > OFTEN
+    if not is_hot or run.settings.get("action") == "set":
         return None
-    over = series.proposed[series.clipped] / evidence.limit
-    times = float(np.nanquantile(over, _MOST)) if not np.isnan(over).all() else float("nan")
-    text = f"The learning rate is about {number(times)} times too large"
-    if not np.isfinite(times):
-        text = "The learning rate is too large"
-    safe = safe_learning_rate(evidence)
+    safe, over = safe_learning_rate(evidence), series.proposed[series.clipped] / evidence.limit
+    times = float(np.quantile(over[~np.isnan(over)], _MOST)) if np.isfinite(over).any() else np.inf
     if safe is not None:
-        rate = float(np.nanmedian(series.learning_rate[series.clipped]))
-        text = f"The learning rate is about {number(rate / safe)} times too large: {number(safe)} "
-        text += f"would have stayed under the limit at {percent(_MOST)} of the steps"
+        times = float(np.nanmedian(series.learning_rate[series.clipped])) / safe
+    how_much = f"about {number(float(f'{times:.2g}'))} times " if np.isfinite(times) else ""
+    text = f"The learning rate is {how_much}too large"
+    if safe is not None:
+        text += f": {_would_have_stayed(safe)}"
     done = f"the guard scaled down {int(series.clipped.sum()):,} of {len(series.step):,} steps"
     return Finding("warn", f"{text}; {done}.")
 
@@ -213,7 +213,15 @@ def _calm(run: Run, evidence: Evidence) -> Finding:
         how = " (predicted or measured)" if how_measured(run)["predicted"].any() else ""
         return Finding("good", f"Healthy: {total}, r <= {peak}{how}, none touched.")
     text = f"Unharmed: r was over the limit at {over:,} of {total} (at most {peak})"
-    return Finding("good", f"{text}, which were let through; {_held(evidence)}.")
+    safe = safe_learning_rate(evidence)
+    is_often = over > OFTEN * len(series.step) and safe is not None
+    hint = f"; {_would_have_stayed(safe)}" if is_often and safe is not None else ""
+    tone = "warn" if is_often else "good"
+    return Finding(tone, f"{text}, which were let through; {_held(evidence)}{hint}.")
+
+
+def _would_have_stayed(rate: float) -> str:
+    return f"{number(rate)} would have stayed under the limit at {percent(_MOST)} of the steps"
 
 
 def _held(evidence: Evidence) -> str:
@@ -241,10 +249,11 @@ def _touched(evidence: Evidence) -> str:
     series, facts = evidence.series, []
     if series.clipped.any():
         facts.append(f"scaled down {int(series.clipped.sum()):,}")
+    why = ""
     if series.skipped.any():
-        reason = next(iter(evidence.reasons.values()), "reason unknown")
-        facts.append(f"did not take {int(series.skipped.sum()):,} ({reason})")
-    return f"{' and '.join(facts)} of {count(len(series.step), 'step')}"
+        facts.append(f"did not take {int(series.skipped.sum()):,}")
+        why = f" ({next(iter(evidence.reasons.values()), 'reason unknown')})"
+    return f"{' and '.join(facts)} of {count(len(series.step), 'step')}{why}"
 
 
 def _worst(evidence: Evidence, episodes: list[Episode], what: str) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from safestep.plots.rates import FEW
 from safestep.plots.wording import count, number, percent, sentence, steps_between
 from safestep.report.drift import drifted_workers
 from safestep.report.episodes import Evidence, find_episodes, gather, tell, tell_healthy
@@ -107,14 +108,14 @@ def _closing(run: Run, series: StepSeries) -> list[str]:
         what = f"{count(unmeasured, 'step')} could not be measured and passed unguarded"
         sentences.append(sentence(f"{what} ({first or 'reason unknown'})"))
     removed = removed_area(series)
-    if removed >= 0.0005:
+    if removed >= 0.0005 and series.intervened.mean() > FEW:
         what = f"the guard lowered the mean learning rate by {percent(removed)}"
         sentences.append(sentence(what))
     if np.isfinite(series.seconds).any():
         milliseconds = 1e3 * float(np.nanmean(series.seconds))
         share = step_share(run)
         part = f", {percent(share)} of the step's time" if np.isfinite(share) else ""
-        sentences.append(sentence(f"it took {number(milliseconds)} ms a step in the mean{part}"))
+        sentences.append(sentence(f"the guard took {number(milliseconds)} ms a step in the mean{part}"))
     resumed = sum(event.get("name") == "resumed" for event in run.events)
     if resumed:
         sentences.append(sentence(f"the run was resumed {count(resumed, 'time')}"))
