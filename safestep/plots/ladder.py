@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from safestep.plots.style import INK, LADDER_COLORS, make_axes, make_log
+from safestep.plots.log_axis import make_log
+from safestep.plots.style import INK, LADDER_COLORS, make_axes
 
 __all__ = ["plot_ladder"]
 

@@ -3,19 +3,9 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from safestep.plots.log_axis import make_log, use_log_scale
 from safestep.plots.registry import figure, has_step
-from safestep.plots.style import (
-    COLORS,
-    INK,
-    dots,
-    make_axes,
-    make_log,
-    mark_limit,
-    mark_steps,
-    note,
-    say,
-    use_log_scale,
-)
+from safestep.plots.style import COLORS, INK, dots, make_axes, mark_limit, mark_steps, note, say
 from safestep.plots.wording import count, number, sentence
 from safestep.runlog.reader import Run
 from safestep.runlog.series import loss_ratios, step_series, thin

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from safestep.plots.log_axis import make_log, use_log_scale
 from safestep.plots.registry import figure, has_step
 from safestep.plots.style import (
     COLORS,
@@ -12,12 +13,10 @@ from safestep.plots.style import (
     last_finite,
     line_by_trust,
     make_axes,
-    make_log,
     mark_limit,
     mark_steps,
     note,
     say,
-    use_log_scale,
 )
 from safestep.plots.wording import count, number, percent
 from safestep.runlog.measured_how import how_measured

@@ -8,16 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import NullLocator
 
+from safestep.plots.log_axis import PlainLogFormatter
 from safestep.plots.registry import figure, has_worker_columns
-from safestep.plots.style import (
-    COLORS,
-    INK,
-    MAX_MARKS,
-    PlainLogFormatter,
-    make_axes,
-    note,
-    say,
-)
+from safestep.plots.style import COLORS, INK, MAX_MARKS, make_axes, note, say
 from safestep.plots.wording import count, number, plural
 from safestep.runlog.reader import Run
 from safestep.runlog.series import scalar, worker_noun

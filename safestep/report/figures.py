@@ -11,8 +11,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from safestep.plots.log_axis import make_log
 from safestep.plots.registry import FigureKind
-from safestep.plots.style import INK, PAPER, SERIES_COLORS, make_log
+from safestep.plots.style import INK, PAPER, SERIES_COLORS
 from safestep.runlog.reader import Run
 
 _SIZE = (5.0, 3.1)  # inches: text stays readable where a phone shows it 360 pixels wide

@@ -115,7 +115,9 @@ def _closing(run: Run, series: StepSeries) -> list[str]:
         milliseconds = 1e3 * float(np.nanmean(series.seconds))
         share = step_share(run)
         part = f", {percent(share)} of the step's time" if np.isfinite(share) else ""
-        sentences.append(sentence(f"the guard took {number(milliseconds)} ms a step in the mean{part}"))
+        sentences.append(
+            sentence(f"the guard took {number(milliseconds)} ms a step in the mean{part}")
+        )
     resumed = sum(event.get("name") == "resumed" for event in run.events)
     if resumed:
         sentences.append(sentence(f"the run was resumed {count(resumed, 'time')}"))

@@ -7,9 +7,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from safestep import plots
+from safestep.plots.log_axis import make_log
 from safestep.plots.loss import rank_correlation
 from safestep.plots.registry import FIGURES
-from safestep.plots.style import COLORS, make_log
+from safestep.plots.style import COLORS
 from safestep.runlog.reader import read_run
 from safestep.runlog.series import removed_area, spans, step_series, thin
 from safestep.runlog.writer import RunLog
