@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-import math
 import traceback
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
+from math import isfinite, pi
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
+from safestep.measure.audit import FIRST_CHECKS, Difference, ErrorBand, Outcome, Schedule
 from safestep.measure.estimators import (
     LogitTangent,
     MissingTangentError,
     difference,
-    difference_scale,
     is_repeatable,
     jvp,
     secant,
-    working_dtype,
 )
 from safestep.measure.inner_radii import InnerWatch
+from safestep.measure.perturb import displaced_by, moved_back
+from safestep.measure.precision import coarsest, is_half
 from safestep.measure.update import Estimator, Measurement, Update
-from safestep.parallel.shards import refuse_flattened
+from safestep.parallel.shards import local, refuse_flattened
 from safestep.radius.batch import BatchRadius, BatchRule
-from safestep.radius.masking import absent_classes
 
-CHECKED_STEPS = 3  # in a row, before one estimator is believed
-TOLERANCE = 0.2  # of r; the secant alone is off by 5 % at ordinary steps
-_ROUNDING = 1.0  # units in the last place of the largest logit, by which a difference may be off
+# Share of r by which an estimator may be off itself, and in half precision.
+_TOLERANCE = {Estimator.JVP: 0.02, Estimator.SECANT: 0.2}
+_TOLERANCE_HALF = {Estimator.JVP: 0.1, Estimator.SECANT: 0.2}
+# That the model has no forward-mode derivative is not the reason of these.
+_OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
 
 
 class CheckedEstimator:
     """Measure updates of one model, and check the measurement by a second estimator.
 
-    Where forward-mode automatic differentiation fails, the finite difference takes over for good.
-    The first steps are measured twice, by independent estimators; while the two differ, every step
-    is, and the larger r counts.
+    Where forward-mode automatic differentiation fails, the finite difference takes over; forward
+    mode is tried again ever more rarely. The first measurements are checked by a finite difference,
+    then ever fewer as long as the two agree. Where they differ by more than the error of the
+    difference, the difference counts, and the next measurement is checked too.
 
     Args:
         module: The root module of the calls.
@@ -67,13 +70,16 @@ class CheckedEstimator:
         self._rule = rule
         self._jvp = partial(jvp, inside=inside)
         self.finder = LogitFinder(logits)
-        self._agreements = 0
-        self._has_disagreed = False
+        self._checks = Schedule(FIRST_CHECKS)
+        self._retries = Schedule()
+        self._has_fallen_back = False
+        self._is_doubtful = False  # the last check found another r
+        self._has_warned = False
 
     @property
     def trusts_secants(self) -> bool:
         """Return whether a secant saves time, and is known to measure the same as the estimator."""
-        return self.estimator is Estimator.JVP and not self._has_disagreed
+        return self.estimator is Estimator.JVP and not self._is_doubtful
 
     def measure(self, update: Update, *, is_quick: bool = False) -> Measurement:
         """Return what is measured of one update.
@@ -109,106 +115,141 @@ class CheckedEstimator:
         if update.is_sharded:
             # Every forward pass gathers: ranks that ran different ones would wait for each other.
             return _measurement(self.estimator, self._smallest(self.estimator, update))
-        warning = None
+        if self._has_fallen_back and self._retries.is_due():
+            self.estimator = Estimator.JVP
+        if self.estimator is Estimator.DIFFERENCE:
+            return self._by_difference(update)
         try:
             smallest = self._smallest(self.estimator, update)
         except RuntimeError as error:
-            is_final = isinstance(error, (MissingTangentError, LogitsNotFoundError))
-            if is_final or self.estimator is not Estimator.JVP:
+            if isinstance(error, _OTHER_REASONS) or self.estimator is not Estimator.JVP:
                 raise
-            smallest = self._fall_back(error, update)
-            warning = (
-                f"{culprit(error, self._module)} has no forward-mode derivative "
-                f"({_first_sentence(error)}); r is measured by finite difference from now on"
-            )
-        found = _measurement(self.estimator, smallest, warning=warning)
-        return found if self._agreements >= CHECKED_STEPS else self._check(found, smallest, update)
+            return self._fall_back(error, update)
+        self._has_fallen_back = False
+        found = _measurement(self.estimator, smallest)
+        return self._check(found, update) if self._checks.is_due() else found
 
-    def _smallest(
-        self, estimator: Estimator, update: Update, sizes: list[Tensor] | None = None
-    ) -> BatchRadius:
-        """Return the smallest radius of the batch, and note the sizes of the logits."""
-        calls, params, start = update.calls, update.params, update.start
+    def _smallest(self, estimator: Estimator, update: Update) -> BatchRadius:
+        """Return the smallest radius of the batch."""
+        calls, params, change = update.calls, update.params, update.change
         rows: Generator[LogitTangent, None, None]
-        if estimator is Estimator.SECANT and update.is_made:
-            with closing(secant(calls, self._module, params, start, self.finder)) as rows:
-                return self._rule.reduce(_noting_sizes(rows, sizes))
-        estimate = {
-            Estimator.JVP: self._jvp,
-            Estimator.DIFFERENCE: difference,
-            Estimator.SECANT: partial(difference, scale=1.0),  # before the update is made
-        }[estimator]
-        with (
-            update.at_start(),
-            closing(estimate(calls, self._module, params, update.change, self.finder)) as rows,
-        ):
-            return self._rule.reduce(_noting_sizes(rows, sizes))
+        if estimator is Estimator.JVP:
+            rows = self._jvp(calls, self._module, params, change, self.finder)
+            with update.at_start(), closing(rows):
+                return self._rule.reduce(rows)
+        if estimator is Estimator.DIFFERENCE:
+            return self._difference(update).smallest
+        start = update.start if update.is_made else displaced_by(list(map(local, params)), change)
+        rows = secant(calls, self._module, params, start, self.finder)
+        # Before the update is made, what was displaced is its end; exchanged, it is the start.
+        with nullcontext() if update.is_made else moved_back(params, start), closing(rows):
+            return self._rule.reduce(rows)
 
-    def _fall_back(self, error: RuntimeError, update: Update) -> BatchRadius:
+    def _difference(self, update: Update, reach: float = 1.0) -> Difference:
+        errors = ErrorBand()
+        rows = difference(
+            update.calls, self._module, update.params, update.change, self.finder, reach
+        )
+        with update.at_start(), closing(rows):
+            return Difference.of(self._rule.reduce(errors.noting(rows)), errors)
+
+    def _by_difference(self, update: Update) -> Measurement:
+        """Return what the difference measures, its error too where that is large."""
+        found = self._difference(update)
+        if not found.is_sure and found.r > 1 and isfinite(found.r):
+            nearer = self._difference(update, found.r)
+            found = min(found, nearer, key=lambda each: each.error / each.r)
+        if found.is_sure or not isfinite(found.r):
+            return _measurement(Estimator.DIFFERENCE, found.smallest)
+        warning = None
+        if self._checks.is_due():
+            self._checks.relax()
+            warning = None if self._is_repeatable(update) else _of_another_draw()
+        return _measurement(
+            Estimator.DIFFERENCE, found.smallest, remarks=(str(found),), warning=warning
+        )
+
+    def _fall_back(self, error: RuntimeError, update: Update) -> Measurement:
         try:
-            smallest = self._smallest(Estimator.DIFFERENCE, update)
+            found = self._by_difference(update)
         except Exception:
             raise error from None
-        self.estimator = Estimator.DIFFERENCE
-        return smallest
+        self.estimator, self._has_fallen_back = Estimator.DIFFERENCE, True
+        self._retries.relax()
+        warning = (
+            f"{culprit(error, self._module)} has no forward-mode derivative "
+            f"({_first_sentence(error)}); r is measured by finite difference instead"
+        )
+        return replace(found, warning=warning)
 
-    def _check(self, found: Measurement, smallest: BatchRadius, update: Update) -> Measurement:
-        """Return the measurement, or the larger r where a second estimator finds another one."""
-        is_difference = self.estimator is Estimator.DIFFERENCE
-        other = Estimator.SECANT if is_difference else Estimator.DIFFERENCE
-        sizes: list[Tensor] = []
+    def _check(self, found: Measurement, update: Update) -> Measurement:
+        """Return the measurement, or that of the difference where the two surely differ."""
+        name, r = found.estimator.value, found.spread / pi
         try:
-            second = self._smallest(other, update, sizes)
+            second = self._difference(update, max(1.0, r) if isfinite(r) else 1.0)
         except Exception as error:  # the step is measured; what could not be is the check
-            self._agreements = CHECKED_STEPS  # it would fail again at every step
-            warning = (
-                f"r by {self.estimator.value} could not be checked by {other.value} "
-                f"({_first_sentence(error)})"
-            )
+            self._checks.relax(at_once=True)
+            text = _first_sentence(error)
+            if isinstance(error, MissingTangentError) and self._is_half(update):
+                return replace(found, remarks=(f"not checked: {text}",))  # rounded away
+            warning = f"r by {name} could not be checked by difference ({text})"
             return replace(found, warning=found.warning or warning)
-        r, r_second = smallest.spread / math.pi, second.spread / math.pi
-        is_beyond_secant = Estimator.SECANT in (self.estimator, other) and min(r, r_second) > 1
-        if is_beyond_secant or not math.isfinite(r + r_second):
+        is_beyond_secant = found.estimator is Estimator.SECANT and min(r, second.r) > 1
+        if is_beyond_secant or not isfinite(r + second.r):
             return found
-        if abs(r - r_second) <= TOLERANCE * max(r, r_second) + self._noise(update, sizes, other):
-            self._agreements += 1
+        tolerances = _TOLERANCE_HALF if self._is_half(update) else _TOLERANCE
+        outcome = second.compare(r, tolerances[found.estimator])
+        if outcome is Outcome.AGREES:
+            self._is_doubtful = False
+            self._checks.relax()
             return found
-        return self._disagreement(found, smallest, second, update, other)
+        return self._disputed(found, second, outcome, update)
 
-    def _noise(self, update: Update, sizes: Sequence[Tensor], other: Estimator) -> float:
-        """Return how far rounding alone may put the r of a difference off."""
-        eps = torch.finfo(working_dtype(update.calls, update.params, self.finder)).eps
-        size = float(torch.stack(list(sizes)).max()) if sizes else 0.0
-        scale = difference_scale(update.calls, update.start, update.change, self.finder)
-        if Estimator.SECANT in (self.estimator, other):
-            scale = min(1.0, scale)
-        return _ROUNDING * eps * size / (scale * math.pi)
-
-    def _disagreement(
-        self,
-        found: Measurement,
-        smallest: BatchRadius,
-        second: BatchRadius,
-        update: Update,
-        other: Estimator,
+    def _disputed(
+        self, found: Measurement, second: Difference, outcome: Outcome, update: Update
     ) -> Measurement:
-        self._agreements = 0
-        if not is_repeatable(update.calls, self._module, self.finder):
-            why = (
-                "a call that is repeated gives other logits: it draws from a random generator that "
-                "is out of reach, and r is that of another draw"
-            )
-        else:
-            why = "the larger r counts"
-            smallest = max(smallest, second, key=lambda each: each.spread)
-        remark = f"r {found.spread / math.pi:.3g}; {other.value} r {second.spread / math.pi:.3g}"
-        warning = found.warning
-        if not self._has_disagreed:
-            warning = warning or (
-                f"two estimators of one step differ: {self.estimator.value} {remark}; {why}"
-            )
-        self._has_disagreed = True
-        return _measurement(self.estimator, smallest, remarks=(remark,), warning=warning)
+        """Return the measurement that counts where the difference does not confirm the first."""
+        name, r = found.estimator.value, found.spread / pi
+        if not self._is_repeatable(update):
+            self._checks.relax()
+            remark = f"r {r:.3g}; difference {second}"
+            return replace(found, remarks=(remark,), warning=found.warning or _of_another_draw())
+        if outcome is Outcome.UNSETTLED:
+            self._checks.relax()
+            return replace(found, remarks=(f"not checked: difference {second}",))
+        warning = None if self._has_warned else _of_a_difference(found.estimator, r, second)
+        self._is_doubtful = self._has_warned = True
+        self._checks.reset()
+        return _measurement(
+            Estimator.DIFFERENCE, second.smallest, remarks=(f"r {second.r:.3g}; {name} r {r:.3g}",),
+            warning=found.warning or warning,
+        )  # fmt: skip
+
+    def _is_half(self, update: Update) -> bool:
+        return is_half(coarsest(self.finder.dtypes | {param.dtype for param in update.params}))
+
+    def _is_repeatable(self, update: Update) -> bool:
+        return is_repeatable(update.calls, self._module, self.finder)
+
+
+def _of_another_draw() -> str:
+    return (
+        "a call that is repeated gives other logits: it draws from a random generator that is out "
+        "of reach, and r is that of another draw"
+    )
+
+
+def _of_a_difference(estimator: Estimator, r: float, second: Difference) -> str:
+    text = (
+        f"two estimators of one step differ: {estimator.value} r {r:.3g}; difference {second}, "
+        "which counts"
+    )
+    if estimator is not Estimator.JVP:
+        return text
+    return text + (
+        ". Look for a `detach` or a kept copy of a parameter on the way to the logits: the "
+        "gradient then lacks that part too"
+    )
 
 
 def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> Measurement:
@@ -240,19 +281,3 @@ def culprit(error: BaseException, module: nn.Module) -> str:
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")[:160]
-
-
-def _noting_sizes(
-    rows: Iterable[LogitTangent], sizes: list[Tensor] | None
-) -> Iterator[LogitTangent]:
-    if sizes is None:
-        yield from rows
-        return
-    for row in rows:
-        logits = row.logits
-        absent = absent_classes(logits)  # a mask of -1e9 is no number that anything is rounded by
-        finite = (logits if absent is None else logits.masked_fill(absent, 0.0)).nan_to_num(
-            neginf=0.0, posinf=0.0
-        )
-        sizes.append(finite.abs().amax().double())
-        yield row

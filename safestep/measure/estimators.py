@@ -18,15 +18,19 @@ from safestep.capture.wrappers import eager_module
 from safestep.measure.forward_ad import differentiable_kernels, tangents_in_place
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.perturb import displaced_by, moved_back
+from safestep.measure.precision import is_half, run_precisely, without_autocast
 from safestep.parallel.shards import are_sharded, local
 from safestep.radius.batch import LogitTangent
-from safestep.radius.masking import without_absent
+from safestep.radius.masking import absent_classes, without_absent
+from safestep.radius.rows import row_spread
 
-# Distance of a finite difference, as a share of the parameters' norm. Measured on a Transformer, an
-# MLP with LayerNorm and a CNN with BatchNorm, with updates of 1e-4 to 1e4 times their usual size:
-# relative error of r at most 1e-3 in float32, 8e-2 in bfloat16.
-_DISTANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
-_DISTANCE_HALF = 2e-2
+# Distance of a finite difference, as a share of the parameters' norm: what suits the rounding of a
+# precision, and what it allows at least (some 16 units in the last place of a parameter).
+_DISTANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (3e-4, 1e-6)}
+_DISTANCE_HALF = (2e-2, 2e-3)
+# As a share of the update: the most, where the least of above allows it. Half precision rounds
+# away what is smaller.
+_SHARE, _SHARE_HALF = 1 / 128, 1 / 2
 
 
 class MissingTangentError(RuntimeError):
@@ -153,17 +157,15 @@ def difference(
     params: Sequence[Tensor],
     tangents: Sequence[Tensor],
     logits: LogitsFn | LogitFinder | None = None,
-    scale: float | None = None,
+    reach: float = 1.0,
 ) -> Generator[LogitTangent, None, None]:
-    """Yield the logits of recorded calls and a one-sided difference quotient along the update.
+    """Yield the logits of recorded calls and a central difference quotient along the update.
 
-    a = (z(theta + eps p) - z(theta)) / eps, eps ||p|| = 1e-4 ||theta||: the distance is a share of
-    the parameters' norm, not of the update's, so that the error does not depend on how large the
-    update is.
+    a = (z(theta + eps p) - z(theta - eps p)) / (2 eps). The quotients of the two sides differ by
+    what curvature and rounding do to them: half of that is the error of each row's spread.
 
-    Scope: any operator, any size of update, two forward passes. Relative error of r about 1e-3 in
-    float32, 2 % to 15 % in half precision. Not where a call cannot be repeated: noise that is drawn
-    anew is divided by eps.
+    Scope: any operator, any size of update, three forward passes, without autocast where that is
+    possible. Relative error of r about 1e-3 in float32; in half precision it is what `error` says.
 
     Args:
         calls: The calls to run again.
@@ -172,31 +174,51 @@ def difference(
             to and put back, bit for bit.
         tangents: The update of each of them.
         logits: The user's way from an output to its logits.
-        scale: eps, if not the usual one; at 1 this is the secant, before the update is made.
+        reach: How many radii the update is long, if that is known and over 1.
 
     Yields:
-        Every set of logits found, with its tangent.
+        Every set of logits found, with its tangent and the error of its spread.
 
     Raises:
         MissingTangentError: If the logits do not change though the parameters do.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
     finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
-    places = list(map(local, params))
     has_changed = not any(p.any() for p in tangents)  # nothing is asked of an update of zero
     with torch.no_grad():
         for call in calls:
-            before = _run(call, module, finder)  # shows in which precision the call computes
-            eps = difference_scale(calls, params, tangents, finder) if scale is None else scale
-            displaced = displaced_by(places, tangents, eps)
-            with moved_back(params, displaced):
-                after = _run(call, module, finder)
-            for old, new in zip(before, after, strict=True):
-                values = _values(new, partial(moved_back, params, displaced))
-                tangent = _quotient(_values(old), values, eps)
-                has_changed |= bool(tangent.any())
-                yield LogitTangent(old.name, _values(old), tangent, old.mask)
+            before, dtype, is_plain = run_precisely(call, module, params, finder)
+            eps = difference_scale(params, tangents, dtype, reach)
+            with without_autocast() if is_plain else nullcontext():
+                ahead = _displaced(call, module, params, tangents, eps, finder)
+                behind = _displaced(call, module, params, tangents, -eps, finder)
+                for old, forward, backward in zip(before, ahead, behind, strict=True):
+                    values = _values(old)
+                    a, b = _quotient(values, forward(), eps), _quotient(values, backward(), -eps)
+                    error = row_spread(a - b, None) / 2 + _rounding(values, dtype, eps)
+                    tangent = a.add_(b).div_(2)
+                    has_changed |= bool(tangent.any())
+                    yield LogitTangent(old.name, values, tangent, old.mask, error)
     _demand_change(has_changed)
+
+
+def _displaced(
+    call: Call,
+    module: nn.Module,
+    params: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    eps: float,
+    finder: LogitFinder,
+) -> list[Callable[[], Tensor]]:
+    """Return functions that return the logits of a call at params + eps * tangents."""
+    place = partial(moved_back, params, displaced_by(list(map(local, params)), tangents, eps))
+    with place():
+        found = _run(call, module, finder)
+    # Parameters elsewhere are held only for logits that are computed from them when asked for.
+    return [
+        each.source.detach if isinstance(each.source, Tensor) else partial(_values, each, place)
+        for each in found
+    ]
 
 
 def secant(
@@ -245,22 +267,24 @@ def secant(
 
 @torch.no_grad()
 def difference_scale(
-    calls: Sequence[Call],
     params: Sequence[Tensor],
     tangents: Sequence[Tensor],
-    finder: LogitFinder,
+    dtype: torch.dtype,
+    reach: float = 1.0,
 ) -> float:
-    """Return eps, the share of the update that ``difference`` goes.
+    """Return eps, the share of the update that ``difference`` goes to each side.
 
     Args:
-        calls: The calls: their autocast regions set the precision.
         params: The trained parameters.
         tangents: The update of each of them.
-        finder: Has seen the calls run.
+        dtype: The coarsest precision that the calls compute in.
+        reach: How many radii the update is long, if that is known and over 1.
 
     Returns:
-        A distance for the precision of the calls, relative to the length of the update; 1 where
-        either length is zero.
+        A distance that suits the precision, in lengths of the update: at most 1/128 of it and of
+        the radius, or 1/2 in half precision, unless rounding of the parameters needs more. 1 where
+        a length is zero, and where the parameters are in half precision: they hold no part of an
+        update.
 
     Raises:
         RuntimeError: If a parameter is sharded: ranks would go different distances.
@@ -270,21 +294,17 @@ def difference_scale(
             "the distance of a finite difference would depend on each rank's shard of the "
             "parameters; use estimator='jvp' or 'secant'"
         )
-    distance = _DISTANCE.get(working_dtype(calls, params, finder), _DISTANCE_HALF)
+    if any(is_half(param.dtype) for param in params):
+        return 1.0
     total, step = (
         torch.linalg.vector_norm(torch.stack([t.norm(dtype=torch.float64) for t in tensors]))
         for tensors in (params, tangents)
     )
-    return float(distance * total / step) if bool(step * total > 0) else 1.0
-
-
-def working_dtype(
-    calls: Sequence[Call], params: Sequence[Tensor], finder: LogitFinder
-) -> torch.dtype:
-    """Return the coarsest precision that the calls compute in."""
-    dtypes = finder.dtypes | {param.dtype for param in params}
-    dtypes |= {dtype for call in calls for _, dtype in call.autocast}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    if not bool(step * total > 0):
+        return 1.0
+    usual, least = _DISTANCE.get(dtype, _DISTANCE_HALF)
+    share, ratio = _SHARE_HALF if is_half(dtype) else _SHARE, float(total / step)
+    return max(min(usual * ratio, share / reach), least * ratio)
 
 
 def is_repeatable(
@@ -325,6 +345,14 @@ def _values(found: Logits, place: Callable[[], AbstractContextManager] = nullcon
 def _quotient(before: Tensor, after: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(before.dtype, torch.float32)
     return without_absent(before, (after.to(wide) - before.to(wide)) / scale)
+
+
+def _rounding(logits: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """Return what rounding of the logits alone may add to each row's spread in a difference."""
+    absent = absent_classes(logits)  # a mask of -1e9 is no number that anything is rounded by
+    finite = logits if absent is None else logits.masked_fill(absent, 0.0)
+    size = finite.nan_to_num(neginf=0.0, posinf=0.0).abs().amax(dim=-1).float()
+    return size * (torch.finfo(dtype).eps / eps)
 
 
 def _demand_change(has_changed: bool) -> None:

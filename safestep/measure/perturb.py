@@ -36,7 +36,9 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
             yield
 
 
-def displaced_by(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -> list[Tensor]:
+def displaced_by(
+    places: list[Tensor], tangents: Sequence[Tensor], eps: float = 1.0
+) -> list[Tensor]:
     """Return places + eps * tangents, and hold little else.
 
     Args:
@@ -52,7 +54,8 @@ def displaced_by(places: list[Tensor], tangents: Sequence[Tensor], eps: float) -
         tangents.write(displaced)
     else:
         torch._foreach_copy_(displaced, list(tangents))
-    torch._foreach_mul_(displaced, eps)
+    if eps != 1.0:
+        torch._foreach_mul_(displaced, eps)
     torch._foreach_add_(displaced, places)
     return displaced
 

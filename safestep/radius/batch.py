@@ -25,12 +25,14 @@ class LogitTangent:
             ``ladder_radius``).
         tangent: Their directional derivative. Shape ``[*B, C]``, unit: logits.
         mask: True where a row counts, None if all do. Shape ``[*B]``.
+        error: How far the spread of each row may be off; None if that is not known. Shape ``[*B]``.
     """
 
     name: str
     source: Tensor | Callable[..., Tensor]
     tangent: Tensor
     mask: Tensor | None = None
+    error: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from safestep import SafeStep
 from safestep.capture.call import Call
 from safestep.capture.random_state import CallConditions
-from safestep.measure.cross_check import CHECKED_STEPS
 from safestep.measure.estimators import difference, jvp, secant
 
 ESTIMATORS = ["jvp", "difference", "secant"]
@@ -219,9 +218,10 @@ def rows_of(estimator, factor, *, autocast=None):
     return float((row.tangent.amax(-1) - row.tangent.amin(-1)).max())
 
 
-@pytest.mark.parametrize("factor", [1e-4, 1.0, 1e4], ids=str)
-def test_the_error_of_a_difference_does_not_depend_on_the_size_of_the_update(factor):
-    assert rows_of(difference, factor) == pytest.approx(rows_of(jvp, factor), rel=2e-3)
+# An update of a millionth of the parameters is rounded to some twenty steps of float32.
+@pytest.mark.parametrize(("factor", "rel"), [(1e-4, 2e-2), (1.0, 2e-3), (1e4, 2e-3)], ids=str)
+def test_a_difference_is_right_for_any_size_of_update(factor, rel):
+    assert rows_of(difference, factor) == pytest.approx(rows_of(jvp, factor), rel=rel)
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1.0, 1e4], ids=str)
@@ -301,18 +301,18 @@ def test_logits_that_do_not_follow_the_parameters_are_unmeasured_not_safe(estima
     assert reports[0].status == "unmeasured"
 
 
-def test_estimators_that_differ_are_both_reported_and_the_larger_r_counts():
+def test_estimators_that_differ_are_both_reported_and_the_difference_counts():
     model = build(head_only)
     kept = model[0].weight.data.t()  # a view out of reach: forward mode cannot see it move
     model[1].forward = lambda hidden: hidden + 20 * batch()[0] @ kept
 
-    with pytest.warns(UserWarning, match=r"differ: jvp r .*; difference r .*; the larger r counts"):
+    with pytest.warns(UserWarning, match=r"differ: jvp r .*; difference r .*, which counts"):
         (report, *_), _ = take_steps(model, 2)
 
-    assert report.estimator.startswith("jvp (r ")
-    first, second = (float(n) for n in report.estimator[7:-1].split("; difference r "))
-    assert second > 1.2 * first
-    assert report.normalized_step == pytest.approx(second, rel=1e-2)
+    assert report.estimator.startswith("difference (r ")
+    counts, other = (float(n) for n in report.estimator[14:-1].split("; jvp r "))
+    assert counts > 1.2 * other
+    assert report.normalized_step == pytest.approx(counts, rel=1e-2)
 
 
 def test_a_call_that_cannot_be_repeated_is_reported_and_forward_mode_counts():
@@ -326,16 +326,17 @@ def test_a_call_that_cannot_be_repeated_is_reported_and_forward_mode_counts():
     assert "; difference r " in reports[-1].estimator
 
 
-def test_only_the_first_steps_are_measured_twice():
+def test_checks_become_rarer_while_estimators_agree():
     model, runs = build(head_only), []
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else runs.append(1))
 
-    take_steps(model, 10)
+    take_steps(model, 32, estimator="jvp")
 
-    assert len(runs) == 10 + 2 * CHECKED_STEPS
+    checks = 3 + 4  # steps 0, 1, 2, and then 4, 8, 16, 32 but for the last, which is one too far
+    assert len(runs) == 32 + 3 * (checks - 1)
 
 
-def test_a_check_that_cannot_be_made_is_said_once_and_not_tried_again(monkeypatch):
+def test_a_check_that_cannot_be_made_is_said_once_and_tried_again_ever_more_rarely(monkeypatch):
     calls = []
 
     def broken(*_):
@@ -355,8 +356,8 @@ def test_a_check_that_cannot_be_made_is_said_once_and_not_tried_again(monkeypatc
 
     with pytest.warns(UserWarning, match=r"r by jvp could not be checked .*no second opinion\)"):
         step()
-    step()  # a second warning would be an error
-    step()
+    for _ in range(13):
+        step()  # a second warning would be an error
 
     assert guard.last.status == "ok"
-    assert len(calls) == 1
+    assert len(calls) == 3  # steps 0, 2, 6
