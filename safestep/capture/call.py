@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from safestep.capture.attributes import Modes
+from safestep.capture.effects import Start
 from safestep.capture.gradient import GradientEvidence
-from safestep.capture.random_state import CallConditions, Modes, RandomState
+from safestep.capture.random_state import CallConditions, RandomState
 
 
 @dataclass(slots=True, eq=False)
@@ -25,8 +27,8 @@ class Call:
         structure: The argument tree; None where all arguments are positional tensors.
         random: Random state just before the call, so that dropout draws the same mask.
         autocast: ``(device type, dtype)`` of every autocast region around the call.
-        versions: Version counter of each tensor argument, to notice a change in place.
         modes: Every submodule, and whether it was in train mode.
+        start: What the call may change, as it was before the call.
         conditions: Recorded `random` and `modes`, and checks them when the call runs again.
         lacks: Generators that the re-run drew from and `random` does not hold.
         unread: By output name, the function that reads what a gradient shows; run when asked.
@@ -42,8 +44,8 @@ class Call:
     structure: TreeSpec | None
     random: RandomState
     autocast: tuple[tuple[str, torch.dtype], ...]
-    versions: tuple[int, ...]
     modes: Modes
+    start: Start
     conditions: CallConditions
     lacks: list[str] = field(default_factory=list)
     unread: dict[str, Callable[[], GradientEvidence]] = field(default_factory=dict)
@@ -67,8 +69,8 @@ class Call:
         leaves = list(map(_detached, leaves))
         random, modes = conditions.record()
         return cls(
-            function, leaves, structure, random, _autocast_regions(), versions_of(leaves), modes,
-            conditions,
+            function, leaves, structure, random, _autocast_regions(), modes,
+            conditions.effects.before(leaves, modes), conditions,
         )  # fmt: skip
 
     @property
@@ -86,12 +88,9 @@ class Call:
             The output of the function.
 
         Raises:
-            RuntimeError: If an argument was changed in place after the call.
+            RuntimeError: If the call changes something whose state before the call is not known,
+                or an argument was changed in place after the call.
         """
-        if versions_of(self.leaves) != self.versions:
-            raise RuntimeError(
-                "an input of the model was changed in place between its forward pass and the step"
-            )
         self.random.restore()
         for child, mode in zip(*self.modes, strict=True):
             if child.training is not mode:
@@ -108,12 +107,12 @@ class Call:
                         cache_enabled=False,
                     )
                 )
-            with self.conditions.checked(self.random, self.modes) as self.lacks:
-                return self._again()
+            effects = self.conditions.effects.replayed(self.start, self.leaves, self.modes)
+            with effects as leaves, self.conditions.checked(self.random, self.modes) as self.lacks:
+                return self._again(leaves)
 
-    def _again(self) -> Any:
+    def _again(self, leaves: list[Any]) -> Any:
         # New containers each time: some training steps pop the labels from their batch.
-        leaves = map(_detached, self.leaves)
         if self.structure is None:
             return self.function(*leaves)
         args, kwargs = tree_unflatten(leaves, self.structure)
@@ -122,13 +121,6 @@ class Call:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
-
-
-def versions_of(leaves: Iterable[Any]) -> tuple[int, ...]:
-    """Return the version counter of every tensor among `leaves`."""
-    return tuple(
-        leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()
-    )
 
 
 def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safestep.capture.attributes import CONTAINERS, MODULE_TABLES, PLAIN, changeable, walk
+from safestep.capture.attributes import Held, own_attributes, walk
+from safestep.capture.copies import Copier, is_plain
 from safestep.capture.random_state import RandomState, generators_in
 from safestep.parallel.shards import reshard
 
@@ -23,12 +20,13 @@ def without_side_effects(module: nn.Module) -> Iterator[None]:
     """Undo, at exit, everything that a run of `module` inside changes.
 
     Put back are buffers (contents, bindings, version counters), attributes of every submodule
-    (tensors, arrays, lists, dicts, counters, train/eval flags) and the state of every random
-    generator, those in attributes included. The original objects are kept out of reach and copies
-    put in their place; a view of a parameter becomes a fresh view of it, which carries its tangent.
-    Compiled code runs eagerly inside.
+    (tensors, arrays, containers, objects, counters, train/eval flags), the storage that each
+    parameter has and the state of every random generator, those in attributes included. The
+    original objects are kept out of reach and copies put in their place; a view of a parameter
+    becomes a fresh view of it, which carries its tangent. Compiled code runs eagerly inside.
 
-    Not put back: objects of other classes that a module holds, and effects outside of the module.
+    Not put back: objects that work on the module, as a trainer does, and effects outside of it.
+    What the module writes into its parameters is put back by ``ForwardEffects``.
 
     Args:
         module: The root module.
@@ -37,81 +35,57 @@ def without_side_effects(module: nn.Module) -> Iterator[None]:
         Nothing.
 
     Raises:
-        RuntimeError: If a forward call would write into a parameter.
+        RuntimeError: If the module holds an embedding that writes into its weight at every call.
     """
     within = walk(module)
-    children = [child for child, _ in within]
-    _refuse_writers(children)
+    _refuse_writers(within)
     reshard(module)
     random_state = RandomState.capture(generators_in(within))
-    saved = [(child, dict(vars(child)), dict(child._buffers)) for child in children]
+    saved = [_Saved(child) for child, _ in within]
+    params = [param for param in module.parameters() if is_plain(param)]
+    storages = [param.data for param in params]
     try:
-        _put_copies(saved, _Copier(module))
+        copier = Copier(module)
+        for each in saved:
+            each.put_copies(copier)
         torch.clear_autocast_cache()
         with _eager():
             yield
     finally:
         torch.clear_autocast_cache()
         reshard(module)
-        for child, attributes, buffers in saved:
-            vars(child).clear()
-            vars(child).update(attributes)
-            _rebind(child, buffers)
+        for each in saved:
+            each.put_back()
+        for param, storage in zip(params, storages, strict=True):
+            if param.data_ptr() != storage.data_ptr():
+                param.data = storage
         random_state.restore()
 
 
-class _Copier:
-    """Copy objects that a forward pass may change, each once, so that shared ones stay shared."""
+class _Saved:
+    """Attributes, buffers and parameters of one module, as they were."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._copies: dict[int, Any] = {}
-        self._owners = {
-            param.untyped_storage().data_ptr(): param
-            for param in module.parameters()
-            if type(param) is nn.Parameter
-        }
+    def __init__(self, child: nn.Module) -> None:
+        self._child = child
+        self._attributes = dict(vars(child))
+        self._buffers = dict(child._buffers)
+        self._parameters = dict(child._parameters)
 
-    def copied(self, value: Any) -> Any:
-        """Return a copy of `value`, or `value` if nothing in it can change."""
-        if isinstance(value, nn.Parameter) or not isinstance(
-            value, (Tensor, np.ndarray, *CONTAINERS)
-        ):
-            return value
-        if id(value) not in self._copies:
-            self._copies[id(value)] = value  # where a container holds itself
-            self._copies[id(value)] = self._fresh(value)
-        return self._copies[id(value)]
+    def put_copies(self, copier: Copier) -> None:
+        """Let the module work on copies."""
+        vars(self._child).update(
+            {name: copier.copied(value) for name, value in own_attributes(self._child).items()}
+        )
+        _rebind(self._child, {name: copier.copied(it) for name, it in self._buffers.items()})
 
-    def _fresh(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, tuple):
-            items = tuple(map(self.copied, changeable(value))) or value
-            return items if type(value) is tuple else value
-        duplicate = copy(value)
-        if isinstance(value, dict):
-            duplicate.update({key: self.copied(item) for key, item in value.items()})
-        elif isinstance(value, (list, deque)):
-            for index, item in enumerate(changeable(value)):
-                duplicate[index] = self.copied(item)
-        return duplicate
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        is_strided = type(tensor) is Tensor and tensor.layout is torch.strided
-        owner = self._owners.get(tensor.untyped_storage().data_ptr()) if is_strided else None
-        if owner is None or owner.dtype != tensor.dtype or tensor.numel() == 0:
-            return tensor.detach().clone()
-        return owner.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _put_copies(
-    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]], copier: _Copier
-) -> None:
-    for child, attributes, buffers in saved:
-        for name, value in attributes.items():
-            if name not in MODULE_TABLES and type(value) not in PLAIN:
-                vars(child)[name] = copier.copied(value)
-        _rebind(child, {name: copier.copied(buffer) for name, buffer in buffers.items()})
+    def put_back(self) -> None:
+        """Let the module have its own again."""
+        vars(self._child).clear()
+        vars(self._child).update(self._attributes)
+        _rebind(self._child, self._buffers)
+        if not isinstance(self._child, torch.jit.ScriptModule):
+            self._child._parameters.clear()
+            self._child._parameters.update(self._parameters)
 
 
 def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
@@ -123,8 +97,8 @@ def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
     child._buffers.update(buffers)
 
 
-def _refuse_writers(children: list[nn.Module]) -> None:
-    for child in children:
+def _refuse_writers(within: list[Held]) -> None:
+    for child, _ in within:
         if vars(child).get("max_norm") is not None and "num_embeddings" in vars(child):
             raise RuntimeError(
                 f"{type(child).__name__}(max_norm={child.max_norm}) writes into its weight in "

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safestep.capture.attributes import Held, walk
+from safestep.capture.attributes import Held, Modes, walk
+from safestep.capture.effects import ForwardEffects
 
 # Calls that must have run again without news before less of the next ones is recorded.
 _SETTLED = 16
 
-# Modules, and which of them are in train mode.
-Modes = tuple[list[nn.Module], list[bool]]
 
 # Generators that a module may hold as attributes: how to read and write their state.
 _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -124,6 +123,7 @@ class CallConditions:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.effects = ForwardEffects(module)
         self._module = module
         self._look()
         self._quiet = 0  # calls that ran again without news, in a row; -1: some drew unrecorded

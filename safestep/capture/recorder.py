@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safestep._warn import warn_user
-from safestep.capture.call import Call, versions_of
+from safestep.capture.call import Call
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.hooks import DetachableHook
 from safestep.capture.outputs import named_tensors
@@ -55,6 +55,7 @@ class Recorder:
         self._params = params
         self._watches = watches
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
+        self._told: list[Call] = []  # by `record`, since the last step
         self._opened: Call | None = None
         self._backward = -1  # torch's number of the backward pass that queued the latest call
         self._step_start: tuple[int, ...] | None = None
@@ -91,7 +92,14 @@ class Recorder:
         if self._watches:
             call.signals += _largest(call.leaves)
         self._queue(call)
+        self._told.append(call)
         return call
+
+    def notice_effects(self) -> None:
+        """Learn, just before the step, what calls that were passed to `record` have changed."""
+        for call in self._told:
+            self._conditions.effects.after(call.start)
+        self._told.clear()
 
     def begin_step(self) -> None:
         """Record calls only at the present parameters, until `take`.
@@ -99,12 +107,13 @@ class Recorder:
         An optimizer like LBFGS evaluates its closure again at other parameters; what the gradient
         shows there (rows that are fitted, rows that count) is not so at the start of the step.
         """
-        self._step_start = versions_of(self._params())
+        self._step_start = _versions(self._params())
 
     def take(self) -> list[Call]:
         """Return the queued calls and forget them."""
         calls = _since_cleared(list(self._calls))
         self._calls.clear()
+        self._told.clear()
         self._step_start = None
         return calls
 
@@ -118,7 +127,7 @@ class Recorder:
         self._opened = None
         if not torch.is_grad_enabled():
             return
-        if self._step_start is not None and self._step_start != versions_of(self._params()):
+        if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         self._void_cleared()
         self._opened = Call.of(self._part, args, kwargs, self._conditions)
@@ -127,6 +136,7 @@ class Recorder:
         call, self._opened = self._opened, None
         if call is None:
             return
+        self._conditions.effects.after(call.start)
         for name, tensor in named_tensors(output):
             if not tensor.is_leaf:
                 # The output is needed with its gradient, until its class axis is known.
@@ -196,6 +206,10 @@ class Recorder:
             )
             self._calls.clear()
         self._calls.append(call)
+
+
+def _versions(params: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(param._version for param in params)
 
 
 def _has_gradient(param: Tensor) -> bool:

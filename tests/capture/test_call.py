@@ -28,11 +28,28 @@ def test_a_re_run_takes_place_in_the_mode_and_autocast_region_of_its_call():
     assert not model.training
 
 
-def test_an_input_changed_in_place_before_the_step_is_noticed():
+def test_a_small_input_changed_in_place_before_the_step_is_kept_as_it_was():
     model, inputs = mlp(), torch.randn(8, 5)
+    recorder = Recorder(model, lambda: list(model.parameters()))
+    logits = model(inputs)
+    logits.sum().backward()
+    inputs.zero_()
+
+    assert torch.equal(recorder.take()[0].run(), logits)
+    assert not inputs.any()
+
+
+def test_a_large_input_changed_in_place_before_the_step_is_noticed_once_and_then_kept():
+    model, inputs = nn.Linear(2, 3), torch.randn(40000, 2)
     recorder = Recorder(model, lambda: list(model.parameters()))
     model(inputs).sum().backward()
     inputs.zero_()
-
-    with pytest.raises(RuntimeError, match="changed in place between its forward pass and the"):
+    with pytest.raises(
+        RuntimeError, match=r"argument 1 of the model \(Tensor\) was changed in place"
+    ):
         recorder.take()[0].run()
+
+    logits = model(inputs.normal_())
+    logits.sum().backward()
+    inputs.zero_()
+    assert torch.equal(recorder.take()[0].run(), logits)
