@@ -115,8 +115,12 @@ class Copier:
         return duplicate
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        is_strided = type(tensor) is Tensor and tensor.layout is torch.strided
-        owner = self._owners.get(tensor.untyped_storage().data_ptr()) if is_strided else None
+        if type(tensor) is not Tensor or not is_plain(tensor):
+            return self._copy(tensor)
+        storage = tensor.untyped_storage()
+        if tensor.numel() and not storage.nbytes():  # freed, as FullyShardedDataParallel does
+            return tensor
+        owner = self._owners.get(storage.data_ptr())
         if owner is None or owner.dtype != tensor.dtype or tensor.numel() == 0:
             return self._copy(tensor)
         return owner.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

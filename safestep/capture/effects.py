@@ -17,6 +17,9 @@ from safestep.capture.written import Mark, WrittenParameters
 
 # Calls that must have run again without a new effect before only known effects are kept.
 _SETTLED = 4
+# Steps without a re-run after which the next calls are recorded as if nothing changed: none of them
+# may ever run again, where a loss cannot be measured.
+_UNSEEN = 16
 # Elements of a tensor that is kept before anything is known about it.
 _SMALL = 2**16
 
@@ -67,6 +70,7 @@ class ForwardEffects:
         self._known: dict[Place, bool] = {}  # whether numbers of tensors change there as well
         self._copier: Copier | None = None
         self._quiet = 0  # calls that ran again without a new effect, in a row
+        self._steps_unseen = 0  # without a re-run, in a row
         self._quiet_modes: Modes | None = None  # in which those ran
 
     def before(self, leaves: Sequence[Any], modes: Modes) -> Start:
@@ -77,6 +81,7 @@ class ForwardEffects:
             modes: The submodules, and whether each is in train mode.
         """
         is_new = self._quiet < _SETTLED or modes != self._quiet_modes
+        is_new &= self._steps_unseen < _UNSEEN
         start = Start(self._parameters.before(is_new=is_new))
         if is_new:
             start.whole = modes[0]
@@ -96,6 +101,10 @@ class ForwardEffects:
         """
         self._parameters.after(start.mark)
 
+    def end_step(self) -> None:
+        """Count a step whose calls may run again now, or never."""
+        self._steps_unseen += 1
+
     @contextmanager
     def replayed(self, start: Start, leaves: Sequence[Any], modes: Modes) -> Iterator[list[Any]]:
         """Let a call run again inside from where it started.
@@ -113,6 +122,7 @@ class ForwardEffects:
         Raises:
             RuntimeError: If the call changes something whose state before the call is not known.
         """
+        self._steps_unseen = 0
         children = modes[0]
         self._refuse_stale(start, children)
         copier = Copier(self._module)
@@ -127,8 +137,8 @@ class ForwardEffects:
         news = [place for place in changed if not start.holds(place, is_deep=changed[place])]
         if news:
             raise RuntimeError(
-                f"the forward pass changes {self._names(news, children)}, which it was not seen to do "
-                "before; its state before each call is kept from now on"
+                f"the forward pass changes {self._names(news, children)}, which it was not seen to "
+                "do before; its state before each call is kept from now on"
             )
 
     def _keep(self, start: Start, places: Mapping[Place, Any], *, is_new: bool) -> None:
@@ -171,8 +181,8 @@ class ForwardEffects:
         if stale:
             self._known.update(dict.fromkeys(stale, True))
             raise RuntimeError(
-                f"{self._names(stale, children)} was changed in place between its forward pass and the step, "
-                "or by the forward pass; its state before each call is kept from now on"
+                f"{self._names(stale, children)} was changed in place by the forward pass or after "
+                "it, and is not known as it was; its state before each call is kept from now on"
             )
 
     def _learn(self, changed: Mapping[Place, bool], modes: Modes) -> None:
@@ -220,8 +230,7 @@ def _is_simple(value: Any) -> bool:
 def _attribute(child: nn.Module, name: str) -> Any:
     if name in vars(child):
         return vars(child)[name]
-    # The table of a ScriptModule knows `in` and `[]` alone.
-    return child._buffers[name] if name in child._buffers else _ABSENT
+    return dict(child._buffers).get(name, _ABSENT)  # the table of a ScriptModule has no get
 
 
 def _argument(copier: Copier, start: Start, index: int, leaf: Any) -> Any:

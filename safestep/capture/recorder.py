@@ -115,6 +115,7 @@ class Recorder:
         self._calls.clear()
         self._told.clear()
         self._step_start = None
+        self._conditions.effects.end_step()
         return calls
 
     def detach(self) -> None:

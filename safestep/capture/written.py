@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from safestep.capture.copies import bits_of, is_plain
+from safestep.parallel.shards import are_sharded
 
 # Elements of a parameter that is kept before anything is known about it.
 _SMALL = 2**16
@@ -48,6 +49,8 @@ class WrittenParameters:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        # Where shards are gathered, what the module holds during a call are other parameters.
+        self._is_sharded = are_sharded(module.parameters())
         self._params: list[Tensor] = []
         self._moved: dict[Tensor, None] = {}  # not trained
         self._held: dict[Tensor, None] = {}  # trained
@@ -59,7 +62,7 @@ class WrittenParameters:
         Args:
             is_new: Whether little is known about the calls of the module yet.
         """
-        if is_new:
+        if is_new and not self._is_sharded:
             self._params = [param for param in self._module.parameters() if is_plain(param)]
         self._num_calls += 1
         count = self._num_calls

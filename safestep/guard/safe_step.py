@@ -241,6 +241,7 @@ class SafeStep:
         if not self.enabled:
             return None
         begin = perf_counter()
+        self._recorder.notice_effects()
         self._undo.take()
         has_closure = any(map(callable, (*args, *kwargs.values())))
         if has_closure:  # forward calls in the step, and the gradients

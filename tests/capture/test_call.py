@@ -44,9 +44,7 @@ def test_a_large_input_changed_in_place_before_the_step_is_noticed_once_and_then
     recorder = Recorder(model, lambda: list(model.parameters()))
     model(inputs).sum().backward()
     inputs.zero_()
-    with pytest.raises(
-        RuntimeError, match=r"argument 1 of the model \(Tensor\) was changed in place"
-    ):
+    with pytest.raises(RuntimeError, match="argument 1 of the model"):
         recorder.take()[0].run()
 
     logits = model(inputs.normal_())
