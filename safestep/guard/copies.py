@@ -34,7 +34,7 @@ class Copies:
     Attributes:
         before: This rank's part of each parameter, in the memory that it had when copied.
         of_params: The copy of each parameter.
-        are_small: Whether to keep them for the next step.
+        can_be_kept: Whether the layout serves the next step too.
         are_sharded: Whether this rank holds only a shard of some parameter.
         uncopied: The types of tensors that cannot be copied.
     """
@@ -49,7 +49,7 @@ class Copies:
         self.are_sharded = are_sharded(params)
         size = sum(map(Tensor.numel, own.values()))
         is_usual = not torch.is_inference_mode_enabled()  # tensors made there cannot be written to
-        self.are_small = is_usual and size <= _KEPT and all(map(is_plain, tensors))
+        self.can_be_kept = is_usual and all(map(is_plain, tensors))
         are_params = dict.fromkeys(self.before)
         small: dict[Any, list[Tensor]] = defaultdict(list)  # parameters first
         large: list[Tensor] = []
@@ -71,6 +71,10 @@ class Copies:
         if self.are_sharded:
             apart = list(compress(self.before, counted_here(params)))
         self._apart = apart, [self._places[param] for param in apart]
+        kept = self._large[1] + [memory for pack in self._packs for memory in pack.memory]
+        storages = [copy.untyped_storage() for copy in kept] if self.can_be_kept else []
+        # Small copies keep their memory: to ask for it again takes longer than to copy them.
+        self._storages = [] if size <= _KEPT else [(each, each.nbytes()) for each in storages]
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these are the same tensors, at the same addresses."""
@@ -80,11 +84,19 @@ class Copies:
 
     def fill(self) -> None:
         """Copy the tensors as they are now."""
+        for storage, size in self._storages:
+            if storage.nbytes() != size:
+                storage.resize_(size)
         for pack in self._packs:
             pack.fill()
         tensors, copies = self._large
         if tensors:
             torch._foreach_copy_(copies, tensors)
+
+    def free(self) -> None:
+        """Give the memory of large copies back until `fill`; the layout stays."""
+        for storage, _ in self._storages:
+            storage.resize_(0)
 
     @property
     def after(self) -> list[Tensor]:
@@ -165,6 +177,7 @@ class _Pack:
         self.copies = self._flat[0].new_empty(sum(map(Tensor.numel, tensors)))
         self._start = self.copies[: sum(map(Tensor.numel, params))]
         self._move = torch.empty_like(self._start)
+        self.memory = self.copies, self._move
 
     def fill(self) -> None:
         """Copy the tensors as they are now."""

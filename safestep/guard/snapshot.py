@@ -106,9 +106,10 @@ class Snapshot:
                 gradient.copy_(copy)
 
     def release(self) -> None:
-        """Free the copies, or keep the memory of small ones for the next step."""
+        """Free the copies; keep their layout, and the memory of small ones, for the next step."""
         if self._copies is not _NO_COPIES:
-            is_kept = self._copies.are_small
+            is_kept = self._copies.can_be_kept
+            self._copies.free()
             self._spare = (self._state, self._copies) if is_kept else (_NOTHING, _NO_COPIES)
         if self._gradients:  # most optimizers leave them as they are
             self._keeps_gradients = any(g._version != v for _, g, v, _ in self._gradients)

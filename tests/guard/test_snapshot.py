@@ -351,3 +351,30 @@ def test_what_was_put_back_can_change_and_be_put_back_again():
         )
         snapshot.release()
         optimizer.step()
+
+
+def test_the_copies_of_a_large_model_take_no_memory_between_steps_and_no_new_layout():
+    model = nn.Linear(1100, 1000)  # over the size up to which memory is kept
+    optimizer = torch.optim.Adam(model.parameters())
+    snapshot = Snapshot(optimizer)
+    for _ in range(2):  # the first step makes the state
+        model(torch.randn(3, 1100)).sum().backward()
+        snapshot.take()
+        optimizer.step()
+        snapshot.release()
+    before = [param.detach().clone() for param in model.parameters()]
+    copies = snapshot._spare[1]
+    held = [storage.nbytes() for storage, _ in copies._storages]
+
+    snapshot.take()
+    optimizer.step()
+    is_same_layout = snapshot._copies is copies
+    snapshot.restore()
+    snapshot.release()
+
+    assert held
+    assert not any(held)
+    assert not any(storage.nbytes() for storage, _ in copies._storages)
+    assert is_same_layout
+    for param, start in zip(model.parameters(), before, strict=True):
+        assert torch.equal(param, start)
