@@ -1,117 +1,205 @@
-"""Let every worker of a data-parallel run decide on the same numbers."""
+"""Let all ranks of a run decide on the same numbers, and notice when they no longer are alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf, isnan, nan
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch import Tensor
+from torch.optim import Optimizer
 
 from safestep.guard.health import Health
+from safestep.guard.optimizer_state import OptimizerState
+from safestep.guard.options import check_replica_interval
 from safestep.guard.predictor import Measure, Predicted
+from safestep.guard.setup import demand_same_setup, names_and_shapes
 from safestep.measure.update import Finding, Measurement
-from safestep.parallel.collectives import gathered, world_size
+from safestep.parallel.checksum import checksum
+from safestep.parallel.ranks import ABSENT, Ranks
+from safestep.parallel.shards import are_sharded
+from safestep.workers.drift import WorkerEvent
+from safestep.workers.replicas import ReplicaWatch
 
 
-def agree(measurement: Measurement, group: ProcessGroup | None = None) -> Measurement:
-    """Return the measurement that all workers act on; without a process group, the one given.
-
-    One small all-gather, which every rank of the group must run; a second one, of the reasons, only
-    where a rank found an obstacle, which all know after the first.
-
-    Args:
-        measurement: This worker's.
-        group: The workers; None for the default process group, if there is one.
-
-    Returns:
-        The smallest radius and the gravest finding over the workers.
-    """
-    if world_size(group) == 1:
-        return measurement
-    rows = gathered(
-        (measurement.finding, measurement.radius, measurement.spread, measurement.bottleneck,
-         measurement.step_norm), group,
-    )  # fmt: skip
-    findings, radii, _, _, step_norms = rows.unbind(1)
-    if not findings.any():  # all measured: thousands of workers are not looked at one by one
-        worst = _of_row(measurement, rows[radii.argmin()].tolist())
-    else:
-        reasons: list[str | None] = [None for _ in rows]
-        dist.all_gather_object(reasons, measurement.reason, group=group)
-        everyone = [_of_row(measurement, row) for row in rows.tolist()]
-        worst = worst_of([replace(m, reason=r) for m, r in zip(everyone, reasons, strict=True)])
-    if measurement.is_partial:
-        worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
-    return worst
-
-
-def agree_on_answer(answer: Predicted | Measure, group: ProcessGroup | None) -> Predicted | Measure:
-    """Return the answer of the most careful worker: all measure where one would.
-
-    The others would wait for it, or it for shards that no other gathers.
+class Agreement:
+    """What the ranks say to each other in a step. A lone rank agrees with itself at no cost.
 
     Args:
-        answer: This worker's.
-        group: The workers; None for the default process group, if there is one.
+        optimizer: The optimizer whose steps the ranks take together.
+        ranks: The ranks.
+        tell: Takes the event that a replica differs from the others.
+        interval: At one in so many steps, compare parameters and optimizer state bit by bit.
 
-    Returns:
-        The largest r that any worker predicts, if all of them predict.
+    Raises:
+        ValueError: If `interval` is not a positive integer or None, or given for shards.
     """
-    code = answer.normalized_step if isinstance(answer, Predicted) else _CODES[answer]
-    worst = float(gathered([code], group).amax())  # NaN where any is
-    if isnan(worst):
-        return Measure.EXACTLY
-    return Predicted(worst) if worst < inf else Measure.QUICKLY
 
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        ranks: Ranks,
+        tell: Callable[[WorkerEvent], None],
+        interval: int | None = None,
+    ) -> None:
+        self.ranks = ranks
+        self.is_alone = ranks.size == 1
+        self._optimizer, self._tell, self._interval = optimizer, tell, interval
+        is_whole = not are_sharded(_params(optimizer))
+        self.has_replicas = is_whole and not self.is_alone
+        check_replica_interval(interval, is_whole)
+        self._is_compared = self.is_alone
+        # Ranks that train models of their own are never equal, and then no replicas of each other.
+        self._updates = ReplicaWatch("update", is_trusted=False, has_size=True)
+        self._params = ReplicaWatch("checksum of the parameters", is_trusted=False)
+        self._state = ReplicaWatch("checksum of the optimizer state", is_trusted=False)
 
-def joint_health(health: Health, group: ProcessGroup | None, *, are_parts: bool) -> Health:
-    """Return the sizes that the batch of all workers has: the norms, and the largest signals.
+    def begin_step(self, step: int, setup: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+        """Before the first step, compare what the ranks were asked to do.
 
-    They keep the number of workers out of the decision: each one's own data would look unusual now
-    and then, and with enough workers there would be such a one in every step.
+        Args:
+            step: The step's number.
+            setup: What must be the same on every rank, by name.
+            names: Names of the parameters.
 
-    Args:
-        health: The sizes of this worker.
-        group: The workers; None for the default process group, if there is one.
-        are_parts: Whether the norms are those of this worker's shard.
+        Raises:
+            ValueError: If ranks differ, on every rank.
+            RuntimeError: If a rank does not take part.
+        """
+        self.ranks.step = step
+        if self._is_compared:
+            return
+        parameters = names_and_shapes(_params(self._optimizer), names)
+        whole = {**setup, "number of steps so far": step, "parameters": parameters}
+        demand_same_setup(whole, self.ranks)
+        self._is_compared = True
 
-    Returns:
-        The norms over all workers, and the largest of each signal.
-    """
-    slots = [0.0] * _SLOTS  # as many on every worker
-    for index, signal in enumerate(health.signals):
-        # NaN is as unusual as infinity, and infinity stays the largest.
-        slots[index % _SLOTS] = max(signal, slots[index % _SLOTS]) if signal == signal else inf
-    rows = gathered([health.step_norm, health.gradient_norm, *slots], group)
-    norms = rows[:, :2].norm(dim=0) if are_parts else rows[:, :2].amax(0)
-    step_norm, gradient_norm = norms.tolist()
-    return Health(step_norm, gradient_norm, tuple(rows[:, 2:].amax(0).tolist()))
+    def health(self, health: Health, *, are_parts: bool) -> Health:
+        """Return the sizes that the batch of all ranks has: the norms, and the largest signals.
+
+        They keep the number of ranks out of the decision: each one's own data would look unusual
+        now and then, and with enough ranks there would be such a one in every step.
+
+        Args:
+            health: The sizes of this rank.
+            are_parts: Whether the norms are those of this rank's shard.
+
+        Returns:
+            The norms over all ranks, and the largest of each signal.
+        """
+        if self.is_alone:
+            return health
+        slots = [0.0] * _SLOTS  # as many on every rank
+        for index, signal in enumerate(health.signals):
+            # NaN is as unusual as infinity, and infinity stays the largest.
+            slots[index % _SLOTS] = max(signal, slots[index % _SLOTS]) if signal == signal else inf
+        sizes = [health.step_norm, health.fingerprint, health.gradient_norm, *slots]
+        rows = self.ranks.gather(sizes, "the norms of its update")
+        self._compare(self._updates, rows[:, :2])
+        norms = rows[:, :3].norm(dim=0) if are_parts else rows[:, :3].amax(0)
+        step_norm, _, gradient_norm = norms.tolist()
+        signals = tuple(rows[:, 3:].amax(0).tolist())
+        return Health(step_norm, gradient_norm, signals, health.fingerprint)
+
+    def answer(self, answer: Predicted | Measure) -> Predicted | Measure:
+        """Return the answer of the most careful rank: all measure where one would.
+
+        The others would wait for it, or it for shards that no other gathers.
+
+        Args:
+            answer: This rank's.
+
+        Returns:
+            The largest r that any rank predicts, if all of them predict.
+        """
+        if self.is_alone:
+            return answer
+        code = answer.normalized_step if isinstance(answer, Predicted) else _CODES[answer]
+        worst = float(self.ranks.gather([code], "its prediction").amax())  # NaN where any is
+        if isnan(worst):
+            return Measure.EXACTLY
+        return Predicted(worst) if worst < inf else Measure.QUICKLY
+
+    def measurement(self, mine: Measurement, fingerprint: float = 0.0) -> Measurement:
+        """Return the measurement that all ranks act on.
+
+        Takes one small all-gather. Two more, of the reasons, follow only where a rank found an
+        obstacle, which all know after the first.
+
+        Args:
+            mine: This rank's.
+            fingerprint: That of its update.
+
+        Returns:
+            The smallest radius and the gravest finding over the ranks.
+        """
+        if self.is_alone:
+            return mine
+        row = (
+            mine.finding, mine.radius, mine.spread, mine.bottleneck, mine.step_norm, fingerprint,
+        )  # fmt: skip
+        rows = self.ranks.gather(row, "its measurement")
+        findings, radii, _, _, step_norms, _ = rows.unbind(1)
+        self._compare(self._updates, rows[:, 4:])
+        if not findings.any():  # all measured: thousands of ranks are not looked at one by one
+            worst = _of_row(mine, rows[radii.argmin()].tolist())
+        else:
+            reasons = self.ranks.gather_texts(mine.reason, "the reason of its finding")
+            everyone = [
+                None if row[0] == ABSENT else replace(_of_row(mine, row), reason=reason)
+                for row, reason in zip(rows.tolist(), reasons, strict=True)
+            ]
+            worst = worst_of(everyone)
+        if mine.is_partial:
+            worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
+        return worst
+
+    def end_step(self) -> None:
+        """Compare replicas where it is time to, and let ranks without data go on."""
+        if self.is_alone:
+            return
+        if self._interval is not None and (self.ranks.step + 1) % self._interval == 0:
+            self._compare_bits()
+        self.ranks.end_step()
+
+    def _compare_bits(self) -> None:
+        held = OptimizerState.of(self._optimizer)
+        params, state = held.tensors[: len(held.params)], held.tensors[len(held.params) :]
+        sums = [*checksum(params).tolist(), *checksum(state).tolist()]
+        rows = self.ranks.gather(sums, "checksums of its parameters and optimizer state")
+        self._compare(self._params, rows[:, :2])
+        self._compare(self._state, rows[:, 2:])
+
+    def _compare(self, watch: ReplicaWatch, rows: Tensor) -> None:
+        event = watch.update(self.ranks.step, rows) if self.has_replicas else None
+        if event is not None:
+            self._tell(event)
 
 
 _SLOTS = 3 * 8  # three signals each of eight outputs or micro-batches; those after share a slot
 _CODES = {Measure.QUICKLY: inf, Measure.EXACTLY: nan}
 
 
-def worst_of(measurements: Sequence[Measurement]) -> Measurement:
-    """Return what all workers act on: the smallest radius and the gravest finding of any.
+def worst_of(measurements: Sequence[Measurement | None]) -> Measurement:
+    """Return what all ranks act on: the smallest radius and the gravest finding of any.
 
     Args:
-        measurements: One of each worker, in the order of their ranks.
+        measurements: One of each rank, in their order; None of one that has no more data.
 
     Returns:
-        The measurement that every worker decides on. Its reason names the rank; where ranks have
+        The measurement that every rank decides on. Its reason names the rank; where ranks have
         other reasons, the first of each.
     """
-    worst = max(measurements, key=lambda measurement: measurement.finding)
-    measured = [m for m in measurements if m.finding is Finding.MEASURED]
+    present = {rank: m for rank, m in enumerate(measurements) if m is not None}
+    worst = max(present.values(), key=lambda measurement: measurement.finding)
+    measured = [m for m in present.values() if m.finding is Finding.MEASURED]
     tightest = min(measured, key=lambda m: m.radius, default=worst)
     if worst.finding is Finding.MEASURED:
         return tightest
     first: dict[str, int] = {}  # rank that has a reason
-    for rank, measurement in enumerate(measurements):
+    for rank, measurement in present.items():
         if measurement.finding is worst.finding:
             first.setdefault(str(measurement.reason or measurement.finding), rank)
     reason = "; ".join(f"rank {rank}: {reason}" for reason, rank in first.items())
@@ -119,8 +207,13 @@ def worst_of(measurements: Sequence[Measurement]) -> Measurement:
 
 
 def _of_row(mine: Measurement, row: Sequence[float]) -> Measurement:
-    finding, radius, spread, bottleneck, step_norm = row
+    finding, radius, spread, bottleneck, step_norm, _ = row
     return replace(
         mine, finding=Finding(int(finding)), radius=radius, spread=spread,
         bottleneck=int(bottleneck), step_norm=step_norm, reason=None, is_partial=False,
     )  # fmt: skip
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    """Return the trained parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

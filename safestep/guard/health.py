@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safestep.measure.update import Finding, Update
+from safestep.parallel.checksum import sum_of_words
 from safestep.parallel.norms import each_norm, joined, joint_norm
 from safestep.parallel.shards import local
 
@@ -22,19 +23,23 @@ class Health:
         step_norm: 2-norm of the update, of this worker's shard where parameters are sharded.
         gradient_norm: That of the gradient.
         signals: Sizes that tell unusual data from usual; see ``Call.signals``.
+        fingerprint: A number that replicas which make the same update have in common, and which
+            differs if their updates differ in bits that the norm does not show. 0 without `prints`.
     """
 
     step_norm: float
     gradient_norm: float
     signals: tuple[float, ...] = ()
+    fingerprint: float = 0.0
 
     @classmethod
-    def of(cls, update: Update, *, watches: bool) -> Health:
+    def of(cls, update: Update, *, watches: bool, prints: bool = False) -> Health:
         """Return the sizes, with the one wait for the device that a predicted step has.
 
         Args:
             update: The update.
             watches: Whether the signals of its calls are wanted too.
+            prints: Whether the fingerprint is wanted too.
 
         Returns:
             The sizes.
@@ -46,13 +51,18 @@ class Health:
         signals = [s for call in update.calls for s in call.signals] if watches else []
         sizes = [signal for signal in signals if not signal.ndim]  # whose norm is their size
         norms = each_norm([*moves, *gradients, *(signal for signal in signals if signal.ndim)])
-        numbers = _read([*norms, *sizes])
+        words = [sum_of_words(move).double() for move in moves if move.ndim] if prints else []
+        numbers = _read([*norms, *sizes, *words])
         first, last = len(moves), len(moves) + len(gradients)
+        end = len(norms) + len(sizes)
         # In the order of the calls' single numbers, then of what was reduced here.
-        signals_read = (*numbers[len(norms) :], *numbers[last : len(norms)])
+        signals_read = (*numbers[len(norms) : end], *numbers[last : len(norms)])
+        # Exact in float64, and the same in every process: hashes of numbers are not salted.
+        bits = hash((*numbers[:first], *numbers[end:])) % 2**52 if prints else 0
         return cls(
-            joined(numbers[:first]), joined(numbers[first:last]), tuple(map(abs, signals_read))
-        )
+            joined(numbers[:first]), joined(numbers[first:last]), tuple(map(abs, signals_read)),
+            float(bits),
+        )  # fmt: skip
 
     def finding(self, radius: float, reason: str | None) -> Finding:
         """Return the outcome of a measurement of this update.

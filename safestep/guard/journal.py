@@ -14,6 +14,7 @@ from safestep._warn import warn_user
 from safestep.guard.controller import StepReport
 from safestep.parallel.collectives import rank, world_size
 from safestep.runlog.writer import RunLog
+from safestep.workers.drift import WorkerEvent
 
 _logger = logging.getLogger("safestep")
 
@@ -81,6 +82,19 @@ class Journal:
             return
         self._warned.add(text)
         warn_user(f"SafeStep: {text}.")
+
+    def tell_drift(self, event: WorkerEvent) -> None:
+        """Write down and warn that a replica differs from the others.
+
+        Args:
+            event: Which, and since when.
+        """
+        if self._log is not None:
+            self._log.write("event", {"name": "worker", **asdict(event)})
+        self.warn_once(
+            f"{event.message}. Their parameters or optimizer state are no longer the same: compare "
+            "the ranks' checkpoints, and go on from one of them"
+        )
 
     def close(self) -> None:
         """Close the run log."""

@@ -73,3 +73,23 @@ def check_arguments(
             "SafeStep: expected `max_consecutive_skips` to be a positive integer, got "
             f"{max_consecutive_skips!r}. 25 is the default."
         )
+
+
+def check_replica_interval(interval: Any, has_replicas: bool) -> None:
+    """Check the interval at which replicas are compared.
+
+    Raises:
+        ValueError: If it is not a positive integer or None, or given where there are no replicas.
+    """
+    if interval is None:
+        return
+    if not (isinstance(interval, int) and interval > 0):
+        raise ValueError(
+            "SafeStep: expected `replica_check_interval` to be a positive integer or None, got "
+            f"{interval!r}. 1000 is cheap."
+        )
+    if not has_replicas:
+        raise ValueError(
+            f"SafeStep: expected `replica_check_interval` to be None for parameters that are "
+            f"distributed over the ranks, got {interval!r}. No rank has a replica there."
+        )

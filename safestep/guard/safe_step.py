@@ -17,13 +17,17 @@ from torch.optim import Optimizer
 from safestep.capture import LogitsFn
 from safestep.capture.hooks import DetachableHook
 from safestep.capture.recorder import Recorder
-from safestep.guard.agreement import agree, agree_on_answer, joint_health
+from safestep.guard.agreement import Agreement
 from safestep.guard.attach import hooked_optimizer, is_within_step
 from safestep.guard.controller import StepController, StepReport
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
 from safestep.guard.lookahead import Lookahead
-from safestep.guard.options import Action, EstimatorOption, check_arguments
+from safestep.guard.options import (
+    Action,
+    EstimatorOption,
+    check_arguments,
+)
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
 from safestep.guard.snapshot import Snapshot
 from safestep.guard.undo import Undo
@@ -31,7 +35,7 @@ from safestep.measure.binding_radius import radii_of_step
 from safestep.measure.cross_check import CheckedEstimator
 from safestep.measure.inner_radii import RadiusName, inner_watch
 from safestep.measure.update import Estimator, Finding, Measurement, Update
-from safestep.parallel.collectives import apart_from_shards, world_size
+from safestep.parallel.ranks import Ranks
 from safestep.radius.batch import Rung
 
 
@@ -79,6 +83,9 @@ class SafeStep:
             learning rate or does not happen. For SGD, Adam, AdamW and Muon of torch, whose
             gradients must be final when they step (or when the closure returns). See
             ``safestep.guard.lookahead``.
+        replica_check_interval: Compare checksums of parameters and optimizer state over the ranks
+            at one in so many steps; None compares the update norms alone, at every step for free.
+            A replica that differs is named in a warning and an event of the log.
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
@@ -125,6 +132,7 @@ class SafeStep:
         max_consecutive_skips: int = 25,
         part: nn.Module | None = None,
         copy: bool = True,
+        replica_check_interval: int | None = None,
     ) -> None:
         self.optimizer = hooked_optimizer(optimizer)
         check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
@@ -135,14 +143,26 @@ class SafeStep:
         self._controller = StepController(
             max_normalized_step, radius, action, quantile, max_consecutive_skips
         )
-        self._estimator_option: EstimatorOption = estimator
-        self._group = apart_from_shards(self._trained(), process_group)
         self._is_ahead = not copy
         self._undo: Undo = Snapshot(self.optimizer) if copy else Lookahead(self.optimizer)
         self._verdict: tuple[StepReport, Measurement] | None = None
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()
-        self._journal = Journal(run_dir, {**self._settings(), "radii": list(radii)}, process_group)
+        given = {name: "given" for name, v in (("logits", logits), ("part", part)) if v is not None}
+        self._settings: dict[str, Any] = {
+            "optimizer": type(self.optimizer).__name__,
+            "parameters": sum(param.numel() for param in self._trained()),
+            "max_normalized_step": max_normalized_step, "radius": radius, "estimator": estimator,
+            "action": action, "quantile": quantile, "radii": sorted(radii), "copy": copy,
+            "max_consecutive_skips": max_consecutive_skips,
+            "replica_check_interval": replica_check_interval, **given,
+        }  # fmt: skip
+        self._journal = Journal(run_dir, self._settings, process_group)
+        ranks = Ranks(self._trained(), process_group, model)
+        ranks.share(self.state_dict, self.load_state_dict)
+        self._agreement = Agreement(
+            self.optimizer, ranks, self._journal.tell_drift, replica_check_interval
+        )
         # "set" needs the exact r at every step, and so do radii inside the model.
         is_sparing = estimator == "auto" and action != "set" and set(radii) <= {"output"}
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
@@ -197,6 +217,7 @@ class SafeStep:
         for handle in self._handles:
             handle.remove()
         self._recorder.detach()
+        self._agreement.ranks.detach()
         self._undo.release()
         self._journal.close()
 
@@ -239,9 +260,11 @@ class SafeStep:
             self._undo.release()  # of a step that raised
         self._seconds, self._inner_steps, self._verdict = None, 0, None
         if not self.enabled:
+            self._agreement.end_step()
             return None
         begin = perf_counter()
         self._recorder.notice_effects()
+        self._agreement.begin_step(self._controller.step, self._settings, self._names)
         self._undo.take()
         has_closure = any(map(callable, (*args, *kwargs.values())))
         if has_closure:  # forward calls in the step, and the gradients
@@ -280,6 +303,7 @@ class SafeStep:
         assert self._verdict is not None
         report, measurement = self._verdict
         self._undo.release()
+        self._agreement.end_step()
         self._note_radii(measurement, report.step_norm)
         self.last = replace(report, seconds=perf_counter() - begin)
         self._journal.publish(self.last)
@@ -289,7 +313,9 @@ class SafeStep:
     def _judge(self) -> None:
         """Measure the update, made or still to come, and scale it or keep it from counting."""
         update = self._undo.update(self._recorder.take())
-        health = Health.of(update, watches=self._predictor is not None)
+        health = Health.of(
+            update, watches=self._predictor is not None, prints=self._agreement.has_replicas
+        )
         measurement = self._foresee(update, health)
         if isinstance(measurement, Measure):
             measurement = self._measure(update, health, measurement)
@@ -305,17 +331,14 @@ class SafeStep:
         """Return what the last measurements tell about this update, or how to measure it."""
         if self._predictor is None:
             return Measure.EXACTLY
-        is_alone = world_size(self._group) == 1
-        if not is_alone:
-            health = joint_health(health, self._group, are_parts=update.is_sharded)
+        health = self._agreement.health(health, are_parts=update.is_sharded)
         signals = (health.gradient_norm, *health.signals)
         options = direction_options(self.optimizer.param_groups, len(update.params))
         answer = self._predictor.predict(health.step_norm, signals, options)
         is_untrusted = answer is Measure.QUICKLY and not self._estimator.trusts_secants
         if not update.calls or is_untrusted:
             answer = Measure.EXACTLY
-        if not is_alone:
-            answer = agree_on_answer(answer, self._group)
+        answer = self._agreement.answer(answer)
         if isinstance(answer, Predicted):
             return Measurement.predicted(answer.normalized_step, health.step_norm)
         return answer
@@ -328,7 +351,7 @@ class SafeStep:
             self._journal.warn_once(measurement.warning)
         if measurement.head is not None:
             self._journal.note({"head": measurement.head})
-        measurement = agree(measurement, self._group)
+        measurement = self._agreement.measurement(measurement, health.fingerprint)
         if self._predictor is None:
             return measurement
         is_measured = measurement.finding is Finding.MEASURED
@@ -372,17 +395,6 @@ class SafeStep:
     def _trained(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "optimizer": type(self.optimizer).__name__,
-            "parameters": sum(param.numel() for param in self._trained()),
-            "max_normalized_step": self._controller.max_normalized_step,
-            "radius": self._controller.radius,
-            "estimator": self._estimator_option,
-            "action": self._controller.action,
-            "quantile": self._controller.quantile,
-        }
 
 
 class _StepHook(DetachableHook):

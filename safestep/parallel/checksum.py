@@ -8,6 +8,7 @@ from torch import Tensor
 from safestep.parallel.shards import local
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+_FEW = 2**16  # words of which a sum may stay the same by accident; more take longer to mix
 _MIX = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, odd, as an int64
 
 
@@ -15,9 +16,8 @@ _MIX = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, odd, as an int6
 def checksum(tensors: Iterable[Tensor]) -> Tensor:
     """Return a checksum of the bits of all tensors, in their order.
 
-    The bits of a tensor are summed as integers, which is as fast as a norm. Two tensors that differ
-    in any bit have the same sum only by a rare accident; so have two that differ in the order of
-    their entries.
+    The bits of a tensor are summed as integers, which is as fast as a norm. Tensors that differ
+    have the same sum only by a rare accident, or if their entries differ in their order alone.
 
     Args:
         tensors: Tensors of any dtype and shape; of sharded ones, this rank's part counts.
@@ -32,7 +32,7 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
         >>> torch.equal(checksum([one]), checksum([other]))
         False
     """
-    sums = [_sum_of_words(local(tensor)) for tensor in tensors]
+    sums = [sum_of_words(local(tensor)) for tensor in tensors]
     if not sums:
         return torch.zeros(2, dtype=torch.float64)
     every = torch.stack([total.to(sums[0].device) for total in sums])
@@ -42,15 +42,27 @@ def checksum(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([(total >> 32) & 0xFFFFFFFF, total & 0xFFFFFFFF]).double()
 
 
-def _sum_of_words(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's memory, read as integers as wide as fit into it."""
+def sum_of_words(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's memory, read as integers as wide as fit into it.
+
+    Args:
+        tensor: A tensor of any dtype and shape.
+
+    Returns:
+        An int64 scalar on its device.
+    """
     if tensor.is_sparse:
-        return _sum_of_words(tensor._indices()) * 3 + _sum_of_words(tensor._values())
+        return sum_of_words(tensor._indices()) * 3 + sum_of_words(tensor._values())
     dense = tensor.detach().contiguous()
     if dense.is_complex():
         dense = torch.view_as_real(dense)
-    size = dense.element_size()
-    offset, length = dense.storage_offset() * size, dense.numel() * size
-    width = next(width for width in _WORDS if not (offset % width or length % width))
-    words = dense.view(-1).view(_WORDS[width] if width >= size else _WORDS[size])
+    size, length = dense.element_size(), dense.numel() * dense.element_size()
+    width = next(
+        width for width in _WORDS if width == size or (width > size and not length % width)
+    )
+    if dense.storage_offset() * size % width:  # the words must not depend on where they lie
+        dense = dense.clone()
+    words = dense.view(-1).view(_WORDS[width])
+    if len(words) <= _FEW:  # w + 2 w^2 is one to one: differences do not cancel as those of w may
+        words = torch.add(words, words * words, alpha=2)
     return words.sum(dtype=words.dtype).long()  # overflow wraps, on every rank alike

@@ -41,6 +41,19 @@ def are_sharded(tensors: Iterable[Tensor]) -> bool:
 _WHOLE = frozenset((Tensor, nn.Parameter))
 
 
+def global_shape(param: Tensor) -> tuple[int, ...] | None:
+    """Return the shape of a parameter over all ranks; None where only its pieces have one.
+
+    Args:
+        param: The parameter.
+
+    Returns:
+        The shape, the same on every rank.
+    """
+    is_piece = getattr(param, "_fsdp_flattened", False) or hasattr(param, "_st_info")
+    return None if is_piece else tuple(param.shape)
+
+
 def counted_here(params: Sequence[Tensor]) -> list[bool]:
     """Return which parameters this rank adds to a sum over ranks, so that each is added once.
 

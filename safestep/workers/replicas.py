@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import nan
+
 from torch import Tensor
 
 from safestep.workers.drift import WorkerEvent
@@ -18,17 +20,18 @@ class ReplicaWatch:
         quantity: What is compared, for the message.
         is_trusted: Whether the ranks are known to be replicas. If not, they are watched once their
             numbers have been equal: ranks that train models of their own are then never accused.
+        has_size: Whether the first number is a size, whose difference the message tells.
 
     Example:
         >>> import torch
-        >>> watch = ReplicaWatch("update norm", is_trusted=True)
+        >>> watch = ReplicaWatch("update norm", is_trusted=True, has_size=True)
         >>> rows = torch.tensor([[0.5], [0.5], [0.25], [0.5]], dtype=torch.float64)
         >>> watch.update(7, rows).message
         'rank 2: update norm differs from the other replicas since step 7 (by 50 %)'
     """
 
-    def __init__(self, quantity: str, *, is_trusted: bool) -> None:
-        self._quantity = quantity
+    def __init__(self, quantity: str, *, is_trusted: bool, has_size: bool = False) -> None:
+        self._quantity, self._has_size = quantity, has_size
         self._is_armed = is_trusted
         self._named: set[int] = set()
 
@@ -54,13 +57,14 @@ class ReplicaWatch:
         if self._named.issuperset(named):
             return None
         self._named.update(named)
-        return WorkerEvent(
-            step, named[0], self._quantity, _difference(rows[present]), step,
-            self._message(step, named, len(present), _difference(rows[present])),
-        )  # fmt: skip
+        sizes = rows[present, 0]
+        difference = float((sizes.amax() - sizes.amin()) / sizes.amax()) if self._has_size else nan
+        message = self._message(step, named, len(present), difference)
+        return WorkerEvent(step, named[0], self._quantity, difference, step, message)
 
     def _message(self, step: int, named: list[int], count: int, difference: float) -> str:
-        amount = f" (by {100 * difference:.2g} %)" if difference == difference else ""
+        amount = f" (by {100 * difference:.2g} %)" if difference > 0 else ""
+        amount = amount or (" (in the last bits)" if self._has_size else "")
         ranks = " and ".join(map(str, named)) if len(named) < 9 else f"{named[0]} and others"
         if len(named) == count:
             return (
@@ -95,10 +99,3 @@ def odd_ones(rows: Tensor) -> list[int]:
     if int((counts == most).sum()) > 1:
         return list(range(len(rows)))
     return (kinds != counts.argmax()).nonzero().flatten().tolist()
-
-
-def _difference(rows: Tensor) -> float:
-    """Return by how much the single numbers differ, relative to the largest; else NaN."""
-    if rows.shape[1] != 1:  # a checksum, whose size means nothing
-        return float("nan")
-    return float((rows.amax() - rows.amin()) / rows.amax())

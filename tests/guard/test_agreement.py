@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from safestep.guard.agreement import agree
+from safestep.guard.agreement import Agreement
 from safestep.guard.predictor import NEAR
 from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.parallel.collectives import rank, world_size
+from safestep.parallel.ranks import Ranks
 
 PROCESSES = Path(__file__).parents[1] / "processes"
 LIMIT = 1.0
@@ -208,10 +209,13 @@ def test_a_rank_that_dies_leaves_the_other_no_longer_than_the_group_timeout(tmp_
     assert float((tmp_path / "raised").read_text()) < 5 + 2
 
 
-def test_agree_without_a_process_group_returns_the_measurement():
+def test_a_lone_rank_agrees_with_itself():
     measurement = Measurement(Estimator.JVP, Finding.UNMEASURED, float("nan"), 1.0, -1, 2.0, "why")
 
-    assert agree(measurement) is measurement
+    param = nn.Parameter(torch.zeros(2))
+    agreement = Agreement(torch.optim.SGD([param]), Ranks([param], None), tell=print)
+
+    assert agreement.measurement(measurement) is measurement
     assert (rank(), world_size()) == (0, 1)
 
 

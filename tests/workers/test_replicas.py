@@ -29,7 +29,7 @@ def test_odd_ones_differ_from_the_most_frequent_row(values, odd):
 
 
 def test_each_rank_that_drifts_makes_one_event():
-    watch = ReplicaWatch("update norm", is_trusted=True)
+    watch = ReplicaWatch("update norm", is_trusted=True, has_size=True)
     updates = [(1, 1, 1, 1), (1, 1, 2, 1), (3, 3, 4, 3), (1, 2, 5, 1), (1, 2, 5, 1), (1, 1, 1, 1)]
 
     events = [watch.update(step, rows(*map(float, norms))) for step, norms in enumerate(updates)]
@@ -39,7 +39,7 @@ def test_each_rank_that_drifts_makes_one_event():
 
 
 def test_a_drift_of_several_ranks_names_them_all():
-    watch = ReplicaWatch("update norm", is_trusted=True)
+    watch = ReplicaWatch("update norm", is_trusted=True, has_size=True)
 
     event = watch.update(4, rows(1.0, 2.0, 1.0, 1.0, 3.0))
 
@@ -47,7 +47,7 @@ def test_a_drift_of_several_ranks_names_them_all():
 
 
 def test_ranks_that_never_agreed_are_no_replicas():
-    watch = ReplicaWatch("update norm", is_trusted=False)
+    watch = ReplicaWatch("update norm", is_trusted=False, has_size=True)
 
     assert watch.update(0, rows(1.0, 2.0)) is None
     assert watch.update(1, rows(1.0, 1.0)) is None
@@ -56,7 +56,7 @@ def test_ranks_that_never_agreed_are_no_replicas():
 
 @pytest.mark.parametrize("absent", [math.inf, -math.inf])
 def test_ranks_without_a_finite_number_do_not_take_part(absent):
-    watch = ReplicaWatch("update norm", is_trusted=True)
+    watch = ReplicaWatch("update norm", is_trusted=True, has_size=True)
 
     assert watch.update(0, rows(1.0, absent, 1.0)) is None
     assert watch.update(1, rows(1.0, absent, 2.0, 1.0)).rank == 2

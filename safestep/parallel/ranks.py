@@ -1,0 +1,143 @@
+"""Gather numbers from the ranks that take the same steps, and say what was waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from safestep.parallel.collectives import apart_from_shards, gathered, rank, world_size
+from safestep.parallel.join import JoinShadow
+
+ABSENT = -inf  # every number of a rank that has no more data, within ``ddp.join()``
+
+
+class Ranks:
+    """The ranks that take the same steps.
+
+    Every gather must run on every rank, in the same order. If a rank does not take part, the others
+    raise when the group's timeout ends. Within ``ddp.join()`` a rank that has no more data takes
+    part without numbers of its own, until the others have no more either.
+
+    Args:
+        params: The trained parameters.
+        group: The ranks; None for the default process group, if there is one.
+        model: A DistributedDataParallel, compiled or not, whose ``join()`` is followed; any other
+            module is ignored.
+
+    Attributes:
+        size: Number of ranks.
+        index: This rank.
+        step: Number of the step under way, for messages.
+        absent_steps: Steps that this rank took no part in, since it had no more data.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], group: ProcessGroup | None, model: nn.Module | None = None
+    ) -> None:
+        self.size, self.index, self.step = world_size(group), rank(group), 0
+        self.absent_steps = 0
+        try:
+            self._group = apart_from_shards(params, group)
+        except RuntimeError as error:
+            raise self._missing("to attach its SafeStep", error) from error
+        inner = getattr(model, "_orig_mod", model)  # torch.compile wraps
+        is_ddp = self.size > 1 and isinstance(inner, DistributedDataParallel)
+        self._shadow = JoinShadow(inner, self._be_absent, self._rejoin) if is_ddp else None
+        self._state: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
+
+    def share(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
+        """Let ranks that were absent take over the state of one that was not.
+
+        Args:
+            get: Returns this rank's state.
+            put: Takes another rank's state.
+        """
+        self._state = get, put
+
+    def gather(self, numbers: Sequence[float], what: str) -> Tensor:
+        """Return the numbers of every rank.
+
+        Args:
+            numbers: This rank's numbers; the same count on every rank.
+            what: What they are, for the message if a rank does not send them.
+
+        Returns:
+            A float64 tensor on the CPU of shape ``[N, K]``: a row for each rank, of `ABSENT` for
+            one that has no more data.
+
+        Raises:
+            RuntimeError: If a rank does not take part.
+        """
+        try:
+            if self._shadow is not None and self._shadow.is_joining:
+                gathered([len(numbers)], self._group)  # for ranks that have no more data
+            return gathered(numbers, self._group)
+        except RuntimeError as error:
+            raise self._missing(f"to send {what}", error) from error
+
+    def gather_texts(self, text: str | None, what: str) -> list[str | None]:
+        """Return the texts of every rank.
+
+        Args:
+            text: This rank's text.
+            what: What it is, for the message if a rank does not send it.
+
+        Returns:
+            A text for each rank, None for one that has none.
+        """
+        encoded = list((text or "").encode())
+        lengths = self.gather([len(encoded) if text is not None else -1], what).flatten().tolist()
+        longest = int(max(lengths))
+        rows = self.gather(encoded + [0] * (longest - len(encoded)), what) if longest > 0 else None
+        return [
+            None if length < 0
+            else bytes(map(int, rows[index, : int(length)])).decode() if rows is not None else ""
+            for index, length in enumerate(lengths)
+        ]  # fmt: skip
+
+    def end_step(self) -> None:
+        """Let ranks that have no more data go on to the next step."""
+        if self._shadow is not None and self._shadow.is_joining:
+            gathered([0], self._group)  # the mark after which nothing more comes
+
+    def detach(self) -> None:
+        """Give the model its own ``join()`` back."""
+        if self._shadow is not None:
+            self._shadow.detach()
+
+    def _be_absent(self) -> None:
+        """Take part in the gathers of one step without numbers."""
+        self.absent_steps += 1
+        while (length := int(gathered([-1], self._group).amax())) > 0:
+            gathered([ABSENT] * length, self._group)
+
+    def _rejoin(self, is_last: bool) -> None:
+        """Take the state of a rank that was there to the end, as DDP takes its parameters."""
+        rows = gathered([self.index if is_last else -1, self.absent_steps], self._group)
+        source, most_absent = rows.amax(0).tolist()
+        if not most_absent or self._state is None:
+            return
+        get, put = self._state
+        states = [get()]
+        group = self._group or dist.group.WORLD
+        assert group is not None
+        source_rank = dist.get_global_rank(group, int(source))
+        dist.broadcast_object_list(states, src=source_rank, group=self._group)
+        if self.absent_steps:
+            put(states[0])
+            self.absent_steps = 0
+
+    def _missing(self, what: str, error: RuntimeError) -> RuntimeError:
+        reason = " ".join(str(error).split())
+        return RuntimeError(
+            f"SafeStep: expected each of {self.size} ranks {what} at step {self.step}, got nothing "
+            f"from at least one of them ({reason[-200:].rstrip('.')}). Look first for the error of "
+            "a rank that ended. Every rank needs a SafeStep on this optimizer, and as many steps "
+            "as the others; where data are uneven, train within `with ddp.join():`."
+        )
