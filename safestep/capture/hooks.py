@@ -1,32 +1,109 @@
-"""Hooks that stay out of copies and compiled code."""
+"""Hooks that stay out of copies, pickles and compiled code."""
 
 from __future__ import annotations
 
+import copyreg
+import weakref
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+
+# The tables of a module that hold its forward hooks, and those that tell how to call them.
+_TABLES = {
+    "_forward_pre_hooks": "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks": "_forward_hooks_with_kwargs",
+}
 
 
 class DetachableHook:
-    """A hook that does nothing in a copy of the module it is on.
+    """A hook that does nothing in a copy of what it is on.
 
-    Otherwise ``copy.deepcopy(model)`` or a pickle of the model would hold the hook's owner: the
-    controller, the optimizer and its state.
+    Otherwise a copy or a pickle would hold the hook's owner: the controller, the optimizer and its
+    state. What takes its place is a function of Python's own that returns None.
     """
 
-    def __init__(self, function: Callable[..., Any] | None) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         # A compiled optimizer step or model must not trace the guard.
-        self._untraced = torch.compiler.disable(function) if function is not None else None
+        self._uncompiled = torch.compiler.disable(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the result of the function; None in a copy."""
-        function = self._untraced if torch.compiler.is_compiling() else self._function
-        return function(*args, **kwargs) if function is not None else None
+        """Return the result of the function."""
+        function = self._uncompiled if torch.compiler.is_compiling() else self._function
+        return function(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DetachableHook:
-        return DetachableHook(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return nullcontext().__exit__
 
-    def __reduce__(self) -> tuple[type[DetachableHook], tuple[None]]:
-        return DetachableHook, (None,)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+class ModuleHooks:
+    """Forward hooks on a module, which copies and pickles of it do not have.
+
+    Args:
+        module: The module.
+        before: A forward pre-hook that takes keyword arguments too.
+        after: A forward hook that takes keyword arguments too.
+    """
+
+    def __init__(
+        self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]
+    ) -> None:
+        self._handles = (
+            module.register_forward_pre_hook(DetachableHook(before), with_kwargs=True),
+            module.register_forward_hook(DetachableHook(after), with_kwargs=True),
+        )
+        _hide_hooks_of(type(module))
+        self._show = weakref.finalize(module, _show_hooks_of, type(module))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._show()
+
+
+_hooked: Counter[type] = Counter()
+
+
+def _hide_hooks_of(kind: type) -> None:
+    _hooked[kind] += 1
+    # Asked by copy.copy, copy.deepcopy, pickle and torch.save, before any method of the class.
+    if copyreg.dispatch_table.setdefault(kind, _reduced) is not _reduced:
+        _hooked.pop(kind)  # the user reduces it in another way
+
+
+def _show_hooks_of(kind: type) -> None:
+    _hooked[kind] -= 1
+    if _hooked[kind] <= 0:
+        del _hooked[kind]
+        if copyreg.dispatch_table.get(kind) is _reduced:
+            del copyreg.dispatch_table[kind]
+
+
+def _reduced(module: nn.Module) -> Any:
+    """Return what a module is copied from, as its class says, without our hooks."""
+    reduced = module.__reduce_ex__(2)
+    return reduced if isinstance(reduced, str) else tuple(map(_without_hooks, reduced))
+
+
+def _without_hooks(part: Any) -> Any:
+    """Return the arguments or the state of a copy without our hooks."""
+    if type(part) is tuple:
+        return tuple(map(_without_hooks, part))
+    if not (isinstance(part, dict) and _TABLES.keys() <= part.keys()):
+        return part
+    state = part.copy()
+    for name, flags in _TABLES.items():
+        hooks = state[name]
+        ours = {key for key, hook in hooks.items() if isinstance(hook, DetachableHook)}
+        for table in (name, flags):
+            kept = [(key, item) for key, item in state[table].items() if key not in ours]
+            state[table] = type(state[table])(kept)
+    return state

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from safestep._warn import warn_user
 from safestep.capture.call import Call
 from safestep.capture.gradient import GradientEvidence
-from safestep.capture.hooks import DetachableHook
+from safestep.capture.hooks import ModuleHooks
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
 from safestep.capture.wrappers import eager_module, without_data_parallel
@@ -67,10 +67,7 @@ class Recorder:
                 "SafeStep: expected a `model` that takes forward hooks, got a ScriptModule. Put it "
                 "into a module that does: torch.nn.Sequential(model)."
             )
-        self._handles = (
-            target.register_forward_pre_hook(DetachableHook(self._before), with_kwargs=True),
-            target.register_forward_hook(DetachableHook(self._after), with_kwargs=True),
-        )
+        self._hooks = ModuleHooks(target, self._before, self._after)
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
         """Queue a call that is about to run, such as a training step that returns the loss.
@@ -85,8 +82,7 @@ class Recorder:
         Returns:
             The recorded call.
         """
-        for handle in self._handles:  # in a compiled training step they would break the graph
-            handle.remove()
+        self._hooks.remove()  # in a compiled training step they would break the graph
         self._opened = None
         call = Call.of(function, args, kwargs, self._conditions)
         if self._watches:
@@ -120,8 +116,7 @@ class Recorder:
 
     def detach(self) -> None:
         """Remove the hooks and forget the queue."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
         self._calls.clear()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
