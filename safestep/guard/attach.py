@@ -1,11 +1,16 @@
-"""Find the optimizer whose step hooks fire, and tell nested calls of its step apart."""
+"""Find the optimizer to guard, hook its step, and tell nested calls of its step apart."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
+
+from safestep.capture.hooks import DetachableHook
+from safestep.guard.optimizer_state import is_optimizer_like
 
 # The code of torch's wrapper around every step(), which calls the hooks.
 _HOOKED_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__
@@ -28,19 +33,114 @@ def is_within_step(optimizer: Optimizer) -> bool:
     return steps > 1
 
 
+def is_within_backward() -> bool:
+    """Return whether a backward pass is running, as where a gradient hook makes the step."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def hooked_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer whose step hooks fire, inside wrappers such as Accelerate's.
+    """Return the optimizer whose step is to be hooked, inside wrappers such as Accelerate's.
 
     Args:
         optimizer: An optimizer, or a wrapper that holds one in ``.optimizer``.
 
     Returns:
-        The optimizer to register hooks on.
+        The outermost optimizer that has a state or step hooks of its own, else the innermost.
     """
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         # Fabric's wrapper shows the hooks of the optimizer inside as its own.
         hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
         if hooks is not None and hooks is not getattr(inner, "_optimizer_step_pre_hooks", None):
             break
+        state = vars(optimizer).get("state")
+        if state is not None and state is not getattr(inner, "state", None):
+            break  # such as slow weights, which its step moves together with the parameters
         optimizer = inner
     return optimizer
+
+
+def hook_steps(
+    optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]
+) -> Sequence[Any]:
+    """Call functions before and after every step of an optimizer.
+
+    Args:
+        optimizer: A torch optimizer, or an object that can be used as one.
+        before: Called with the optimizer, ``args`` and ``kwargs`` of its step; may return others.
+        after: Called with the same.
+
+    Returns:
+        Handles with a ``remove()``.
+    """
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return (
+            optimizer.register_step_pre_hook(_StepHook(before)),
+            optimizer.register_step_post_hook(_StepHook(after)),
+        )
+    optimizer.step = step = _HookedStep(optimizer, before, after)
+    return (step,)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Check that a SafeStep can be attached.
+
+    Args:
+        optimizer: What the user passed, inside wrappers.
+
+    Raises:
+        TypeError: If it is not an optimizer.
+        ValueError: If it has a SafeStep already, or steps one parameter at a time.
+    """
+    if not (isinstance(optimizer, Optimizer) or is_optimizer_like(optimizer)):
+        raise TypeError(
+            "SafeStep: expected `optimizer` to be a torch.optim.Optimizer or to wrap one, got "
+            f"{type(optimizer).__name__}. Pass the optimizer whose step() updates the parameters."
+        )
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    if isinstance(optimizer.step, _HookedStep) or any(isinstance(h, _StepHook) for h in hooks):
+        raise ValueError(
+            "SafeStep: expected an `optimizer` without a SafeStep, got one that has it already. "
+            "Call detach() on the other one first."
+        )
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if any(group.get("gradient_release") for group in optimizer.param_groups) or any(
+        hasattr(param, "_in_backward_optimizers") for param in params
+    ):
+        raise ValueError(
+            "SafeStep: expected an `optimizer` that updates all parameters in one step, got "
+            f"{type(optimizer).__name__} that updates each within the backward pass (gradient "
+            "release). Call its step() after backward() instead: no radius is known before then."
+        )
+
+
+class _StepHook(DetachableHook):
+    """Marks an optimizer that a SafeStep is attached to."""
+
+
+class _HookedStep:
+    """The step of an optimizer that takes no hooks, between two functions; copies lose it."""
+
+    def __init__(
+        self, optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]
+    ) -> None:
+        self._optimizer, self._step = optimizer, optimizer.step
+        self._before, self._after = before, after
+        self._is_attached = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the step returns."""
+        if not self._is_attached:  # a scheduler has wrapped this step
+            return self._step(*args, **kwargs)
+        args, kwargs = self._before(self._optimizer, args, kwargs) or (args, kwargs)
+        result = self._step(*args, **kwargs)
+        self._after(self._optimizer, args, kwargs)
+        return result
+
+    def remove(self) -> None:
+        """Give the optimizer its own step again."""
+        self._is_attached = False
+        if vars(self._optimizer).get("step") is self:
+            del self._optimizer.step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._optimizer, "step")

@@ -37,7 +37,6 @@ class OptimizerState:
     Attributes:
         params: The parameters of the optimizer that a step may move.
         tensors: The parameters, then the tensors of the state, each once.
-        own: The tensors of the state that belong to optimizers which are not part of torch.
         optimizers: The optimizer, then those that it holds.
         leaves: What the optimizer holds, in a row, to notice a change by identity; None where it
             holds containers that may change without one.
@@ -45,7 +44,6 @@ class OptimizerState:
 
     params: list[Tensor] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
-    own: list[Tensor] = field(default_factory=list)
     optimizers: list[Any] = field(default_factory=list)
     leaves: list[Any] | None = None
     _contents: list[tuple[Any, Any]] = field(default_factory=list)
@@ -59,10 +57,8 @@ class OptimizerState:
         params = [param for param in every if param.requires_grad or param.grad is not None]
         search = _Search(every, params)
         search.visit(optimizer)
-        state = cls(
-            params, list(search.tensors), list(search.own), search.optimizers,
-            _contents=search.contents,
-        )  # fmt: skip
+        tensors, optimizers = list(search.tensors), search.optimizers
+        state = cls(params, tensors, optimizers, _contents=search.contents)
         values = _values(optimizer)
         if len(params) == len(every) and values and _TENSORS.issuperset(map(type, values)):
             others = _others(optimizer)
@@ -113,11 +109,9 @@ class _Search:
 
     def __init__(self, every: list[Tensor], params: list[Tensor]) -> None:
         self.tensors: dict[Tensor, None] = dict.fromkeys(params)
-        self.own: dict[Tensor, None] = {}
         self.optimizers: list[Any] = []
         self.contents: list[tuple[Any, Any]] = []
         self._params = frozenset(every)
-        self._is_of_torch = True
         self._is_in_state = False
         self._seen: set[int] = set()
 
@@ -147,8 +141,7 @@ class _Search:
     def _visit_optimizer(self, optimizer: Any) -> None:
         self._seen.add(id(optimizer))
         self.optimizers.append(optimizer)
-        outside = self._is_of_torch, self._is_in_state
-        self._is_of_torch = type(optimizer).__module__.startswith("torch.optim.")
+        outside = self._is_in_state
         attributes = {k: v for k, v in vars(optimizer).items() if k not in _NOT_STATE}
         self.contents.append((vars(optimizer), attributes))
         groups = optimizer.param_groups
@@ -162,7 +155,7 @@ class _Search:
         self.visit(optimizer.state)
         self._is_in_state = False
         self._visit_all(attributes.values())
-        self._is_of_torch, self._is_in_state = outside
+        self._is_in_state = outside
 
     def _visit_tensor(self, tensor: Tensor) -> None:
         inner = list(_inner_tensors(tensor))
@@ -171,8 +164,6 @@ class _Search:
             self._visit_all(inner)
         elif not inner and tensor not in self.tensors and tensor not in self._params:
             self.tensors[tensor] = None
-            if not self._is_of_torch:
-                self.own[tensor] = None
 
     def _keep(self, container: Any, owner: Any = None) -> None:
         self._seen.add(id(container if owner is None else owner))

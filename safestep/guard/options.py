@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import Optimizer
 
 Action = Literal["clip", "set", "monitor"]
 EstimatorOption = Literal["auto", "jvp", "secant", "difference"]
@@ -39,20 +38,13 @@ def check_limits(limit: float, radius: str, action: str, quantile: float | None)
         )
 
 
-def check_arguments(
-    optimizer: Any, model: Any, estimator: str, logits: Any, max_consecutive_skips: Any
-) -> None:
-    """Check the arguments of a SafeStep.
+def check_arguments(model: Any, estimator: str, logits: Any, max_consecutive_skips: Any) -> None:
+    """Check the arguments of a SafeStep but for the optimizer.
 
     Raises:
         TypeError: If one is of the wrong kind.
         ValueError: If one has a value that it may not have.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            "SafeStep: expected `optimizer` to be a torch.optim.Optimizer or to wrap one, got "
-            f"{type(optimizer).__name__}. Pass the optimizer whose step() updates the parameters."
-        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "

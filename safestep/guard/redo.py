@@ -42,11 +42,11 @@ def iterates(state: OptimizerState, copies: Copies) -> list[Tensor]:
         copies: Copies from before the step.
 
     Returns:
-        Float tensors of the shape of a parameter that have changed, of optimizers that are not
-        torch's own: there state depends on gradients alone.
+        Float tensors of the shape of a parameter that have changed.
     """
     shapes = {local(param).shape for param in state.params}
-    found = [t for t in state.own if t.is_floating_point() and local(t).shape in shapes]
+    others = state.tensors[len(state.params) :]
+    found = [t for t in others if t.is_floating_point() and local(t).shape in shapes]
     return [t for t in found if (c := copies.of(t)) is None or not torch.equal(local(t), c)]
 
 

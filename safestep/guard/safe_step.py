@@ -15,10 +15,15 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from safestep.capture import LogitsFn
-from safestep.capture.hooks import DetachableHook
 from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import Agreement
-from safestep.guard.attach import hooked_optimizer, is_within_step
+from safestep.guard.attach import (
+    check_optimizer,
+    hook_steps,
+    hooked_optimizer,
+    is_within_backward,
+    is_within_step,
+)
 from safestep.guard.controller import StepController, StepReport
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
@@ -47,9 +52,9 @@ class SafeStep:
     finite, optimizer state included. A step it leaves alone is bitwise the optimizer's own.
 
     Args:
-        optimizer: Any ``torch.optim.Optimizer``, or a wrapper with the real one in ``.optimizer``.
-            Several optimizers on one model get a SafeStep each: the sum of their r bounds the r
-            of their joint step.
+        optimizer: Any ``torch.optim.Optimizer``, a wrapper with the real one in ``.optimizer``, or
+            an object with ``param_groups``, ``state`` and ``step``. Several optimizers on one model
+            get a SafeStep each: the sum of their r bounds the r of their joint step.
         model: The module whose forward pass computes the logits (``DistributedDataParallel`` and
             ``torch.compile`` wrappers included).
         max_normalized_step: Largest r that is let through. 1.0 is the radius itself.
@@ -135,8 +140,8 @@ class SafeStep:
         replica_check_interval: int | None = None,
     ) -> None:
         self.optimizer = hooked_optimizer(optimizer)
-        check_arguments(self.optimizer, model, estimator, logits, max_consecutive_skips)
-        _refuse_second_guard(self.optimizer)
+        check_optimizer(self.optimizer)
+        check_arguments(model, estimator, logits, max_consecutive_skips)
         self.last: StepReport | None = None
         self.last_radii: dict[str, Any] = {}
         self.enabled = True
@@ -174,10 +179,7 @@ class SafeStep:
         self._estimator = CheckedEstimator(
             module, self._controller.rule, first, logits, self._inside
         )
-        self._handles = (
-            self.optimizer.register_step_pre_hook(_StepHook(self._before_step)),
-            self.optimizer.register_step_post_hook(_StepHook(self._after_step)),
-        )
+        self._handles = hook_steps(self.optimizer, self._before_step, self._after_step)
 
     def log(self, **values: Any) -> None:
         """Write `values` into the next step's record of the run log, such as ``loss=loss``.
@@ -312,7 +314,8 @@ class SafeStep:
     @torch.no_grad()
     def _judge(self) -> None:
         """Measure the update, made or still to come, and scale it or keep it from counting."""
-        update = self._undo.update(self._recorder.take())
+        calls = self._recorder.take()
+        update = self._undo.update([] if is_within_backward() else calls)
         health = Health.of(
             update, watches=self._predictor is not None, prints=self._agreement.has_replicas
         )
@@ -374,7 +377,7 @@ class SafeStep:
             except Exception as error:  # training goes on; the report and a warning say why
                 reason = _one_line(error)
         else:
-            reason = _NO_CALLS
+            reason = _IN_BACKWARD if is_within_backward() else _NO_CALLS
         finding = health.finding(measurement.radius, reason)
         if finding.forbids_step:
             reason = where_not_finite(finding, update, self._names)
@@ -397,22 +400,15 @@ class SafeStep:
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
 
-class _StepHook(DetachableHook):
-    """Marks an optimizer that a SafeStep is attached to."""
-
-
-def _refuse_second_guard(optimizer: Optimizer) -> None:
-    if any(isinstance(h, _StepHook) for h in optimizer._optimizer_step_pre_hooks.values()):
-        raise ValueError(
-            "SafeStep: expected an `optimizer` without a SafeStep, got one that has it already. "
-            "Call detach() on the other one first."
-        )
-
-
 _NO_CALLS = (
     "no gradient came back through a forward call of `model` since the last step; pass the module "
     "whose forward computes the logits, or tell the guard the whole step with "
     "guard.record(training_step, batch)"
+)
+
+_IN_BACKWARD = (
+    "the optimizer steps within the backward pass, where the step of the other parameters is not "
+    "known yet; step after backward() to measure the radius"
 )
 
 

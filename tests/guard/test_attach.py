@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
+from helpers.optimizers import Hookless, ScheduleFreeWrapper
 from torch import optim
 
 from safestep import SafeStep
@@ -134,3 +136,60 @@ def test_a_second_guard_on_one_optimizer_is_an_error(model):
 
     with pytest.raises(ValueError, match="got one that has it already"):
         SafeStep(optimizer, model)
+
+
+@pytest.mark.parametrize("kind", [ScheduleFreeWrapper, Hookless])
+def test_an_optimizer_without_hooks_is_guarded_until_detached(kind, model, batch, train_step):
+    optimizer = kind(optim.SGD(model.parameters(), lr=100.0))
+    guard = SafeStep(optimizer, model)
+    with pytest.raises(ValueError, match="got one that has it already"):
+        SafeStep(optimizer, model)
+    train_step(optimizer, model, batch)
+    assert guard.last.status == "clipped"
+
+    guard.detach()
+
+    train_step(optimizer, model, batch)
+    assert guard.last.step == 0
+
+
+def test_a_guard_is_detached_from_a_step_that_was_wrapped_since(model, batch, train_step):
+    optimizer = ScheduleFreeWrapper(optim.SGD(model.parameters(), lr=0.1))
+    guard = SafeStep(optimizer, model)
+    copy.deepcopy(optimizer).step()
+    assert guard.last is None
+    inner, calls = optimizer.step, []
+    optimizer.step = lambda: calls.append(inner())
+    train_step(optimizer, model, batch)
+    guard.detach()
+
+    train_step(optimizer, model, batch)
+    assert len(calls) == 2
+    assert guard.last.step == 0
+
+
+def test_gradient_release_is_refused(model):
+    optimizer = optim.SGD([{"params": model.parameters(), "gradient_release": True}], lr=0.1)
+    with pytest.raises(ValueError, match=r"got SGD that updates each within the backward pass"):
+        SafeStep(optimizer, model)
+    model = torch.nn.Linear(5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates what it imports there
+        from torch.distributed.optim import _apply_optimizer_in_backward
+    _apply_optimizer_in_backward(optim.SGD, model.parameters(), {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"Call its step\(\) after backward\(\) instead"):
+        SafeStep(optim.SGD(model.parameters(), lr=0.1), model)
+
+
+def test_a_step_within_the_backward_pass_is_never_called_measured(model, batch):
+    optimizers = {param: optim.Adam([param], lr=1e-3) for param in model.parameters()}
+    guards = [SafeStep(optimizer, model) for optimizer in optimizers.values()]
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+
+    loss = torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    with pytest.warns(UserWarning, match="steps within the backward pass"):
+        loss.backward()
+
+    assert {guard.last.status for guard in guards} == {"unmeasured"}
+    assert "step after backward() to measure" in guards[-1].last.reason

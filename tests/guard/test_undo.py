@@ -11,10 +11,12 @@ from helpers.optimizers import (
     WRITES,
     Composite,
     Flattened,
+    Hookless,
     Lookahead,
     Quantized,
     QuantizedMomentum,
     ScheduleFree,
+    ScheduleFreeWrapper,
     Sealed,
     Summing,
     Velocity,
@@ -33,7 +35,9 @@ KINDS = {
     "lookahead of sam's base": lambda params, lr: Lookahead(optim.SGD(params, lr, momentum=0.9)),
     "lookahead of lookahead": lambda params, lr: Lookahead(Lookahead(optim.Adam(params, lr)), k=2),
     "composite": Composite,
+    "hookless": lambda params, lr: Hookless(optim.AdamW(params, lr=lr)),
     "schedule-free": ScheduleFree,
+    "schedule-free wrapper": lambda params, lr: ScheduleFreeWrapper(optim.SGD(params, lr=lr)),
     "velocity": Velocity,
     "sums": Summing,
     "quantized": QuantizedMomentum,
@@ -73,9 +77,9 @@ def numbers_of(model, optimizer):
             return [plain(value[key]) for key in sorted(value, key=str)]
         if isinstance(value, (list, tuple)):
             return [plain(each) for each in value]
-        if isinstance(value, optim.Optimizer):
+        if hasattr(value, "param_groups"):
             names = ("state", "param_groups", "base", "base_optimizer", "slow", "count", "parts")
-            return [plain(vars(value).get(name)) for name in names]
+            return [plain(getattr(value, name, None)) for name in names]
         return value if isinstance(value, (int, float)) else None
 
     return [plain(list(model.parameters())), plain(optimizer)]

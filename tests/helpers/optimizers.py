@@ -138,6 +138,61 @@ class ScheduleFree(Optimizer):
             group["k"] += 1
 
 
+class ScheduleFreeWrapper:
+    """The same around any optimizer, of which it is none: z in its state, x and y by turns."""
+
+    def __init__(self, base):
+        self.base = base
+
+    param_groups = property(lambda self: self.base.param_groups)
+    state = property(lambda self: self.base.state)
+
+    def zero_grad(self):
+        self.base.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for param in group["params"]:
+                if "z" not in self.state[param]:
+                    self.state[param]["z"] = param.detach().clone()
+                z = self.state[param]["z"]
+                x = (param - 0.1 * z) / 0.9
+                param.copy_(z)
+                z.copy_(x)
+        self.base.step()
+        for group in self.param_groups:
+            for param in group["params"]:
+                z, x = param.detach().clone(), self.state[param]["z"].clone()
+                x.lerp_(z, 1 / group["k"])
+                self.state[param]["z"].copy_(z)
+                param.copy_(0.1 * z + 0.9 * x)
+
+
+class Hookless(Optimizer):
+    """Lookahead as some packages write it: never initialised, so that no hook of it fires."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state, self.defaults, self.count = {}, optimizer.defaults, 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param] = {"slow": param.detach().clone()}
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.optimizer.step()
+        self.count += 1
+        if self.count % 3 == 0:
+            for param, state in self.state.items():
+                state["slow"].lerp_(param, 0.5)
+                param.copy_(state["slow"])
+
+
 class Velocity(Optimizer):
     """Momentum whose state is the step itself, learning rate included."""
 
