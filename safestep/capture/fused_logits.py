@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from safestep.radius.masking import stand_in
+
 # Logits of one tile of a linear_cross_entropy: 24 MiB in float32. A product of fewer rows takes
 # longer for each of them.
 TILE_ELEMENTS = 6 << 20
@@ -88,9 +90,9 @@ class LinearTile:
         tangent = tangent.unflatten(-1, self.layout).movedim(1, -1)
         if exists is not None:
             exists = exists.unflatten(0, self.layout).movedim(0, -1).expand_as(tangent)
-            stand_in = tangent.gather(-1, exists.byte().argmax(dim=-1, keepdim=True))
+            fill = stand_in(tangent, exists)
             for block, columns in _blocks(tangent):
-                columns.copy_(torch.where(exists[..., block], columns, stand_in))
+                columns.copy_(torch.where(exists[..., block], columns, fill))
         return tangent
 
 

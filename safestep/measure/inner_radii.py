@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from safestep.radius.inner import attention_radius, kink_radius
+from safestep.radius.masking import absent_classes
 
 RadiusName = Literal["output", "attention", "ffn"]
 
@@ -23,9 +24,6 @@ _ACTIVATIONS = frozenset(("relu", "relu_", "relu6", "leaky_relu", "prelu", "rrel
 _LOOKED_AT = _ACTIVATIONS | {"scaled_dot_product_attention", "softmax"}
 # What makes a softmax an attention: its result weighs the rows of a matrix.
 _PRODUCTS = frozenset(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"))
-# exp(-746) is zero in float64: no score that far under the largest has any weight. Masks are
-# -inf, the lowest number of a dtype, -1e9 or -1e4.
-_NO_WEIGHT = 746.0
 
 
 class InnerWatch(TorchFunctionMode):
@@ -213,7 +211,8 @@ def attention_scores(
 
 def _radius(scores: Tensor) -> Tensor:
     scores, tangent = _dual(scores)
-    return attention_radius(tangent, mask=scores > scores.amax(-1, keepdim=True) - _NO_WEIGHT)
+    absent = absent_classes(scores)
+    return attention_radius(tangent, mask=None if absent is None else ~absent)
 
 
 def _dual(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from safestep.radius.masking import filled_in
+
 # From log-weights [N, C] (-inf: no such class), slopes [N, C] in [0, 1] and, where not every row
 # has to be known, the radius [N] that is enough, to radii [N].
 Rung = Callable[..., Tensor]
@@ -45,7 +47,7 @@ def check_rows(
 def row_spread(logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
     """Return ``logit_spread`` without its checks."""
     if mask is not None and mask.ndim == logit_tangent.ndim:
-        logit_tangent = _filled_in(logit_tangent, mask)  # the range stays the same
+        logit_tangent = filled_in(logit_tangent, mask)  # the range stays the same
         mask = mask.any(dim=-1)
     _, spread = _range(logit_tangent)
     return spread if mask is None else torch.where(mask, spread, 0.0)
@@ -107,7 +109,7 @@ def _climb_chunk(
         exists = is_class if exists is None else exists & is_class
         broken = (exists & ~(logits < math.inf)).any(dim=-1)
         logits = logits.masked_fill(~exists, -math.inf)
-        logit_tangent = _filled_in(logit_tangent, exists)
+        logit_tangent = filled_in(logit_tangent, exists)
         lowest, spread = _range(logit_tangent)
         spread = torch.where(exists.any(dim=-1), spread, 0.0).masked_fill(broken, math.nan)
         highest = logits.amax(dim=-1)
@@ -129,9 +131,3 @@ def _climb_chunk(
         climbed = rung(logits - highest.unsqueeze(-1), slope, *aim)
     radius[is_live] = torch.maximum(radius[is_live], climbed / spread)
     return radius
-
-
-def _filled_in(logit_tangent: Tensor, exists: Tensor) -> Tensor:
-    """Return tangents where one class that exists stands in for those that do not."""
-    stand_in = logit_tangent.gather(-1, exists.byte().argmax(dim=-1, keepdim=True))
-    return torch.where(exists, logit_tangent, stand_in)

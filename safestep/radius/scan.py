@@ -183,6 +183,8 @@ def nodes_at(x: Tensor, mean: Tensor, log_variance: Tensor, skew: Tensor) -> Nod
         log_variance: log s^2.
         skew: d(log s^2)/dx.
     """
+    # More than it is where all weights but one vanish: the bound is lower, and stays a number.
+    log_variance = log_variance.clamp(min=-1e30)
     log_strip = _LOG_QUARTER_PI_SQUARED - log_variance
     value = torch.logaddexp(2 * x.abs().log(), log_strip)
     rate = 2 * x * (-value).exp() - (log_strip - value).exp() * skew

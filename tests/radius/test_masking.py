@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.capture.temperature import label_temperature
-from safestep.radius.masking import without_absent
+from safestep.radius.ladder import certified_radius
+from safestep.radius.masking import absent_classes, without_absent
 
 ALLOWED = torch.arange(7) < torch.tensor([[3], [6], [5], [4], [3]])  # of a pointer or of actions
 LABELS = torch.tensor([0, 5, 4, 2, 1])
@@ -126,3 +127,23 @@ def test_rows_without_masks_are_returned_as_they_are():
 
     assert without_absent(logits, tangent) is tangent
     assert without_absent(logits * math.nan, tangent) is tangent
+
+
+@pytest.mark.parametrize("fill", FILLS, ids=str)
+def test_a_row_without_any_class_sets_no_radius(fill):
+    logits = torch.tensor([[0.0, 2.0, 1.0], [-math.inf] * 3, [0.0, fill, 1.0]])
+    tangent = torch.tensor([[1.0, 2.0, 0.0], [math.nan, 5.0, 7.0], [4.0, 9.0, 4.0]])
+
+    adjusted = without_absent(logits, tangent)
+
+    spread = adjusted.amax(-1) - adjusted.amin(-1)
+    assert torch.equal(spread[:2], torch.tensor([2.0, 0.0]))
+    assert spread[2] <= 5 * 2 * math.pi / 1e4 * (1 + 1e-3)
+    # And by the same rule where a radius takes logits -inf itself.
+    assert certified_radius(logits, tangent)[1] == math.inf
+
+
+def test_not_a_number_is_not_absent():
+    logits = torch.tensor([[0.0, math.nan, -1e9]])
+
+    assert absent_classes(logits) is None or not absent_classes(logits)[0, 1]
