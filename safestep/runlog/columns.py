@@ -1,28 +1,41 @@
-"""Turn a stream of records into numpy columns, in memory that stays bounded."""
+"""Turn a stream of records into numpy columns, in memory in proportion to the file."""
 
 from itertools import chain
 from pathlib import Path
-from sys import intern
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-TEXT_FIELDS = frozenset({"estimator", "status", "reason"})
-NUMBER_FIELDS = frozenset({
-    "step", "normalized_step", "radius", "step_norm", "spread", "scale", "learning_rate",
-    "effective_learning_rate", "seconds", "bottleneck", "loss_std", "loss_range",
-    "grad_norm_std", "grad_norm_cv", "pairwise_cosine", "noise_scale", "outlier",
-})  # fmt: skip
-LIST_FIELDS = frozenset({"grad_norm", "cosine_to_mean"})  # "loss" too, but step records have one
+# What safestep itself writes, and the type of each. Other keys take the type of their values.
+FIELDS: dict[str, Literal["number", "text", "list"]] = {
+    **dict.fromkeys(("estimator", "status", "reason"), "text"),
+    **dict.fromkeys(
+        ("step", "normalized_step", "radius", "step_norm", "spread", "scale", "learning_rate",
+         "effective_learning_rate", "seconds", "time", "bottleneck", "loss_std", "loss_range",
+         "grad_norm_std", "grad_norm_cv", "pairwise_cosine", "noise_scale", "outlier"),
+        "number",
+    ),
+    **dict.fromkeys(("grad_norm", "cosine_to_mean"), "list"),  # "loss" is a list only of workers
+}  # fmt: skip
 MAX_FIELDS = 512  # a log is untrusted: no line may make the reader fill the memory
 _CHUNK_RECORDS = 512  # small enough that the records stay in the processor's cache
+_DENSE_RECORDS = 64  # as many records of the same keys become an array at once
+_MIN_BYTES = 1 << 26  # columns of up to this size are always made
+_MAX_GROWTH = 4  # beyond it, columns take at most this multiple of the file's size
 
 
 class ColumnBuilder:
     """Collect records of one kind; missing keys become NaN, or None in text columns.
 
+    Keys that few records have are left out where their columns would take more than four times
+    the file's size (and more than 64 MB), and so are lists that are far longer than the others.
+    ``left_out`` says so.
+
     Args:
-        path: The file the records come from, for errors.
+        path: The file the records come from, for its size and for errors.
+
+    Attributes:
+        left_out: One sentence about each thing that `build` left out.
 
     Example:
         >>> builder = ColumnBuilder(Path("run.jsonl"))
@@ -33,12 +46,14 @@ class ColumnBuilder:
     """
 
     def __init__(self, path: Path) -> None:
+        self.left_out: list[str] = []
         self._path = path
         self._records: list[dict[str, Any]] = []
         self._first_line = 0
         self._num_rows = 0
-        self._chunks: dict[str, list[tuple[int, np.ndarray]]] = {"step": []}
+        self._columns: dict[str, _Column] = {}
         self._segments: list[int] = []
+        self._texts: dict[str, str] = {}  # each text once in memory
 
     def add(self, record: dict[str, Any], line: int) -> None:
         """Take one record, which came from the given line.
@@ -61,34 +76,62 @@ class ColumnBuilder:
     def build(self) -> dict[str, np.ndarray]:
         """Return the columns: ``step`` int64, numbers float64, lists ``[T, N]``, text object."""
         self._flush()
-        columns = {name: self._join(chunks) for name, chunks in self._chunks.items()}
+        for name, column in self._columns.items():
+            self._pack(name, column)
+        columns: dict[str, np.ndarray] = {"step": np.empty(0)}
+        for name in self._affordable():
+            columns[name] = self._join(name, self._columns[name])
         columns["step"] = columns["step"].astype(np.int64)
         keep = _is_current(columns["step"], self._segments)
         return columns if keep.all() else {name: col[keep] for name, col in columns.items()}
 
     def _flush(self) -> None:
-        if not self._records:
-            return
-        names = dict.fromkeys(["step", *chain.from_iterable(self._records)])
-        if len(self._chunks.keys() | names) > MAX_FIELDS:
-            self._fail(f"at most {MAX_FIELDS} keys", "more")
-        for name in names:
-            values = [record.get(name) for record in self._records]
-            self._chunks.setdefault(name, []).append((self._num_rows, self._convert(name, values)))
+        """Move the records into columns: all that have the same keys at once."""
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for row, record in enumerate(self._records):
+            groups.setdefault(tuple(record), []).append(row)
+        for names, rows in groups.items():
+            if "step" not in names:
+                self._fail("a whole number as `step` of every record", "none")
+            values = zip(*(self._records[row].values() for row in rows), strict=True)
+            places = np.array(rows) + self._num_rows
+            for name, part in zip(names, values, strict=True):
+                self._extend(name, places, part)
         self._num_rows += len(self._records)
         self._records = []
 
-    def _convert(self, name: str, values: list[Any]) -> np.ndarray:
-        if name in TEXT_FIELDS:
-            return _objects([None if value is None else intern(str(value)) for value in values])
+    def _extend(self, name: str, rows: np.ndarray, values: tuple[Any, ...]) -> None:
+        column = self._columns.get(name)
+        if column is None:
+            if len(self._columns) >= MAX_FIELDS:
+                self._fail(f"at most {MAX_FIELDS} keys", "more")
+            column = self._columns[name] = _Column()
+        if len(rows) >= _DENSE_RECORDS:
+            column.blocks.append((rows, self._convert(name, values)))
+            return
+        column.rows += rows.tolist()
+        column.values += values
+        if len(column.rows) >= _CHUNK_RECORDS:
+            self._pack(name, column)
+
+    def _pack(self, name: str, column: "_Column") -> None:
+        if column.rows:
+            column.blocks.append((np.array(column.rows), self._convert(name, column.values)))
+            column.rows, column.values = [], []
+
+    def _convert(self, name: str, values: Any) -> "np.ndarray | _Lists":
+        field = FIELDS.get(name)
+        if field == "text":
+            texts = [None if value is None else str(value) for value in values]
+            return _objects([text and self._texts.setdefault(text, text) for text in texts])
         try:
             if list in set(map(type, values)):
-                if name in NUMBER_FIELDS:
+                if field == "number":
                     self._fail(f"numbers in `{name}`", "a list")
-                return _padded([value if isinstance(value, list) else [value] for value in values])
+                return _Lists([v if isinstance(v, list) else [v] for v in values])
             numbers = np.array(values, dtype=np.float64)  # "nan" and "inf" parse, None is NaN
         except (ValueError, TypeError, OverflowError):
-            if name in NUMBER_FIELDS or name in LIST_FIELDS:
+            if field is not None:
                 self._fail(f"numbers in `{name}`", "another value")
             return _objects(values)
         if name == "step" and not (np.isfinite(numbers) & (abs(numbers) < 2**53)).all():
@@ -101,37 +144,94 @@ class ColumnBuilder:
             f"{self._first_line} on. The log was not written by safestep, or is damaged."
         )
 
-    def _join(self, chunks: list[tuple[int, np.ndarray]]) -> np.ndarray:
-        arrays = [array for _, array in chunks]
-        if any(array.dtype == object for array in arrays):
+    def _affordable(self) -> list[str]:
+        """Return the columns to make: safestep's own, then the most frequent that fit."""
+        names = sorted(self._columns, key=lambda n: (n not in FIELDS, -self._columns[n].count))
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        most = max(_MIN_BYTES, _MAX_GROWTH * size) // (8 * self._num_rows + 1)
+        fitting = max(most, sum(name in FIELDS for name in names))
+        if len(names) > fitting:
+            self.left_out.append(
+                f"the {len(names) - fitting} rarest keys of the {self._num_rows:,} records are "
+                f"left out, {', '.join(names[fitting : fitting + 3])} among them: as columns they "
+                f"would take over {_MAX_GROWTH} times the size of the file"
+            )
+        kept = set(names[:fitting])
+        return [name for name in self._columns if name in kept]  # in the order of the file
+
+    def _join(self, name: str, column: "_Column") -> np.ndarray:
+        blocks = column.blocks
+        if any(isinstance(part, np.ndarray) and part.dtype == object for _, part in blocks):
             joined = np.full(self._num_rows, None, dtype=object)
-        elif any(array.ndim == 2 for array in arrays):
-            width = max(array.shape[-1] for array in arrays if array.ndim == 2)
-            joined = np.full((self._num_rows, width), np.nan)
-            chunks = [(start, array.reshape(len(array), -1)) for start, array in chunks]
-        else:
+            for rows, part in blocks:
+                joined[rows] = _objects(part.to_lists()) if isinstance(part, _Lists) else part
+            return joined
+        lists = [part for _, part in blocks if isinstance(part, _Lists)]
+        if not lists:
             joined = np.full(self._num_rows, np.nan)
-        for start, array in chunks:
-            if joined.ndim == 2:
-                joined[start : start + len(array), : array.shape[1]] = array
-            else:
-                joined[start : start + len(array)] = list(array) if array.ndim == 2 else array
+            for rows, part in blocks:
+                joined[rows] = part
+            return joined
+        width = self._affordable_width(name, np.concatenate([part.lengths for part in lists]))
+        joined = np.full((self._num_rows, width), np.nan)
+        for rows, part in blocks:
+            if isinstance(part, _Lists):
+                part.write(joined, rows)
+            elif width:
+                joined[rows, 0] = part
         return joined
 
+    def _affordable_width(self, name: str, lengths: np.ndarray) -> int:
+        """Return the longest length at which padding stays in proportion to what is there."""
+        most = max(_MIN_BYTES // 8, _MAX_GROWTH * lengths.sum()) // max(self._num_rows, 1)
+        is_fitting = lengths <= most
+        if not is_fitting.all():
+            self.left_out.append(
+                f"{(~is_fitting).sum():,} lists of `{name}` are left out: of up to "
+                f"{lengths.max():,} numbers, where the others have up to "
+                f"{lengths[is_fitting].max(initial=0):,}"
+            )
+        return int(lengths[is_fitting].max(initial=0))
 
-def _padded(rows: list[list[Any]]) -> np.ndarray:
-    # NaN at the end of the short rows.
-    width = max(len(row) for row in rows)
-    padded = np.array([[*row, *[None] * (width - len(row))] for row in rows], dtype=np.float64)
-    if padded.ndim != 2:
-        raise ValueError("a list of lists")
-    return padded.reshape(len(rows), width)
+
+class _Column:
+    """The values of one key, with their rows; those of rare keys wait as Python objects."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[np.ndarray, np.ndarray | _Lists]] = []
+        self.rows: list[int] = []
+        self.values: list[Any] = []
+
+    @property
+    def count(self) -> int:
+        return sum(len(rows) for rows, _ in self.blocks)
 
 
-def _objects(values: list[Any]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
+class _Lists:
+    """Lists of numbers of any length, one after the other."""
+
+    def __init__(self, lists: list[list[Any]]) -> None:
+        self.lengths = np.array([len(item) for item in lists])
+        self.numbers = np.array(list(chain.from_iterable(lists)), dtype=np.float64)
+        if self.numbers.ndim != 1:
+            raise ValueError("a list of lists")
+
+    def write(self, table: np.ndarray, rows: np.ndarray) -> None:
+        """Fill rows of a table from the left; lists that are wider stay out."""
+        ends = np.cumsum(self.lengths)
+        for length in np.unique(self.lengths[self.lengths <= table.shape[1]]):
+            chosen = np.flatnonzero(self.lengths == length)
+            places = (ends[chosen] - length)[:, None] + np.arange(length)
+            table[rows[chosen], :length] = self.numbers[places]
+
+    def to_lists(self) -> list[list[float]]:
+        ends = np.cumsum(self.lengths)
+        parts = zip(ends - self.lengths, ends, strict=True)
+        return [self.numbers[start:end].tolist() for start, end in parts]
+
+
+def _objects(values: Any) -> np.ndarray:
+    return np.fromiter(values, dtype=object, count=len(values))
 
 
 def _is_current(steps: np.ndarray, segments: list[int]) -> np.ndarray:

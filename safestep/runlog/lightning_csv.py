@@ -1,7 +1,10 @@
 """Read safestep's logged names out of the metrics.csv of Lightning's CSVLogger."""
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,10 @@ def read_metrics_csv(path: Path) -> tuple[dict[str, Any], dict, dict]:
     Raises:
         ValueError: If no column of the file is one of safestep's.
     """
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    with (
+        path.open(newline="", encoding="utf-8", errors="replace") as file,
+        _cells_up_to(path.stat().st_size),
+    ):
         rows = csv.DictReader(file)
         fields = _wanted_fields(list(rows.fieldnames or []))
         if not any(kind != "loss" for kind, _ in fields.values()) or "step" not in (
@@ -85,25 +91,27 @@ def _merge_rows(
     rows: csv.DictReader, fields: dict[str, tuple[str, str]], path: Path
 ) -> tuple[ColumnBuilder, ColumnBuilder]:
     """Return steps and workers; rows of one step are joined, as a logger writes one a call."""
-    builders = {"safestep": ColumnBuilder(path), "workers": ColumnBuilder(path)}
-    merged: dict[str, dict[str, Any]] = {"safestep": {}, "workers": {}, "loss": {}}
-    current = None
-
-    def finish(line: int) -> None:
+    steps, workers = ColumnBuilder(path), ColumnBuilder(path)
+    numbered = enumerate(rows, start=2)
+    for step, lines in groupby(numbered, key=lambda line: line[1]["step"]):
+        line = 0
+        merged: dict[str, dict[str, Any]] = {"safestep": {}, "workers": {}, "loss": {}}
+        for line, row in lines:  # noqa: B007 (the last one is where the record ends)
+            for name, (kind, field) in fields.items():
+                if row[name]:
+                    merged[kind][field] = row[name]
         if merged["safestep"]:
-            merged["safestep"].update(merged["loss"])
-        for kind, builder in builders.items():
-            if merged[kind]:
-                builder.add({"step": current, **merged[kind]}, line)
-        for values in merged.values():
-            values.clear()
+            steps.add({"step": step, **merged["safestep"], **merged["loss"]}, line)
+        if merged["workers"]:
+            workers.add({"step": step, **merged["workers"]}, line)
+    return steps, workers
 
-    for line, row in enumerate(rows, start=2):
-        if row["step"] != current:
-            finish(line)
-            current = row["step"]
-        for name, (kind, field) in fields.items():
-            if row[name]:
-                merged[kind][field] = row[name]
-    finish(line=0)
-    return builders["safestep"], builders["workers"]
+
+@contextmanager
+def _cells_up_to(size: int) -> Iterator[None]:
+    """Let cells be as long as the file; the limit of 128 kB is one of the whole csv module."""
+    before = csv.field_size_limit(max(size, csv.field_size_limit()))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
