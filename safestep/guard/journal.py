@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from safestep._warn import warn_user
@@ -18,6 +21,13 @@ from safestep.workers.drift import WorkerEvent
 
 _logger = logging.getLogger("safestep")
 
+_REPORT_FIELDS = tuple(field.name for field in fields(StepReport))
+_RESERVED = {
+    *_REPORT_FIELDS, "kind", "run", "time", "head", "radii", "binding", "radii_reason",
+}  # fmt: skip
+_CHANGING = re.compile(r"0x[0-9a-f]+|\d+")  # addresses and numbers in the texts of errors
+_MAX_WARNINGS = 20
+
 
 class Journal:
     """Write down what happened, on rank 0 only.
@@ -26,22 +36,52 @@ class Journal:
         run_dir: Directory of ``run.jsonl``; None writes none.
         settings: For the header of the run log.
         group: The workers of the run.
+        owners: What is trained; guards of the same parameters share a run.
     """
 
     def __init__(
-        self, run_dir: str | Path | None, settings: dict[str, Any], group: ProcessGroup | None
+        self,
+        run_dir: str | Path | None,
+        settings: dict[str, Any],
+        group: ProcessGroup | None,
+        owners: Iterable[Tensor] | None = None,
     ) -> None:
         self._is_writer = rank(group) == 0
         self._log = None
         if run_dir is not None and self._is_writer:
-            self._log = RunLog(run_dir, settings, world_size(group))
+            self._log = RunLog(run_dir, settings, world_size(group), owners=owners)
         self._values: dict[str, Any] = {}
         self._interventions = 0
         self._warned: set[str] = set()
         self._introduced: str | None = None
 
+    @property
+    def run(self) -> str | None:
+        """Id of the run, None where this process writes no log."""
+        return None if self._log is None else self._log.run
+
+    def resume(self, run: str | None) -> None:
+        """Go on with the run of a checkpoint.
+
+        Args:
+            run: Its id.
+        """
+        if self._log is not None:
+            self._log.resume(run)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Check a user's values and keep them for the next step's record.
+
+        Args:
+            values: One number or text each.
+
+        Raises:
+            ValueError: If a name is one of the record's own, or a value cannot be written.
+        """
+        self._values.update({name: _checked(name, value) for name, value in values.items()})
+
     def note(self, values: dict[str, Any]) -> None:
-        """Keep `values` for the next step's record."""
+        """Keep the guard's own values for the next step's record."""
         self._values.update(values)
 
     def introduce(self, logits: str | None, step: int) -> None:
@@ -64,23 +104,27 @@ class Journal:
         Args:
             report: The step's.
         """
+        values, self._values = self._values, {}
         if self._log is not None:
-            self._log.write("step", asdict(report) | {"time": time.time()} | self._values)
-        self._values = {}
+            own = {name: getattr(report, name) for name in _REPORT_FIELDS}
+            self._log.write("step", {**own, "time": time.time(), **values})
         if report.status == "unmeasured":
             self.warn_once(f"a step was not measured and left alone: {report.reason}")
         if report.status in ("clipped", "skipped"):
             self._tell(report)
 
     def warn_once(self, text: str) -> None:
-        """Warn, unless the same was said before.
+        """Warn, unless the same was said before, whatever the numbers in it.
 
         Args:
             text: What happened and what to do.
         """
-        if text in self._warned or not self._is_writer:
+        kind = _CHANGING.sub("#", text)
+        if kind in self._warned or len(self._warned) > _MAX_WARNINGS or not self._is_writer:
             return
-        self._warned.add(text)
+        self._warned.add(kind)
+        if len(self._warned) > _MAX_WARNINGS:
+            text = "no more warnings of this guard; the reasons are in guard.last and the run log"
         warn_user(f"SafeStep: {text}.")
 
     def tell_drift(self, event: WorkerEvent) -> None:
@@ -116,3 +160,37 @@ class Journal:
             report.step, report.normalized_step, report.radius, report.scale, report.bottleneck,
             count,
         )  # fmt: skip
+
+
+def _checked(name: str, value: Any) -> Any:
+    # As it can be written, or an error. What lies on a device is not waited for.
+    if name in _RESERVED:
+        raise ValueError(
+            f"SafeStep.log: expected a name that is not the record's own, got `{name}`. "
+            f"Choose another, such as `my_{name}`."
+        )
+    if value is None or isinstance(value, str):
+        return _text(name, value)
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.is_meta:
+            _refuse(name, f"a tensor of shape {tuple(value.shape)} and {value.dtype}")
+        value = value.detach().reshape(())
+        return value if value.device.type != "cpu" else value.item()
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return value if isinstance(value, (bool, int)) and abs(value) < 2**63 else float(value)
+    except (TypeError, ValueError, OverflowError):
+        _refuse(name, f"a {type(value).__name__}: {str(value)[:40]}")
+
+
+def _text(name: str, value: str | None) -> str | None:
+    if name == "loss" and value is not None:
+        _refuse(name, f"the text {value[:40]!r}")
+    return value
+
+
+def _refuse(name: str, got: str) -> NoReturn:
+    raise ValueError(
+        f"SafeStep.log: expected `{name}` to be one number, a tensor of one element or a text, got "
+        f"{got}. Log several values under several names."
+    )

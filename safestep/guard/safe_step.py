@@ -162,7 +162,7 @@ class SafeStep:
             "max_consecutive_skips": max_consecutive_skips,
             "replica_check_interval": replica_check_interval, **given,
         }  # fmt: skip
-        self._journal = Journal(run_dir, self._settings, process_group)
+        self._journal = Journal(run_dir, self._settings, process_group, owners=model.parameters())
         ranks = Ranks(self._trained(), process_group, model)
         ranks.share(self.state_dict, self.load_state_dict)
         self._agreement = Agreement(
@@ -185,9 +185,13 @@ class SafeStep:
         """Write `values` into the next step's record of the run log, such as ``loss=loss``.
 
         Args:
-            **values: Numbers or tensors of one element, by the name they get in the log.
+            **values: Numbers, tensors of one element or texts, by the name they get in the log.
+
+        Raises:
+            ValueError: If a name is one of the record's own, such as ``step``, or a value cannot
+                be written.
         """
-        self._journal.note(values)
+        self._journal.log(values)
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Tell which call the next update is computed from, just before it happens.
@@ -225,7 +229,7 @@ class SafeStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers."""
-        state = self._controller.state_dict()
+        state = {**self._controller.state_dict(), "run": self._journal.run}
         if self._predictor is not None:
             state["predictor"] = self._predictor.state_dict()
         return state
@@ -236,6 +240,7 @@ class SafeStep:
         Args:
             state: The state; it is not changed.
         """
+        self._journal.resume(state.get("run"))
         self._controller.load_state_dict(state)
         if self._predictor is not None and "predictor" in state:
             self._predictor.load_state_dict(state["predictor"])

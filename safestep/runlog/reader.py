@@ -1,17 +1,22 @@
 """Read a run back, from ``run.jsonl`` or a Lightning ``metrics.csv``, as numpy columns."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from safestep._warn import warn_user
 from safestep.runlog.columns import ColumnBuilder
+from safestep.runlog.folder import FILE_NAME, MAX_HEADER_BYTES, RunFile, list_runs
 from safestep.runlog.lightning_csv import read_metrics_csv
-from safestep.runlog.writer import FILE_NAME, check_header
+from safestep.runlog.record import check_header
+
+__all__ = ["Run", "RunFile", "list_runs", "read_run"]
+
+MAX_LINE_BYTES = 1 << 24  # a longer line is skipped: no record of a run is that long
 
 Columns = dict[str, np.ndarray]
 
@@ -22,13 +27,15 @@ class Run:
 
     Attributes:
         path: The file it was read from.
-        header: The first line of the log: versions, ``world_size``, ``settings``; and ``logits``,
+        header: The first line of the log: id of the ``run``, versions, ``world_size``,
+            ``settings``; and ``logits``,
             the line that says which were found, once a step was measured.
         steps: One column a field of StepReport, and any other key of a step record. Shape
             ``[T]``; float64 (NaN where a record lacks the key), ``step`` int64, text object.
         workers: Scalars ``[T]`` and per-worker columns ``[T, N]``, NaN where missing.
         events: The event records, in the order of the file.
         torn: Whether the last line was cut short by a kill, and therefore skipped.
+        left_out: One sentence about each thing of the file that is not in the columns.
     """
 
     path: Path
@@ -37,6 +44,7 @@ class Run:
     workers: Columns
     events: list[dict[str, Any]]
     torn: bool = False
+    left_out: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column of the steps: ``run["radius"]`` is ``run.steps["radius"]``.
@@ -68,6 +76,7 @@ class Run:
 def read_run(path: str | Path) -> Run:
     """Read a run, finished or still going on.
 
+    A directory's ``run.jsonl`` is its newest run; `list_runs` of this module names the others.
     Steps that a resumed run took again (it went on from a checkpoint older than the kill) count
     once, as they were taken last.
 
@@ -81,7 +90,7 @@ def read_run(path: str | Path) -> Run:
     Raises:
         FileNotFoundError: If there is no run at the path.
         ValueError: If the file is empty, is not a run log, is one of a newer schema, or holds a
-            line that is no record.
+            record that safestep does not write.
 
     Example:
         >>> import tempfile
@@ -126,13 +135,20 @@ def _find_file(path: Path) -> Path:
 def _read_jsonl(path: Path) -> Run:
     steps, workers = ColumnBuilder(path), ColumnBuilder(path)
     events: list[dict[str, Any]] = []
-    torn = False
+    unreadable: list[int] = []
+    num_foreign, torn = 0, False
     with path.open("rb") as file:
-        header = check_header(file.readline(), path)
-        for number, record in _records(file, path):
+        header = check_header(file.readline(MAX_HEADER_BYTES), path)
+        run = header.get("run")
+        for number, record in _records(file):
+            if record is None:
+                unreadable.append(number)
+                continue
             kind = record.pop("kind", None)
             if kind == "torn":
                 torn = True
+            elif record.pop("run", run) != run:
+                num_foreign += 1
             elif kind == "step":
                 steps.add(record, number)
             elif kind == "workers":
@@ -144,24 +160,50 @@ def _read_jsonl(path: Path) -> Run:
                 if record.get("name") == "resumed":
                     steps.start_segment()
                     workers.start_segment()
+    columns = steps.build(), workers.build()
+    left_out = _left_out(unreadable, num_foreign) + steps.left_out + workers.left_out
     if torn:
         warn_user(f"read_run: skipped the torn last line of {path}.")
-    return Run(path, header, steps.build(), workers.build(), events, torn)
+    if left_out:
+        warn_user(f"read_run: {'; '.join(left_out)}, in {path}.")
+    return Run(path, header, *columns, events, torn, tuple(left_out))
 
 
-def _records(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # A torn last line is a record of kind "torn".
-    for number, line in enumerate(lines, start=2):
-        try:
-            record = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            yield number, record
-        elif not line.endswith(b"\n"):
+def _left_out(unreadable: list[int], num_foreign: int) -> list[str]:
+    sentences = []
+    if unreadable:
+        lines = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        sentences.append(f"skipped {len(unreadable):,} unreadable lines: {lines}")
+    if num_foreign:
+        sentences.append(f"left out {num_foreign:,} records of other runs")
+    return sentences
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield every line's number and record: None if unreadable, kind "torn" for a torn last one."""
+    number = 1
+    while line := file.readline(MAX_LINE_BYTES):
+        number += 1
+        is_whole = line.endswith(b"\n")
+        part = line
+        while not is_whole and len(part) == MAX_LINE_BYTES:  # too long: read on to its end
+            part = file.readline(MAX_LINE_BYTES)
+            is_whole = part.endswith(b"\n")
+        record = _parse(line) if part is line else None
+        if record is None and part is line and (start := line.rfind(b'{"kind": ')) > 0:
+            yield number, None
+            record = _parse(line[start:])  # another writer went on where a record was torn
+            if record is not None:
+                yield number, record
+        elif record is None and not is_whole:
             yield number, {"kind": "torn"}
         else:
-            raise ValueError(
-                f"read_run: expected a JSON object in line {number} of {path}, "
-                f"got {line[:60]!r}. Remove the line to read the rest."
-            )
+            yield number, record
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

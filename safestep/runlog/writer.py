@@ -1,69 +1,97 @@
 """Write a run's records to ``run.jsonl``, one JSON object a line, as training goes on.
 
 The file is made to outlive the process. Its first line is a header (``kind`` "header"); every other
-line is one record with its ``kind``: "step" (the fields of StepReport), "workers" (per-worker
-lists beside scalars) or "event" (``name``, ``message``). Each line is strict JSON: JSON has no
-number for NaN and infinities, so they are the strings "nan", "inf" and "-inf", which ``float``
-and its like in other languages parse. ``safestep.read_run`` reads it back.
+line is one record with its ``kind`` and the id of its ``run``: "step" (the fields of StepReport),
+"workers" (per-worker lists beside scalars) or "event" (``name``, ``message``). Each line is strict
+JSON: JSON has no number for NaN and infinities, so they are the strings "nan", "inf" and "-inf",
+which ``float`` and its like in other languages parse. ``safestep.read_run`` reads it back.
 """
 
-import json
-import math
+from __future__ import annotations
+
+import logging
 import os
 import weakref
-from importlib import metadata
+from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safestep._warn import warn_user
+from safestep.runlog import folder as run_folder
+from safestep.runlog.folder import FILE_NAME
+from safestep.runlog.record import KINDS, encode, make_header
 
-SCHEMA_VERSION = 1
-FILE_NAME = "run.jsonl"
-KINDS = ("step", "workers", "event")
-_MAX_HEADER_BYTES = 1 << 20
+try:
+    import fcntl
+except ImportError:  # Windows: an open file cannot be renamed there, so runs do not mix either
+    fcntl = None
 
-_open_logs: "weakref.WeakSet[RunLog]" = weakref.WeakSet()
+_logger = logging.getLogger("safestep")
 
 
 class RunLog:
-    """Append records to ``run_dir/run.jsonl``; a killed process loses at most the last line.
+    """Append the records of one run to ``run_dir/run.jsonl``.
 
-    The first writer of a file makes its header. Any later one leaves it as it is and appends an
-    event with its own settings: "joined" while another writer of this process has the file
-    open (two callbacks with one run directory), "resumed" otherwise. A line torn by a kill is cut
-    off when a run resumes. Logging never ends a training run: when a write fails (a full disk),
-    it warns once and logs no more.
+    **One file, one run.** A run begins with its first record. Where ``run.jsonl`` holds an earlier
+    run, that one becomes ``run-<id>.jsonl``: the newest run is shown, the earlier is still there,
+    and whoever still writes to it goes on writing to it. So a script that runs again, a cell that
+    runs twice and a second process each get a file of their own.
+
+    **Shared.** Writers of one process that are made before either has written share a run, if they
+    name an object in common in `owners` (the parameters they train) or one of them names none: two
+    callbacks, or the guards of a model's two optimizers.
+
+    **Resumed.** `resume` with the id that a checkpoint kept goes on in the file of that run, and
+    only that does. If another process still writes to it, this one begins a run of its own.
+
+    A killed process loses at most the last line, which is cut off when the run is resumed. Logging
+    never ends training: when a write fails (a full disk, a deleted directory), it warns once and
+    logs no more.
 
     Args:
         run_dir: Directory of the run; made if it is not there.
-        settings: What the writer was asked to do, kept in the header or in its event.
+        settings: What the writer was asked to do, for the header.
         world_size: Number of workers of the run.
+        owners: Objects whose run this is; None joins any run that has not begun.
 
     Raises:
-        ValueError: If the file there is not a run log, or one of a newer schema.
+        ValueError: If ``run.jsonl`` is there and no run log, or one of a newer schema.
 
     Example:
         >>> import tempfile
         >>> run_dir = tempfile.mkdtemp()
         >>> with RunLog(run_dir, {"action": "clip"}) as log:
         ...     log.write("step", {"step": 0, "normalized_step": 0.25, "radius": float("inf")})
-        >>> print(log.path.read_text().splitlines()[1])
-        {"kind": "step", "step": 0, "normalized_step": 0.25, "radius": "inf"}
+        >>> from safestep import read_run
+        >>> read_run(run_dir)["radius"], read_run(run_dir).header["run"] == log.run
+        (array([inf]), True)
     """
 
-    def __init__(self, run_dir: str | Path, settings: dict[str, Any], world_size: int = 1) -> None:
-        self.path = Path(run_dir).resolve() / FILE_NAME
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_joining = any(log.path == self.path for log in _open_logs)
-        is_new = _prepare(self.path)
-        self._file: BinaryIO | None = self.path.open("ab", buffering=0)
-        _open_logs.add(self)
-        if is_new:
-            self._append({**_header(world_size), "settings": settings})
-        else:
-            name = "joined" if is_joining else "resumed"
-            message = "another writer shares this log" if is_joining else "the run goes on"
-            self.write("event", {"name": name, "message": message, "settings": settings})
+    def __init__(
+        self,
+        run_dir: str | Path,
+        settings: dict[str, Any],
+        world_size: int = 1,
+        *,
+        owners: Iterable[object] | None = None,
+    ) -> None:
+        directory = Path(run_dir).resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        run_folder.check_ours(directory / FILE_NAME)
+        ids = None if owners is None else {id(owner) for owner in owners}
+        self._writing = _joinable(directory, ids) or _Writing(directory, world_size)
+        self._writing.join(self, settings, ids)
+
+    @property
+    def path(self) -> Path:
+        """The run's file; before the first record, where it will be."""
+        return self._writing.path
+
+    @property
+    def run(self) -> str:
+        """Id of the run."""
+        return self._writing.run
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """Append one record, handed to the system before the call returns.
@@ -78,145 +106,215 @@ class RunLog:
         """
         if kind not in KINDS:
             raise ValueError(f"RunLog.write: expected `kind` in {KINDS}, got {kind!r}. Use one.")
-        if self not in _open_logs:
+        if self not in self._writing.writers:
             raise RuntimeError(
                 "RunLog.write: expected an open log, got a closed one. Make a new RunLog."
             )
-        self._append({"kind": kind, **record})
+        self._writing.append(kind, record)
+
+    def resume(self, run: str | None) -> None:
+        """Go on with the run of a checkpoint; steps taken again supersede the earlier ones.
+
+        Args:
+            run: Its id, as `run` gave it. None, which a state without a log has, does nothing.
+        """
+        if run is not None and self in self._writing.writers:
+            self._writing.resume(run)
 
     def close(self) -> None:
-        """Close the file; closing again does nothing."""
-        _open_logs.discard(self)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the log; closing again does nothing."""
+        self._writing.leave(self)
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, record: dict[str, Any]) -> None:
-        if self._file is None:  # an earlier write failed
+
+class _Writing:
+    """A run that is being written, by one or several writers of this process."""
+
+    def __init__(self, directory: Path, world_size: int) -> None:
+        self.path = directory / FILE_NAME
+        self.run = run_folder.new_run_id()
+        self.writers: weakref.WeakSet[RunLog] = weakref.WeakSet()
+        self.owners: set[int] | None = set()
+        self.has_begun = False
+        self._world_size = world_size
+        self._settings: dict[str, Any] = {}
+        self._is_resumed = False
+        self._last_is_resumed = False
+        self._fd = -1
+        self._closing: weakref.finalize | None = None
+        _runs.add(self)
+
+    def join(self, writer: RunLog, settings: dict[str, Any], owners: set[int] | None) -> None:
+        self.writers.add(writer)
+        self._settings.update(settings)
+        is_open = owners is None or self.owners is None
+        self.owners = None if is_open else owners | self.owners
+
+    def leave(self, writer: RunLog) -> None:
+        is_last = set(self.writers) == {writer}
+        if is_last and not self.has_begun and not os.path.lexists(self.path):
+            self._safely(self._begin)  # a run without a step is a run, unless one is shown
+        self.writers.discard(writer)
+        if is_last:
+            self.close()
+
+    def resume(self, run: str) -> None:
+        if self.has_begun and run == self.run:
+            if not self._last_is_resumed:
+                self._safely(self._say_resumed)
             return
+        self.close()
+        self.run, self.has_begun, self._is_resumed = run, False, True
+
+    def append(self, kind: str, record: dict[str, Any]) -> None:
+        if self.has_begun and self._closing is None:  # an earlier write failed
+            return
+        self._safely(self._append, kind, record)
+
+    def close(self) -> None:
+        """Close the file, which releases its lock."""
+        if self._closing is not None:
+            self._closing()
+            self._closing = None
+
+    def begin_anew(self) -> None:
+        """Leave the file to the process that this one was forked from."""
+        self.close()
+        self.run, self.has_begun = run_folder.new_run_id(), False
+
+    def _safely(self, function: Any, *args: Any) -> None:
         try:
-            # One write for the whole line: lines of two writers never mix.
-            line = encode(record) + b"\n"
-            if self._file.write(line) != len(line):
-                raise OSError("the last record was written in part")
+            function(*args)
         except OSError as error:
-            self._file.close()
-            self._file = None
+            self.has_begun = True
+            self.close()
             warn_user(
                 f"safestep: no more records in {self.path}: {error}. Training goes on unlogged."
             )
+        except (ValueError, TypeError, RecursionError) as error:
+            warn_user(f"safestep: a record could not be written to {self.path}: {error}.")
 
+    def _append(self, kind: str, record: dict[str, Any]) -> None:
+        if not self.has_begun:
+            self._begin()
+        elif os.fstat(self._fd).st_nlink == 0:
+            raise OSError("the file was deleted")
+        self._write(encode({"kind": kind, "run": self.run, **record}) + b"\n")
+        self._last_is_resumed = False
 
-def encode(record: dict[str, Any]) -> bytes:
-    """Return the record as one line of strict ASCII JSON, without the newline.
+    def _write(self, line: bytes) -> None:
+        # One write for the whole line: a reader never sees the lines of two writers mixed.
+        if os.write(self._fd, line) != len(line):
+            raise OSError("the last record was written in part")
 
-    Args:
-        record: JSON values, non-finite floats, numpy or torch scalars and arrays.
+    def _begin(self) -> None:
+        directory = self.path.parent
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (self._is_resumed and self._reopen(directory)):
+            self._create(directory)
+        self.has_begun = True
+        earlier = directory / FILE_NAME
+        shown = run_folder.show(self.path)
+        for run in _runs:
+            if run is not self and run.path == earlier and run.has_begun:
+                run.path = directory / f"run-{run.run}.jsonl"
+        self.path = shown
+        if shown != earlier:
+            warn_user(f"safestep: {earlier} is in use or no run log; this run is in {shown}.")
 
-    Returns:
-        The line. Non-finite numbers are the strings "nan", "inf" and "-inf".
-
-    Example:
-        >>> encode({"loss": [1.5, float("nan")]})
-        b'{"loss": [1.5, "nan"]}'
-    """
-    try:
-        return json.dumps(record, allow_nan=False).encode()
-    except (ValueError, TypeError):  # the common record needs no walk through its values
-        return json.dumps(_jsonable(record), allow_nan=False).encode()
-
-
-def check_header(line: bytes, path: Path) -> dict[str, Any]:
-    """Return the header in a log's first line.
-
-    Args:
-        line: The first line of the file.
-        path: The file, for the error.
-
-    Returns:
-        The header as a dict, ``schema_version`` and ``settings`` among its keys.
-
-    Raises:
-        ValueError: If the line is no header, or one of a newer schema.
-    """
-    try:
-        header = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        header = None
-    version = header.get("schema_version") if isinstance(header, dict) else None
-    if not isinstance(header, dict) or header.get("kind") != "header" or type(version) is not int:
-        raise ValueError(
-            f"run log: expected a safestep header in the first line of {path}, "
-            f"got {line[:60]!r}. Give a run directory that safestep wrote."
-        )
-    if version > SCHEMA_VERSION:
-        raise ValueError(
-            f"run log: expected schema version <= {SCHEMA_VERSION} in {path}, got {version}. "
-            "Update safestep: a newer version wrote this log."
-        )
-    return header
-
-
-def _header(world_size: int) -> dict[str, Any]:
-    return {
-        "kind": "header",
-        "schema_version": SCHEMA_VERSION,
-        "safestep": _version("safestep"),
-        "torch": _version("torch"),
-        "world_size": world_size,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a bare checkout on the path
-        return None
-
-
-def _prepare(path: Path) -> bool:
-    """Return whether the file still needs a header; a torn last line is cut off."""
-    if not path.exists():
+    def _reopen(self, directory: Path) -> bool:
+        # False where there is no such file, or another process still writes to it.
+        found = next((r for r in run_folder.list_runs(directory) if r.run == self.run), None)
+        if found is None:
+            return False
+        for run in _runs:  # a guard that nobody detached: this one goes on in its place
+            if run is not self and run.run == self.run:
+                run.close()
+        self._open(found.path, os.O_RDWR | os.O_APPEND)
+        if not self._lock():
+            self.close()
+            _logger.info(
+                "run %s is still being written by another process: this one begins a run of its "
+                "own", self.run,
+            )  # fmt: skip
+            self.run, self._is_resumed = run_folder.new_run_id(), False
+            return False
+        self.path = found.path
+        _cut_torn_line(self._fd)
+        self._say_resumed()
         return True
-    with path.open("r+b") as file:
-        first_line = file.readline(_MAX_HEADER_BYTES)
-        if not first_line.endswith(b"\n"):
-            if not first_line.startswith(b'{"kind": "header"'[: len(first_line)]):
-                check_header(first_line, path)  # not ours: raises rather than cutting it off
-            file.truncate(0)
+
+    def _create(self, directory: Path) -> None:
+        self.path = directory / f"run-{self.run}.jsonl"
+        if os.path.lexists(self.path):  # not ours, or we would have resumed it
+            self.run = run_folder.new_run_id()
+            self.path = directory / f"run-{self.run}.jsonl"
+        self._open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        self._lock()
+        started = datetime.now(timezone.utc).isoformat()
+        self._write(make_header(self.run, started, self._world_size, self._settings))
+        if self._is_resumed:
+            self._say_resumed()
+
+    def _say_resumed(self) -> None:
+        record = {
+            "kind": "event", "run": self.run, "name": "resumed", "message": "the run goes on",
+            "settings": self._settings,
+        }  # fmt: skip
+        self._write(encode(record) + b"\n")
+        self._last_is_resumed = True
+
+    def _open(self, path: Path, flags: int) -> None:
+        self._fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+        self._closing = weakref.finalize(self, os.close, self._fd)
+
+    def _lock(self) -> bool:
+        # It ends with the process. False if another process has it.
+        if fcntl is None:
             return True
-        check_header(first_line, path)
-        _cut_torn_line(file)
-    return False
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        return True
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
-    end = file.seek(0, os.SEEK_END)
+_runs: weakref.WeakSet[_Writing] = weakref.WeakSet()
+
+
+def _joinable(directory: Path, owners: set[int] | None) -> _Writing | None:
+    """Return the run of this directory that has not begun and has an owner in common."""
+    for run in _runs:
+        if run.path.parent != directory or run.has_begun or not run.writers:
+            continue
+        if owners is None or run.owners is None or owners & run.owners:
+            return run
+    return None
+
+
+def _cut_torn_line(fd: int) -> None:
+    end = os.lseek(fd, 0, os.SEEK_END)
     while True:  # back, block by block, to the end of the last whole line
         start = max(0, end - 65536)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
+        os.lseek(fd, start, os.SEEK_SET)
+        newline = os.read(fd, end - start).rfind(b"\n")
         if newline >= 0:
-            file.truncate(start + newline + 1)
+            os.ftruncate(fd, start + newline + 1)
             return
         end = start
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        return _jsonable(value.tolist())
-    return str(value)
+def _leave_files_to_parent() -> None:
+    for run in _runs:
+        run.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_files_to_parent)

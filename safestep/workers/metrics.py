@@ -118,7 +118,9 @@ class WorkerMetrics:
         scaler: Scaler | None = None,
         run_dir: str | Path | None = None,
     ) -> None:
-        settings = {"every": every, "pairwise_every": pairwise_every, "num_examples": num_examples}
+        settings: dict[str, Any] = {
+            "every": every, "pairwise_every": pairwise_every, "num_examples": num_examples,
+        }  # fmt: skip
         for name, value in {**settings, "micro_batches": micro_batches}.items():
             if value < 1:
                 raise ValueError(
@@ -143,7 +145,10 @@ class WorkerMetrics:
         self._is_first_rank = rank() == 0
         if run_dir is not None and self._is_first_rank:
             kind = "ranks" if self._workers.are_ranks else "micro-batches"
-            self._log = RunLog(run_dir, {**settings, "workers": kind}, self._workers.num_workers)
+            settings["workers"] = kind
+            self._log = RunLog(
+                run_dir, settings, self._workers.num_workers, owners=model.parameters()
+            )
 
     def record(self, loss: Tensor, *, is_last: bool | None = None) -> WorkerReport | None:
         """Take one backward's loss and gradient; return a report at the end of a measured step.
@@ -172,6 +177,7 @@ class WorkerMetrics:
             "step": self.step,
             "num_workers": self._workers.num_workers,
             "watch": self._watch.state_dict() if self._watch else None,
+            "run": self._log.run if self._log else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,6 +186,8 @@ class WorkerMetrics:
         Args:
             state: The state; it is not changed.
         """
+        if self._log:
+            self._log.resume(state.get("run"))
         self.step = state["step"]
         self._workers.begin_step(is_measured=self._is_measured)
         if self._watch and state["num_workers"] == self._workers.num_workers and state["watch"]:
