@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from safestep.cli import COMMANDS, main
+from safestep.runlog.writer import RunLog
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=str)
@@ -34,6 +35,46 @@ def test_wrong_words_are_a_clear_error(words, capsys):
     error = capsys.readouterr().err
     assert "usage: safestep" in error
     assert "error: " in error
+
+
+def test_version_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+
+    assert capsys.readouterr().out.startswith("safestep ")
+
+
+def test_command_runs_as_a_module():
+    words = [sys.executable, "-m", "safestep", "--version"]
+
+    done = subprocess.run(words, capture_output=True, text=True)
+
+    assert done.stdout.startswith("safestep ")
+
+
+@pytest.mark.parametrize("case", ["no run", "no log", "output is a file", "below a file", "empty"])
+def test_error_is_one_line_in_words_of_the_command(case, tmp_path, capsys):
+    run_dir, other = tmp_path / "run", tmp_path / "text"
+    other.write_text("not a log")
+    with RunLog(run_dir, {}) as log:
+        log.write("step", {"step": 0})
+    (tmp_path / "run.jsonl").touch()
+    words, expected = {
+        "no run": ([str(tmp_path / "nothing")], "expected `path` to be a run directory"),
+        "no log": ([str(other)], "expected a safestep header in the first line"),
+        "output is a file": ([str(run_dir), "--output", str(other)], "to be a folder, got"),
+        "below a file": ([str(run_dir), "--output", str(other / "x")], "not a directory: "),
+        "empty": ([str(tmp_path)], "got the empty file"),
+    }[case]
+
+    assert main(["report", *words]) == 2
+
+    error = capsys.readouterr().err
+    assert error.startswith("safestep report: ")
+    assert expected in error
+    assert error.count("\n") == 1
+    for noise in ("[Errno", "read_run:", "write_report:", "run log:", "Traceback"):
+        assert noise not in error
 
 
 def test_command_line_imports_no_command_before_it_is_asked_for():

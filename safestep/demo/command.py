@@ -10,7 +10,7 @@ from rich.console import Console
 
 from safestep.demo.experiment import PROTECTIONS, Spike
 from safestep.demo.jobs import Job, run_jobs
-from safestep.demo.summary import CAPTION, summary_tables
+from safestep.demo.summary import caption, summary_tables
 from safestep.demo.tasks import ARCHITECTURES, TextTask, make_task
 
 DESCRIPTION = """\
@@ -68,20 +68,15 @@ def run(arguments: Namespace) -> int:
         arguments: Options as parsed by a parser that `add_arguments` was given.
 
     Returns:
-        Exit status: 0, or 1 after an error, which is then printed in one line.
+        Exit status: 0.
     """
-    try:
-        output = _output_folder(arguments.output)
-        jobs = plan(arguments)
-        outcomes = run_jobs(jobs, output)
-    except (ImportError, OSError, ValueError) as error:
-        Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
-        return 1
+    output = _output_folder(arguments.output)
+    outcomes = run_jobs(plan(arguments), output)
     # Here because it imports matplotlib, which nothing else of the demo needs.
     from safestep.demo.figure import save_figures
 
     console = Console()
-    console.print(*summary_tables(outcomes), CAPTION, sep="\n")
+    console.print(*summary_tables(outcomes), caption(outcomes), sep="\n")
     for path in save_figures(outcomes, output):
         console.print(f"figure    {path}", soft_wrap=True, highlight=False)
     console.print(f"run logs  {output}", soft_wrap=True, highlight=False)

@@ -1,6 +1,6 @@
-"""Layer 3, demo: one training loop, run with and without protection against a spike.
+"""One training loop, run with and without protection against a spike.
 
-What protects a run is the one line in `train` that makes a SafeStep.
+The one line in `train` that makes a SafeStep protects a run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Spike:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """A way to train: what stands between a spike and the parameters.
+    """A way to train: what keeps a spike from the parameters.
 
     Attributes:
         title: Name in the table and the figure.
@@ -93,7 +93,7 @@ def train(
     *,
     seed: int,
     run_dir: Path | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """Train once and return what happened.
 
@@ -103,7 +103,7 @@ def train(
         protection: What stands against it.
         seed: Seed of the model and of the order of the data.
         run_dir: Folder for the run log, which ``safestep report`` reads.
-        on_step: Called after each step.
+        on_step: Called after each step with what happened so far.
 
     Returns:
         Loss, accuracy and report of every step.
@@ -132,5 +132,5 @@ def train(
             outcome.reports.append(guard.last)
             if task.evaluates_every_step or step == task.num_steps - 1:
                 outcome.accuracies.append(task.test_accuracy(model))
-            on_step()
+            on_step(outcome)
     return outcome

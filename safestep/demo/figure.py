@@ -1,4 +1,4 @@
-"""Layer 3, demo: the figure, in the manner of the paper's Figures 6 and 10.
+"""The figure, in the manner of the paper's Figures 6 and 10.
 
 One column for each model; from above: test accuracy (or loss), r, the learning rate that was used.
 """
@@ -25,6 +25,12 @@ COLORS = {
     "clip": "#b87a00",
     "bound": LADDER_COLORS["bound"],
     "certified": LADDER_COLORS["certified"],
+}
+_NAMES = {  # beside the end of a line, with its last value
+    "plain": "plain: {}",
+    "clip": "gradient clipped at 1: {}",
+    "bound": "safestep: {}\n(radius: bound, pi / spread)",
+    "certified": "safestep: {}\n(radius: certified, larger)",
 }
 _CHANCE = 10.0  # percent, ten digits
 _LARGEST_R = 1e6  # an unguarded r goes on to 1e15, which would flatten all that matters
@@ -103,11 +109,11 @@ def _draw_progress(ax: Axes, task: Task, runs: Runs) -> None:
     make_axes(ax, "", "test accuracy (%)" if task.evaluates_every_step else "training loss", "")
     curve, spec = (_accuracy, "{:.1f} %") if task.evaluates_every_step else (_smooth_loss, "{:.2f}")
     ends = _draw_runs(ax, runs, curve)
-    labels = [(y, f"{PROTECTIONS[way].title}: {spec.format(y)}", COLORS[way]) for way, y in ends]
+    labels = [(y, _NAMES[way].format(spec.format(y)), COLORS[way]) for way, y in ends]
     if runs["no spike"]:
         middle = np.median([curve(run) for run in runs["no spike"]], axis=0)
         ax.plot(middle, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        labels.append((middle[-1], f"no spike: {spec.format(middle[-1])}", _MUTED))
+        labels.append((middle[-1], f"plain, no spike: {spec.format(middle[-1])}", _MUTED))
     if task.evaluates_every_step:
         ax.set_ylim(0, 103)
         ax.axhline(_CHANCE, color=_MUTED, linewidth=0.8, linestyle=":")
@@ -132,17 +138,19 @@ def _draw_interventions(ax: Axes, task: Task, runs: Runs) -> None:
 
 def _draw_normalized_step(ax: Axes, task: Task, runs: Runs) -> None:
     """Draw r of the steps that were taken; what the optimizer proposed is a thin line."""
-    make_axes(ax, "", "r of the step taken\n(dotted: proposed)", "")
+    make_axes(ax, "", "r of the step taken", "")
     ax.set_yscale("log")
+    labels = [(1.0, "r = 1, the limit", _MUTED)]
     for way in PROTECTIONS:
         if runs[way] and PROTECTIONS[way].is_guarded:
             proposed = np.median([_proposed(run) for run in runs[way]], axis=0)
             ax.plot(proposed, color=COLORS[way], linewidth=0.8, alpha=0.6, linestyle=":")
+            labels[1:] = [(3e4, "dotted: proposed,\nthen scaled down", _MUTED)]
     _draw_runs(ax, runs, _taken)
     ax.axhline(1.0, color=_MUTED, linewidth=1, linestyle=(0, (5, 3)), zorder=1.5)
     lowest, highest = ax.get_ylim()
     ax.set_ylim(max(lowest, 1e-3), min(highest, _LARGEST_R))
-    label_ends(ax, [(1.0, "r = 1, the limit", _MUTED)])
+    label_ends(ax, labels)
 
 
 def _draw_learning_rate(ax: Axes, task: Task, runs: Runs) -> None:

@@ -1,4 +1,4 @@
-"""Layer 3, demo: the small networks of the demo. None of them knows that it is guarded."""
+"""The small networks of the demo. None of them knows that it is guarded."""
 
 from __future__ import annotations
 

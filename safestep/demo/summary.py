@@ -1,4 +1,4 @@
-"""Layer 3, demo: the tables at the end, one row for each way to train."""
+"""The tables at the end, one row for each way to train."""
 
 from __future__ import annotations
 
@@ -78,14 +78,19 @@ def summary_tables(outcomes: Outcomes) -> Iterator[Table]:
     Yields:
         Tables that rich prints.
     """
+    for task_name, rows in _by_task(outcomes).items():
+        task = make_task(task_name)
+        summaries = {key: summarize(runs, task.spike_step) for key, runs in rows.items()}
+        yield _table(task.title, summaries)
+
+
+def _by_task(outcomes: Outcomes) -> dict[str, dict[tuple[Spike, str], list[Outcome]]]:
+    """Return the runs that differ in the seed only, by task, spike and way to train."""
     groups: dict[str, dict[tuple[Spike, str], list[Outcome]]] = {}
     for job, outcome in outcomes.items():
         rows = groups.setdefault(job.task, {})
         rows.setdefault((job.spike, job.protection), []).append(outcome)
-    for task_name, rows in groups.items():
-        task = make_task(task_name)
-        summaries = {key: summarize(runs, task.spike_step) for key, runs in rows.items()}
-        yield _table(task.title, summaries)
+    return groups
 
 
 def _table(title: str, summaries: dict[tuple[Spike, str], Summary]) -> Table:
@@ -121,9 +126,32 @@ _COLUMNS = {  # field of Summary: heading, format
     "largest_proposed": ("r pro-\nposed", ".2g"),
     "largest_taken": ("r\ntaken", ".2g"),
 }
-CAPTION = (
-    "Medians over the seeds. test: accuracy at the end, with BatchNorm by the statistics of the "
-    "test batch (stats: by its running statistics). lowest: from the spike on. loss: mean over the "
-    "last 30 steps. r = step distance / radius, the largest of the run: of the certified radius in "
-    "its own rows, of the bound in the others. 1 is the limit."
-)
+_EXPLAINED = {  # field of Summary: what its column holds
+    "accuracy": "test: accuracy at the end.",
+    "running_accuracy": "stats: the same by BatchNorm's running statistics, where test uses the "
+    "test batch's.",
+    "lowest_accuracy": "lowest: the lowest from the spike on.",
+    "final_loss": "final loss: training loss, mean over the last 30 steps.",
+    "steps_clipped": "clipped: steps scaled down or not taken.",
+    "largest_proposed": "r: step distance / radius, the largest of the run; 1 is the limit. The "
+    "radius is the certified one in its own rows, the bound in the others.",
+}
+
+
+def caption(outcomes: Outcomes) -> str:
+    """Return what the columns of the tables hold, those alone that are there.
+
+    Args:
+        outcomes: What `run_jobs` returned.
+
+    Returns:
+        The text.
+    """
+    rows = [row for runs in _by_task(outcomes).values() for row in runs.values()]
+    numbers = np.array([_numbers(outcome, 0) for outcomes in rows for outcome in outcomes])
+    fields = list(_COLUMNS)
+    absent = {
+        name for name, column in zip(fields, numbers.T, strict=True) if np.isnan(column).all()
+    }
+    seeds = "Medians over the seeds. " if any(len(row) > 1 for row in rows) else ""
+    return seeds + " ".join(text for name, text in _EXPLAINED.items() if name not in absent)

@@ -1,4 +1,4 @@
-"""Layer 3, demo: what is trained, on which data, with which optimizer and learning rate."""
+"""What is trained, on which data, with which optimizer and learning rate."""
 
 from __future__ import annotations
 

@@ -38,21 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the report that the options ask for; print its path and the verdicts.
+    """Write the report that the options ask for, and print its path.
 
     Args:
         arguments: The parsed options.
 
     Returns:
-        0, or 2 after an error, which is told on standard error.
+        0.
     """
-    try:
-        if arguments.follow:
-            _follow(arguments.runs, arguments.output)
-        page = write_report(arguments.runs, arguments.output)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+    if arguments.follow:
+        _follow(arguments.runs, arguments.output)
+    page = write_report(arguments.runs, arguments.output)
     sys.stdout.write(f"{page}\n")
     return 0
 
@@ -76,7 +72,7 @@ def write_report(
 
     Raises:
         FileNotFoundError: If there is no run at a path.
-        ValueError: If a log cannot be read.
+        ValueError: If a log cannot be read, or the output is a file.
 
     Example:
         >>> import tempfile
@@ -91,6 +87,11 @@ def write_report(
     runs = [_read(path) for path in paths]
     labels = _labels(runs)
     folder = Path(output) if output else runs[0].path.parent / "report"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"write_report: expected `output` to be a folder, got {folder}, which is a file. "
+            "Choose another name, or delete the file."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     to_files = folder if refresh_seconds is None else None
     sections = [_section(kind, runs, labels, to_files) for kind in FIGURES]

@@ -4,20 +4,23 @@ import json
 import math
 import sys
 from argparse import ArgumentParser
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from safestep import StepReport, read_run
+from safestep.cli import main
 from safestep.demo import tasks
 from safestep.demo.command import NO_SPIKE, add_arguments, plan, run
 from safestep.demo.experiment import PROTECTIONS, Outcome, Spike, train
 from safestep.demo.figure import draw_spike, save_figures
-from safestep.demo.jobs import Job
+from safestep.demo.jobs import Job, makespan
 from safestep.demo.models import CharacterGPT
-from safestep.demo.summary import summarize, summary_tables
+from safestep.demo.summary import caption, summarize, summary_tables
 from safestep.demo.tasks import DigitsTask, TextTask
 
 HELD = Spike(10_000.0, is_held=True)
@@ -261,6 +264,36 @@ def test_table_leaves_out_columns_that_have_no_values(outcomes):
     ]  # fmt: skip
 
 
+def test_caption_explains_the_columns_that_are_there_alone(outcomes):
+    text = caption(outcomes)
+
+    assert "BatchNorm" not in text
+    assert "seeds" not in text  # there is one
+    assert all(word in text for word in ("test:", "lowest:", "final loss:", "clipped:", "r:"))
+
+
+def test_table_fits_a_hundred_columns(outcomes):
+    console = Console(width=100, record=True, file=StringIO())
+
+    console.print(*summary_tables(outcomes))
+
+    assert max(map(len, console.export_text().splitlines())) <= 100
+    assert "..." not in console.export_text()
+
+
+def test_time_left_is_that_of_the_worker_that_is_done_last():
+    assert makespan([4.0, 1.0, 1.0, 1.0], workers=2) == 4.0
+    assert makespan([1.0, 1.0, 1.0, 4.0], workers=2) == 5.0
+
+
+def test_figure_explains_its_lines_without_a_caption(outcomes):
+    figure = draw_spike(outcomes, HELD)
+
+    words = " ".join(text.get_text() for ax in figure.axes for text in ax.texts)
+    for phrase in ("radius: bound", "radius: certified", "dotted: proposed", "chance", "limit"):
+        assert phrase in words
+
+
 def test_figures_are_written_as_png(outcomes, tmp_path):
     paths = save_figures(outcomes, tmp_path)
 
@@ -338,7 +371,7 @@ def test_a_bad_option_is_refused_with_what_is_allowed(options, allowed, capsys):
 def test_an_architecture_for_the_text_is_refused_in_one_line(capsys, tmp_path):
     options = ["--task", "text", "--architecture", "mlp", "--output", str(tmp_path)]
 
-    assert run(parse(*options)) == 1
+    assert main(["demo", *options]) == 2
 
     error = capsys.readouterr().err
     assert "expected no `--architecture` with `--task text`" in error
@@ -348,7 +381,7 @@ def test_an_architecture_for_the_text_is_refused_in_one_line(capsys, tmp_path):
 def test_a_folder_with_something_in_it_is_refused(capsys, tmp_path):
     (tmp_path / "run.jsonl").touch()
 
-    assert run(parse("--output", str(tmp_path))) == 1
+    assert main(["demo", "--output", str(tmp_path)]) == 2
 
     assert "expected `--output` to be a new or an empty folder" in capsys.readouterr().err
 
@@ -358,7 +391,7 @@ def test_missing_scikit_learn_is_told_in_one_line(capsys, tmp_path, monkeypatch)
     tasks.make_task.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn", None)  # as import finds it when not installed
 
-    assert run(parse("--output", str(tmp_path))) == 1
+    assert main(["demo", "--output", str(tmp_path)]) == 2
 
     error = capsys.readouterr().err
     assert "pip install safestep[demo]" in error
