@@ -15,6 +15,7 @@ from safestep._warn import warn_user
 from safestep.capture.call import Call
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.hooks import ModuleHooks
+from safestep.capture.idle import IdleWatch
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
 from safestep.capture.wrappers import eager_module, without_data_parallel
@@ -61,6 +62,7 @@ class Recorder:
         self._step_start: tuple[int, ...] | None = None
         self._class_axes: dict[str, int] = {}
         self._conditions = CallConditions(self.module)
+        self._idle = IdleWatch(params, self.module.parameters)
         target = without_data_parallel(model if part is None else part)
         if isinstance(target, torch.jit.ScriptModule):
             raise TypeError(
@@ -87,6 +89,8 @@ class Recorder:
         call = Call.of(function, args, kwargs, self._conditions)
         if self._watches:
             call.signals += _largest(call.leaves)
+        self._idle.before_call()
+        self._idle.after_call()
         self._queue(call)
         self._told.append(call)
         return call
@@ -110,6 +114,7 @@ class Recorder:
         calls = _since_cleared(list(self._calls))
         self._calls.clear()
         self._told.clear()
+        self._idle.stepped()
         self._step_start = None
         self._conditions.effects.end_step()
         return calls
@@ -126,6 +131,7 @@ class Recorder:
         if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         self._void_cleared()
+        self._idle.before_call()
         self._opened = Call.of(self._part, args, kwargs, self._conditions)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -133,6 +139,7 @@ class Recorder:
         if call is None:
             return
         self._conditions.effects.after(call.start)
+        self._idle.after_call()
         for name, tensor in named_tensors(output):
             if not tensor.is_leaf:
                 # The output is needed with its gradient, until its class axis is known.
@@ -194,6 +201,7 @@ class Recorder:
         return _are_zero(grads) if grads else None
 
     def _queue(self, call: Call) -> None:
+        self._idle.backward()
         if len(self._calls) == MAX_RECORDED_CALLS:
             warn_user(
                 f"SafeStep: {MAX_RECORDED_CALLS} forward passes were recorded and the optimizer it "

@@ -268,6 +268,7 @@ class SafeStep:
         self._seconds, self._inner_steps, self._verdict = None, 0, None
         if not self.enabled:
             self._agreement.end_step()
+            self._recorder.take()  # the calls of this step
             return None
         begin = perf_counter()
         self._recorder.notice_effects()
