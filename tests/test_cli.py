@@ -73,7 +73,7 @@ def test_error_is_one_line_in_words_of_the_command(case, tmp_path, capsys):
     assert error.startswith("safestep report: ")
     assert expected in error
     assert error.count("\n") == 1
-    for noise in ("[Errno", "read_run:", "write_report:", "run log:", "Traceback"):
+    for noise in ("[Errno", "read_run:", "write_report:", "run log:", "b'", "Traceback"):
         assert noise not in error
 
 

@@ -19,11 +19,13 @@ from safestep.plots.wording import number, percent
 from safestep.report.episodes import gather
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import Verdict
+from safestep.runlog.folder import list_runs
 from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, removed_area, step_series
 
 MAX_EVENTS = 200
+_MAX_RUNS = 20  # of one folder
 _MAX_TEXT = 500
 _HERE = Path(__file__).parent
 _REGIME_COLORS = {
@@ -126,6 +128,7 @@ def _card(run: Run, label: str, verdict: Verdict) -> dict[str, Any]:
         "verdict": verdict,
         "bar": _bar(run),
         "measured": _measured(run),
+        "others": _other_runs(run),
         "numbers": _numbers(run),
         "settings": {str(name): value for name, value in run.settings.items()},
         "events": [
@@ -154,10 +157,20 @@ def _measured(run: Run) -> str:
     return ", ".join(f"{way} {steps:,}" for way, steps in counts.items() if steps)
 
 
+def _other_runs(run: Run) -> list[dict[str, str]]:
+    """Return the other runs of the folder, which this card does not count, the newest first."""
+    others = [other for other in list_runs(run.path.parent) if other.path != run.path]
+    return [
+        {"file": other.path.name, "started": other.started.replace("T", " ") or "an unknown time"}
+        for other in others[:_MAX_RUNS]
+    ]
+
+
 def _numbers(run: Run) -> dict[str, Any]:
     series, header, removed = step_series(run), run.header, removed_area(step_series(run))
     return {
         "file": run.path,
+        "folder": run.path.parent,
         "safestep": header.get("safestep", "unknown"),
         "torch": header.get("torch", "unknown"),
         "workers": header.get("world_size", "unknown"),

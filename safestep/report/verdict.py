@@ -121,6 +121,7 @@ def _closing(run: Run, series: StepSeries) -> list[str]:
     resumed = sum(event.get("name") == "resumed" for event in run.events)
     if resumed:
         sentences.append(sentence(f"the run was resumed {count(resumed, 'time')}"))
+    sentences += [sentence(f"{what} of the log") for what in run.left_out]
     if run.torn:
         sentences.append(sentence("the last line of the log is cut short and was left out"))
     return sentences

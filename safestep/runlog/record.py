@@ -75,7 +75,7 @@ def check_header(line: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("kind") != "header" or type(version) is not int:
         raise ValueError(
             f"run log: expected a safestep header in the first line of {path}, "
-            f"got {line[:60]!r}. Give a run directory that safestep wrote."
+            f"got {line[:60].decode(errors='replace')!r}. Give a run directory that safestep wrote."
         )
     if version > SCHEMA_VERSION:
         raise ValueError(

@@ -160,6 +160,21 @@ def test_torn_last_line_is_said_on_the_page(tmp_path):
     assert "last line of the log is cut short" in page_of(tmp_path).words
 
 
+def test_runs_of_one_folder_are_listed_and_never_added_up(tmp_path):
+    for loss in (1.0, 2.0, 3.0):
+        with RunLog(tmp_path, {}) as log:
+            for step in range(3):
+                log.write("step", {"step": step, "normalized_step": 0.5, "loss": loss})
+    names = {path.name for path in tmp_path.glob("run-*.jsonl")}
+
+    page = page_of(tmp_path).words
+
+    assert len(names) == 2
+    assert "Healthy: 3 steps" in page
+    assert "Other runs in this folder (2), not counted here" in page
+    assert all(f"{name}, begun " in page for name in names)
+
+
 def test_csv_is_enough_for_a_report(tmp_path):
     rows = ["step,safestep/normalized_step,safestep/scale,train_loss"]
     rows += [f"{step},{9.0 if step == 30 else 0.5},{0.11 if step == 30 else 1.0},1.0"
