@@ -65,13 +65,9 @@ class Lookahead:
         self.release()
 
     def update(self, calls: Sequence[Call]) -> Update:
-        """Return the update that the step will make with the present gradients.
+        """Return the update that the step will make with the present gradients: see ``Undo``.
 
-        Args:
-            calls: The calls that the gradients were computed from.
-
-        Returns:
-            The update. Its `change` is computed again at each iteration.
+        Its `change` is computed again at each iteration.
         """
         groups = self._optimizer.param_groups
         self.params = [p for group in groups for p in group["params"] if p.grad is not None]

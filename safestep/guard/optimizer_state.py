@@ -69,7 +69,7 @@ class OptimizerState:
     @property
     def is_of_torch(self) -> bool:
         """Whether all of these optimizers are torch's own, none of them a subclass."""
-        return all(type(each).__module__.startswith("torch.optim.") for each in self.optimizers)
+        return all(type(each).__module__.startswith("torch.") for each in self.optimizers)
 
     def is_still_of(self, optimizer: Any) -> bool:
         """Return whether the optimizer surely holds the same tensors; faster than `of`."""

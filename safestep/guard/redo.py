@@ -99,6 +99,13 @@ def rescale_with_state(
 
 
 def _step_again(optimizers: list[Any], scale: float) -> None:
+    """Run the step again with a scaled learning rate.
+
+    Raises:
+        RuntimeError: If the step communicates: ranks with another state might not run it again.
+    """
+    if any(type(each).__module__.startswith("torch.distributed.") for each in optimizers):
+        raise RuntimeError("the step of ZeroRedundancyOptimizer communicates")
     groups = {id(g): g for each in optimizers for g in each.param_groups}.values()
     rates = [group["lr"] for group in groups]
     scaled = [rate * scale for rate in rates]
@@ -132,12 +139,17 @@ def _is_at(again: OptimizerState, starts: list[Tensor], after: Copies, scale: fl
     """Return whether the parameters are at the scaled step, up to rounding."""
     distance = length = 0.0
     for param, start, end in zip(again.params, starts, after.of_params, strict=True):
-        goal = (end.double() - start.double()) * scale
-        moved = local(param.detach()).double() - start.double()
-        rounding = torch.finfo(param.dtype).eps * start.double().abs()
+        start = _wide(start)
+        goal = (_wide(end) - start) * scale
+        moved = _wide(local(param.detach())) - start
+        rounding = torch.finfo(param.dtype).eps * start.abs()
         distance += float(((moved - goal).abs() - rounding).clamp(min=0).square().sum())
         length += float(goal.square().sum())
     return distance <= _TOLERANCE**2 * length
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 def _differing(

@@ -1,0 +1,37 @@
+"""State that is spread over ranks is undone and scaled on every rank."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+SCRIPT = Path(__file__).parents[1] / "processes" / "sharded_state.py"
+
+
+def assert_bitwise_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_zero_redundancy_optimizer_is_undone_and_scaled(tmp_path, dense_normalized_step):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=False) for r in range(2)]
+
+    for seen in ranks:
+        assert_bitwise_equal(seen[True], seen[False])
+        status, state = seen["skipped"]
+        assert status == "skipped"
+        assert_bitwise_equal(state, seen[True])
+        assert_bitwise_equal(*seen["state"])
+        assert seen["clipped"][0] == "clipped"
+        assert_bitwise_equal(seen["clipped"][1], ranks[0]["clipped"][1])
+    before, after = (nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3)) for _ in "12")
+    before.load_state_dict(ranks[0][True])
+    after.load_state_dict(ranks[0]["clipped"][1])
+    inputs = [seen["clipped"][2] for seen in ranks]
+    assert dense_normalized_step(before, after, *inputs) == pytest.approx(1.0, rel=1e-4)
