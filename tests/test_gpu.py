@@ -102,9 +102,9 @@ def test_r_is_that_of_a_float64_product_on_the_host(
 
 @pytest.mark.filterwarnings("default")
 def test_a_recurrent_model_is_measured(
-    make_model, make_batch, dense_normalized_step, record_property
+    make_model, make_batch, dense_normalized_step, record_property, said
 ):
-    """The vendor's kernels for it have no forward mode."""
+    """The vendor's kernels for it have no forward mode, and the guard says so."""
     model, batch = make_model("recurrent").to(DEVICE), make_batch("recurrent")
     optimizer = adamw(model, 1e-2)
     guard = SafeStep(optimizer, model, estimator="jvp", action="monitor")
@@ -116,6 +116,8 @@ def test_a_recurrent_model_is_measured(
     error = abs(guard.last.normalized_step / expected - 1)
     record_property("figure", f"estimator {guard.last.estimator}, error {error:.1e}")
     assert error < (1e-3 if guard.last.estimator == "jvp" else 0.15)
+    assert any("has no forward-mode derivative" in str(each.message) for each in said)
+    said.clear()
 
 
 @variants
