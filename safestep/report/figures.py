@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from safestep.plots.log_axis import make_log
 from safestep.plots.registry import FigureKind
 from safestep.plots.style import INK, PAPER, SERIES_COLORS
+from safestep.report.files import replace_file
 from safestep.runlog.reader import Run
 
 _SIZE = (5.0, 3.1)  # inches: text stays readable where a phone shows it 360 pixels wide
@@ -62,7 +64,10 @@ def save(figure: Figure, stem: Path) -> None:
     """
     for suffix in (".png", ".pdf"):
         metadata = {"Software": None} if suffix == ".png" else {"CreationDate": None}
-        figure.savefig(stem.with_suffix(suffix), dpi=150, facecolor="white", metadata=metadata)
+        save_as = partial(
+            figure.savefig, format=suffix[1:], dpi=150, facecolor="white", metadata=metadata
+        )
+        replace_file(stem.with_suffix(suffix), save_as)
 
 
 def to_svg(figure: Figure, salt: str) -> Markup:

@@ -1,7 +1,6 @@
 """``safestep report``: from run directories to figures and one self-contained page."""
 
 import argparse
-import os
 import sys
 import time
 import warnings
@@ -10,9 +9,12 @@ from pathlib import Path
 
 from safestep.plots.registry import FIGURES, FigureKind
 from safestep.report.figures import draw, save, to_svg
+from safestep.report.files import make_report_folder, replace_file
 from safestep.report.page import Section, ShownFigure, build_page
 from safestep.report.verdict import write_verdict
+from safestep.runlog.folder import FILE_NAME
 from safestep.runlog.reader import Run, read_run
+from safestep.runlog.series import drawable
 
 PAGE_NAME = "report.html"
 FOLLOW_SECONDS = 10
@@ -63,7 +65,8 @@ def write_report(
 
     Args:
         paths: What `read_run` takes, for each run.
-        output: Directory to write to; by default ``report`` in the first run's directory.
+        output: Directory to write to; by default ``report`` in the first run's directory. Links in
+            it are replaced, not followed.
         refresh_seconds: For a page that is written again and again, how often a browser should
             read it anew. Its figures are then not written as files of their own.
 
@@ -86,26 +89,33 @@ def write_report(
     """
     runs = [_read(path) for path in paths]
     labels = _labels(runs)
-    folder = Path(output) if output else runs[0].path.parent / "report"
+    folder = Path(output) if output else _default_folder(runs[0].path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"write_report: expected `output` to be a folder, got {folder}, which is a file. "
             "Choose another name, or delete the file."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_report_folder(folder, is_chosen=output is not None)
     to_files = folder if refresh_seconds is None else None
     sections = [_section(kind, runs, labels, to_files) for kind in FIGURES]
     verdicts = [write_verdict(run) for run in runs]
     shown = [section for section in sections if section.figures]
-    _replace(folder / PAGE_NAME, build_page(runs, labels, verdicts, shown, refresh_seconds))
+    page = build_page(runs, labels, verdicts, shown, refresh_seconds).encode()
+    replace_file(folder / PAGE_NAME, lambda file: file.write(page))
     return folder / PAGE_NAME
+
+
+def _default_folder(log: Path) -> Path:
+    """Return "report" beside a directory's newest run, "report-<id>" beside an earlier one."""
+    is_earlier = log.suffix == ".jsonl" and log.name != FILE_NAME
+    return log.with_name(f"report{log.stem.removeprefix('run')}" if is_earlier else "report")
 
 
 def _read(path: str | Path) -> Run:
     with warnings.catch_warnings():
-        # The page says itself that a last line is torn.
-        warnings.filterwarnings("ignore", message="read_run: skipped the torn last line")
-        return read_run(path)
+        # The page says itself what was left out.
+        warnings.filterwarnings("ignore", message="read_run: ")
+        return drawable(read_run(path))
 
 
 def _section(
@@ -131,13 +141,6 @@ def _labels(runs: Sequence[Run]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     return [f"{label} ({place})" for place, label in enumerate(labels, start=1)]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a half."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _follow(paths: Sequence[Path], output: Path | None) -> None:

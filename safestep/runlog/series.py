@@ -1,6 +1,6 @@
 """What figures and words are made of: one value of each quantity a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -90,6 +90,30 @@ def step_series(run: Run) -> StepSeries:
     )
 
 
+def drawable(run: Run) -> Run:
+    """Return the run with numbers that can be squared, summed and drawn.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The run; numbers over 1e100 are infinite in it, those under 1e-100 are 0.
+    """
+
+    def within(column: np.ndarray) -> np.ndarray:
+        if column.dtype != np.float64:
+            return column
+        size = np.abs(column)
+        column = np.where(size > 1e100, np.copysign(np.inf, column), column)
+        return np.where(size < 1e-100, 0.0, column)
+
+    steps, workers = (
+        {name: within(column) for name, column in columns.items()}
+        for columns in (run.steps, run.workers)
+    )
+    return replace(run, steps=steps, workers=workers)
+
+
 def positive(values: np.ndarray) -> np.ndarray:
     """Return the values, NaN where they have no logarithm.
 
@@ -148,7 +172,8 @@ def worker_mean(run: Run, name: str, steps: np.ndarray) -> np.ndarray:
         return mean
     position = np.searchsorted(steps, run.workers["step"]).clip(max=len(steps) - 1)
     is_there = steps[position] == run.workers["step"]
-    mean[position[is_there]] = values[is_there].mean(axis=1)
+    with np.errstate(invalid="ignore"):  # workers at inf and at -inf
+        mean[position[is_there]] = values[is_there].mean(axis=1)
     return mean
 
 

@@ -14,7 +14,7 @@ from safestep.cli import main
 from safestep.plots.registry import FIGURES
 from safestep.report.figures import draw
 from safestep.report.write import write_report
-from safestep.runlog.reader import read_run
+from safestep.runlog.reader import list_runs, read_run
 from safestep.runlog.writer import RunLog
 
 VOID = {"meta", "br", "img", "path", "use", "rect", "image"}
@@ -256,3 +256,59 @@ def test_million_steps_are_reported_in_a_minute(tmp_path):
     assert (tmp_path / "report" / "report.html").stat().st_size < 10_000_000
     sys.stdout.write(f"{elapsed:.1f} s\n")
     assert elapsed < 120  # about 25 s on one core
+
+
+def test_links_in_a_strangers_folder_are_replaced_and_not_followed(healthy_run, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    folder = tmp_path / "run"
+    (folder / "report").mkdir(parents=True)
+    (folder / "run.jsonl").write_bytes((healthy_run / "run.jsonl").read_bytes())
+    write_report([folder])
+    names = sorted(path.name for path in (folder / "report").iterdir())
+    for name in [*names, "report.part"]:
+        (mine / name).write_text("mine")
+        (folder / "report" / name).unlink(missing_ok=True)
+        (folder / "report" / name).symlink_to(mine / name)
+
+    write_report([folder])
+
+    assert {path.read_text() for path in mine.iterdir()} == {"mine"}
+    assert not any((folder / "report" / name).is_symlink() for name in names)
+
+
+def test_report_folder_that_is_a_link_is_replaced(healthy_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.jsonl").write_bytes((healthy_run / "run.jsonl").read_bytes())
+    (tmp_path / "run" / "report").symlink_to(tmp_path / "mine")
+
+    page_of(tmp_path / "run")
+
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert not (tmp_path / "run" / "report").is_symlink()
+
+
+def test_report_of_an_earlier_run_has_a_folder_of_its_own(tmp_path):
+    for r in (0.25, 0.5):
+        with RunLog(tmp_path, {}) as log:
+            log.write("step", {"step": 0, "normalized_step": r, "scale": 1.0})
+    _, earlier = list_runs(tmp_path)
+
+    path = write_report([earlier.path], refresh_seconds=5)
+
+    assert path.parent.name == f"report-{earlier.run}"
+    assert "r <= 0.25" in Page(path).words
+
+
+@pytest.mark.parametrize("value", [1e300, 1.7e308, 5e-324])
+def test_values_at_the_ends_of_float64_have_a_page(tmp_path, value):
+    names = ("normalized_step", "step_norm", "radius", "loss", "learning_rate", "seconds")
+    with RunLog(tmp_path, {}) as log:
+        for step in range(30):
+            for optimizer in range(2):
+                record = {"step": step, "optimizer": optimizer, "scale": 1.0, "time": value}
+                log.write("step", {**record, **dict.fromkeys(names, value)})
+            log.write("workers", {"step": step, "loss": [value, -value], "grad_norm": [value] * 2})
+
+    assert "30 steps" in page_of(tmp_path).words
