@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's program they are about."""
+"""What is said to the user: warnings that point at a line of the program, and errors on purpose."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ _BETWEEN = {
     "contextlib",
     "multiprocessing",
 }
+
+
+class RaisedOnPurpose:
+    """Marks an error that is meant for the training loop, so that no hook keeps it back."""
 
 
 def warn_user(message: str) -> None:

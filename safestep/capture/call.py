@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from safestep.capture.attributes import Modes
 from safestep.capture.effects import Start
-from safestep.capture.gradient import GradientEvidence
+from safestep.capture.gradient import GradientEvidence, zero_sum_axis
 from safestep.capture.random_state import CallConditions, RandomState
+
+_LOOKED_AT = 4  # rows of a gradient that show whether it sums to zero over classes
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +34,8 @@ class Call:
         conditions: Recorded `random` and `modes`, and checks them when the call runs again.
         lacks: Generators that the re-run drew from and `random` does not hold.
         unread: By output name, the function that reads what a gradient shows; run when asked.
+        samples: By output name, the gradients that are not read yet.
+        empty: Names of outputs that have a gradient and no element.
         signals: Tensors whose 2-norm tells unusual data from usual: the smallest and largest
             output, the loss's gradient there or its norm; of a call passed to `Recorder.record`,
             whose output is the loss, the largest input. Empty unless the Recorder watches.
@@ -49,6 +53,8 @@ class Call:
     conditions: CallConditions
     lacks: list[str] = field(default_factory=list)
     unread: dict[str, Callable[[], GradientEvidence]] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
     signals: list[Tensor] = field(default_factory=list)
     is_fresh: Tensor | None = None
     _gradients: dict[str, GradientEvidence] = field(default_factory=dict)
@@ -80,6 +86,20 @@ class Call:
             name, read = self.unread.popitem()
             self._gradients[name] = read()
         return self._gradients
+
+    def look(self) -> Hashable:
+        """Return what can be told of the loss without running the call again.
+
+        Returns:
+            The function's name, and the class axis that a few rows of each gradient show. It does
+            not depend on how many rows a batch has.
+        """
+        axes = {name: evidence.class_axis for name, evidence in self._gradients.items()}
+        axes |= {
+            name: zero_sum_axis(gradient[:_LOOKED_AT] if gradient.ndim else gradient)
+            for name, gradient in self.samples.items()
+        }
+        return getattr(self.function, "__qualname__", ""), tuple(sorted(axes.items()))
 
     def run(self) -> Any:
         """Call the function again under the recorded random state, autocast regions and modes.

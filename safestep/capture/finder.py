@@ -17,6 +17,7 @@ from safestep.capture.loss_watch import LossWatch
 from safestep.capture.losses import Part
 from safestep.capture.outputs import named_tensors
 from safestep.capture.plan import (
+    LogitsNotFoundError,
     Plan,
     examine_outputs,
     plan_of_losses,
@@ -132,6 +133,8 @@ class LogitFinder:
         try:
             return weighted_rows(call, events)
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):  # the next step may have more room
+                return {}
             self._cannot_weigh = True
             self.warning = (
                 "rows that weigh nothing in the loss were not told from the others, and count "
@@ -148,10 +151,17 @@ def find_logits(call: Call, logits: LogitsFn | LogitFinder | None = None) -> lis
         logits: The user's own way from the output to the logits, or a finder that remembers.
 
     Returns:
-        What ``LogitFinder.find`` returns.
+        What ``LogitFinder.find`` returns, without logits that have no row.
+
+    Raises:
+        LogitsNotFoundError: Also if there is no row at all.
     """
     finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
-    return finder.find(call)
+    is_empty = not call.gradients and bool(call.empty)
+    found = [] if is_empty else [each for each in finder.find(call) if 0 not in each.source.shape]
+    if not found:
+        raise LogitsNotFoundError("the batch is empty: there is no row of logits to measure")
+    return found
 
 
 def describe(found: Sequence[Logits]) -> str:

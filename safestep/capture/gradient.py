@@ -54,7 +54,7 @@ class GradientEvidence:
             The class axis, the rows that count, and the largest gradients.
         """
         if class_axis is None:
-            class_axis = _zero_sum_axis(gradient)
+            class_axis = zero_sum_axis(gradient)
         if class_axis is None:
             return cls(None, gradient.ne(0), None, gradient, output)
         by_row = gradient.movedim(class_axis, -1)
@@ -125,7 +125,8 @@ def lowers_labels(logits: Tensor, gradient: Tensor) -> bool:
     return bool((is_clear & ((x * y).sum(-1) < -0.5 * x.norm(dim=-1) * y.norm(dim=-1))).any())
 
 
-def _zero_sum_axis(gradient: Tensor) -> int | None:
+def zero_sum_axis(gradient: Tensor) -> int | None:
+    """Return the axis over which a gradient sums to zero, None if there is none."""
     # Classes are last, or second as in [B, C, H, W]. Other axes sum to zero for other reasons: the
     # batch axis of what enters a BatchNorm.
     tolerance = _ZERO_SUM_TOLERANCE.get(gradient.dtype, _ZERO_SUM_TOLERANCE_HALF)

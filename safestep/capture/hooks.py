@@ -1,4 +1,4 @@
-"""Hooks that stay out of copies, pickles and compiled code."""
+"""Hooks that stay out of copies, pickles and compiled code; their errors stay out of training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copyreg
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
+
+from safestep._warn import RaisedOnPurpose
 
 # The tables of a module that hold its forward hooks, and those that tell how to call them.
 _TABLES = {
@@ -107,3 +109,46 @@ def _without_hooks(part: Any) -> Any:
             kept = [(key, item) for key, item in state[table].items() if key not in ours]
             state[table] = type(state[table])(kept)
     return state
+
+
+def kept_out(
+    function: Callable[..., Any], failed: Callable[[BaseException], None]
+) -> Callable[..., Any]:
+    """Return a function whose errors stay out of training.
+
+    Args:
+        function: What to call.
+        failed: Told of each error. Those for which ``is_passed_on`` are raised after it.
+
+    Returns:
+        A function that returns None where `function` failed.
+
+    Example:
+        >>> kept_out(lambda: 1 / 0, print)()
+        division by zero
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            with suppress(Exception):
+                failed(error)
+            if is_passed_on(error):
+                raise
+            return None
+
+    return call
+
+
+def is_passed_on(error: BaseException) -> bool:
+    """Return whether an error is meant for the training loop.
+
+    Args:
+        error: The error.
+
+    Returns:
+        True for interrupts (KeyboardInterrupt, SystemExit), for warnings that the user turned into
+        errors, and for what the guard raises on purpose.
+    """
+    return not isinstance(error, Exception) or isinstance(error, (Warning, RaisedOnPurpose))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from safestep._warn import warn_user
 from safestep.capture.call import Call
+from safestep.capture.failures import Failures
 from safestep.capture.gradient import GradientEvidence
-from safestep.capture.hooks import ModuleHooks
+from safestep.capture.hooks import ModuleHooks, kept_out
 from safestep.capture.idle import IdleWatch
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
@@ -41,6 +42,9 @@ class Recorder:
             begins.
         part: The submodule whose forward calls are recorded, by default `model` itself.
         watches: Whether each call notes the sizes of its outputs and of their gradients.
+
+    Attributes:
+        failures: What could not be recorded of the calls since the last step.
     """
 
     def __init__(
@@ -63,13 +67,18 @@ class Recorder:
         self._class_axes: dict[str, int] = {}
         self._conditions = CallConditions(self.module)
         self._idle = IdleWatch(params, self.module.parameters)
+        self.failures = Failures()
         target = without_data_parallel(model if part is None else part)
         if isinstance(target, torch.jit.ScriptModule):
             raise TypeError(
                 "SafeStep: expected a `model` that takes forward hooks, got a ScriptModule. Put it "
                 "into a module that does: torch.nn.Sequential(model)."
             )
-        self._hooks = ModuleHooks(target, self._before, self._after)
+        self._hooks = ModuleHooks(
+            target,
+            kept_out(self._before, self._not_recorded),
+            kept_out(self._after, self._not_recorded),
+        )
 
     def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
         """Queue a call that is about to run, such as a training step that returns the loss.
@@ -124,6 +133,10 @@ class Recorder:
         self._hooks.remove()
         self._calls.clear()
 
+    def _not_recorded(self, error: BaseException) -> None:
+        self._opened = None
+        self.failures.note("recording a forward call", error)
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._opened = None
         if not torch.is_grad_enabled():
@@ -144,9 +157,10 @@ class Recorder:
             if not tensor.is_leaf:
                 # The output is needed with its gradient, until its class axis is known.
                 output = None if name in self._class_axes else tensor.detach()
-                tensor.register_hook(self._on_gradient(call, name, output))
+                failed = partial(self.failures.note, f"reading the gradient of {name}")
+                tensor.register_hook(kept_out(self._on_gradient(call, name, output), failed))
                 if self._watches:
-                    call.signals += tensor.detach().aminmax()
+                    call.signals += self._ends(name, tensor.detach())
 
     def _on_gradient(
         self, call: Call, name: str, output: Tensor | None
@@ -157,18 +171,39 @@ class Recorder:
             if call not in self._calls:
                 call.is_fresh = self._void_cleared()
                 self._queue(call)
-            if gradient.numel() > _SMALL:
+            if not gradient.numel():
+                call.empty.append(name)
+            elif gradient.numel() > _SMALL:
                 call.gradients[name] = self._evidence(name, gradient, output)
-                signals = each_norm([gradient.detach()]) if self._watches else ()
             else:  # a copy of which is read when the call runs again
-                kept = gradient.detach().clone()
+                gradient = call.samples[name] = gradient.detach().clone()
                 values = None if output is None else output.clone()
-                call.unread[name] = partial(self._evidence, name, kept, values)
-                signals = (kept,)
+                call.unread[name] = partial(self._evidence, name, gradient, values)
             if self._watches:
-                call.signals += signals
+                call.signals += self._norms(name, gradient.detach())
 
         return look
+
+    def _ends(self, name: str, output: Tensor) -> Sequence[Tensor]:
+        """Return the smallest and the largest number of an output; NaN if it has no order."""
+        if not output.numel():
+            return _ZERO, _ZERO
+        try:
+            return output.aminmax()
+        except Exception as error:  # a complex, sparse or nested output
+            self.failures.note(f"reading the size of {name}", error, is_needed=False)
+            return _UNKNOWN, _UNKNOWN
+
+    def _norms(self, name: str, gradient: Tensor) -> Sequence[Tensor]:
+        """Return the norm of a gradient, or the gradient where it is small and kept anyway."""
+        is_usual = gradient.layout is torch.strided and not gradient.is_nested
+        if is_usual and 0 < gradient.numel() <= _SMALL:
+            return (gradient,)
+        try:
+            return each_norm([gradient]) if gradient.numel() else (_ZERO,)
+        except Exception as error:
+            self.failures.note(f"reading the norm of {name}'s gradient", error, is_needed=False)
+            return (_UNKNOWN,)
 
     def _evidence(self, name: str, gradient: Tensor, output: Tensor | None) -> GradientEvidence:
         evidence = GradientEvidence.of(gradient, self._class_axes.get(name), output)
@@ -241,6 +276,7 @@ def _largest(leaves: Iterable[Any]) -> list[Tensor]:
     return [torch.stack([end.to(ends[0].device) for end in ends]).abs().amax()] if ends else []
 
 
+_ZERO, _UNKNOWN = torch.tensor(0.0), torch.tensor(torch.nan)  # unusual data: it is measured
 _FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from safestep._warn import RaisedOnPurpose
 from safestep.guard.options import Action, check_limits
 from safestep.measure.update import Finding, Measurement
 from safestep.radius.batch import BatchRule, Rung
@@ -49,6 +50,10 @@ class StepReport:
     seconds: float
     bottleneck: int | None
     reason: str | None = None
+
+
+class TooManySkipsError(RaisedOnPurpose, RuntimeError):
+    """The run does not get over its trouble."""
 
 
 class StepController:
@@ -127,10 +132,10 @@ class StepController:
             report: The latest step's.
 
         Raises:
-            RuntimeError: If too many steps in a row were skipped.
+            TooManySkipsError: If too many steps in a row were skipped.
         """
         if self.skips_in_a_row >= self.max_consecutive_skips:
-            raise RuntimeError(
+            raise TooManySkipsError(
                 f"SafeStep: {self.skips_in_a_row} steps in a row were not taken; the last because "
                 f"{report.reason}. Parameters and optimizer state are those of the last step that "
                 "was. Look for the cause there, lower the learning rate, or raise "

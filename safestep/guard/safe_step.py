@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from math import nan
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from safestep.capture import LogitsFn
+from safestep.capture import LogitsFn, LogitsNotFoundError
+from safestep.capture.failures import one_line
+from safestep.capture.hooks import kept_out
 from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import Agreement
-from safestep.guard.attach import (
-    check_optimizer,
-    hook_steps,
-    hooked_optimizer,
-    is_within_backward,
-    is_within_step,
-)
+from safestep.guard.attach import check_optimizer, hooked_optimizer, is_within_backward
 from safestep.guard.controller import StepController, StepReport
+from safestep.guard.guarded_step import GuardedStep, own_failure
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
 from safestep.guard.lookahead import Lookahead
@@ -34,8 +30,9 @@ from safestep.guard.options import (
     check_arguments,
 )
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
+from safestep.guard.retries import Retries
 from safestep.guard.snapshot import Snapshot
-from safestep.guard.undo import Undo
+from safestep.guard.undo import Undo, carry_out
 from safestep.measure.binding_radius import radii_of_step
 from safestep.measure.cross_check import CheckedEstimator
 from safestep.measure.inner_radii import RadiusName, inner_watch
@@ -44,7 +41,7 @@ from safestep.parallel.ranks import Ranks
 from safestep.radius.batch import Rung
 
 
-class SafeStep:
+class SafeStep(GuardedStep):
     """Keep every step of an optimizer within the softmax convergence radius.
 
     It hooks into ``optimizer.step()``, measures r = step distance / radius along the update that
@@ -139,20 +136,18 @@ class SafeStep:
         copy: bool = True,
         replica_check_interval: int | None = None,
     ) -> None:
-        self.optimizer = hooked_optimizer(optimizer)
-        check_optimizer(self.optimizer)
+        optimizer = hooked_optimizer(optimizer)
+        check_optimizer(optimizer)
         check_arguments(model, estimator, logits, max_consecutive_skips)
-        self.last: StepReport | None = None
-        self.last_radii: dict[str, Any] = {}
-        self.enabled = True
-        self._controller = StepController(
+        controller = StepController(
             max_normalized_step, radius, action, quantile, max_consecutive_skips
         )
-        self._is_ahead = not copy
-        self._undo: Undo = Snapshot(self.optimizer) if copy else Lookahead(self.optimizer)
-        self._verdict: tuple[StepReport, Measurement] | None = None
-        self._seconds: float | None = None  # None: no step is under way
-        self._inner_steps = 0  # under way within it: a subclass may call super().step()
+        undo: Undo = Snapshot(optimizer) if copy else Lookahead(optimizer)
+        # "set" needs the exact r at every step, and so do radii inside the model.
+        is_sparing = estimator == "auto" and action != "set" and set(radii) <= {"output"}
+        recorder = Recorder(model, self._trained, part=part, watches=is_sparing)
+        super().__init__(optimizer, undo, controller, recorder, is_ahead=not copy)
+        self.last_radii: dict[str, Any] = {}
         given = {name: "given" for name, v in (("logits", logits), ("part", part)) if v is not None}
         self._settings: dict[str, Any] = {
             "optimizer": type(self.optimizer).__name__,
@@ -166,20 +161,16 @@ class SafeStep:
         ranks = Ranks(self._trained(), process_group, model)
         ranks.share(self.state_dict, self.load_state_dict)
         self._agreement = Agreement(
-            self.optimizer, ranks, self._journal.tell_drift, replica_check_interval
+            optimizer, ranks, self._journal.tell_drift, replica_check_interval
         )
-        # "set" needs the exact r at every step, and so do radii inside the model.
-        is_sparing = estimator == "auto" and action != "set" and set(radii) <= {"output"}
         self._predictor = Predictor(max_normalized_step) if is_sparing else None
-        self._recorder = Recorder(model, self._trained, part=part, watches=is_sparing)
-        module = self._recorder.module
+        module = recorder.module
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._inside = inner_watch(module, radii)
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
-        self._estimator = CheckedEstimator(
-            module, self._controller.rule, first, logits, self._inside
-        )
-        self._handles = hook_steps(self.optimizer, self._before_step, self._after_step)
+        self._estimator = CheckedEstimator(module, controller.rule, first, logits, self._inside)
+        self._retries = Retries()
+        self._handles = self._attach()
 
     def log(self, **values: Any) -> None:
         """Write `values` into the next step's record of the run log, such as ``loss=loss``.
@@ -208,7 +199,8 @@ class SafeStep:
             *args: Its positional arguments.
             **kwargs: Its keyword arguments.
         """
-        self._recorder.record(function, *args, **kwargs)
+        failed = partial(self._recorder.failures.note, "recording a call")
+        kept_out(self._recorder.record, failed)(function, *args, **kwargs)
 
     def forget(self) -> None:
         """Void the calls recorded since the last step: the step they were for never came.
@@ -257,84 +249,40 @@ class SafeStep:
             "optimizer. Save guard.state_dict() and attach a new SafeStep."
         )
 
-    def _before_step(
-        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._seconds is not None:
-            if is_within_step(self.optimizer):
-                self._inner_steps += 1
-                return None
-            self._undo.release()  # of a step that raised
-        self._seconds, self._inner_steps, self._verdict = None, 0, None
-        if not self.enabled:
-            self._agreement.end_step()
-            self._recorder.take()  # the calls of this step
-            return None
-        begin = perf_counter()
-        self._recorder.notice_effects()
-        self._agreement.begin_step(self._controller.step, self._settings, self._names)
-        self._undo.take()
-        has_closure = any(map(callable, (*args, *kwargs.values())))
-        if has_closure:  # forward calls in the step, and the gradients
-            self._recorder.begin_step()
-        elif self._is_ahead:
-            self._judge()
-        self._seconds = perf_counter() - begin
-        if not (has_closure and self._is_ahead):
-            return None
-        return tuple(map(self._judged, args)), {k: self._judged(v) for k, v in kwargs.items()}
-
-    def _judged(self, argument: Any) -> Any:
-        """Return a closure after which the step is judged, before the optimizer makes it."""
-        if not callable(argument):
-            return argument
-
-        def closure() -> Any:
-            loss = argument()
-            begin = perf_counter()
-            self._judge()
-            self._seconds = (self._seconds or 0.0) + perf_counter() - begin
-            return loss
-
-        return closure
-
-    def _after_step(self, *_: Any) -> None:
-        if self._seconds is None:
-            return
-        if self._inner_steps:
-            self._inner_steps -= 1
-            return
-        begin = perf_counter() - self._seconds
-        self._seconds = None
-        if not self._is_ahead:
-            self._judge()
-        assert self._verdict is not None
-        report, measurement = self._verdict
-        self._undo.release()
-        self._agreement.end_step()
-        self._note_radii(measurement, report.step_norm)
-        self.last = replace(report, seconds=perf_counter() - begin)
-        self._journal.publish(self.last)
-        self._controller.give_up_if_stuck(self.last)
-
-    @torch.no_grad()
-    def _judge(self) -> None:
-        """Measure the update, made or still to come, and scale it or keep it from counting."""
-        calls = self._recorder.take()
-        update = self._undo.update([] if is_within_backward() else calls)
-        health = Health.of(
-            update, watches=self._predictor is not None, prints=self._agreement.has_replicas
-        )
+    def _judged_step(self) -> tuple[StepReport, Measurement]:
+        update, health = self._seen()
         measurement = self._foresee(update, health)
         if isinstance(measurement, Measure):
             measurement = self._measure(update, health, measurement)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr)
-        if report.status == "skipped":
-            self._undo.restore()
-        elif report.scale != 1.0:
-            self._undo.rescale(report.scale)
-        self._verdict = report, measurement
+        report = carry_out(report, self._undo)
+        self._note_radii(measurement, report.step_norm)
+        return report, measurement
+
+    def _begin(self) -> None:
+        self._agreement.begin_step(self._controller.step, self._settings, self._names)
+
+    def _end(self, report: StepReport | None) -> None:
+        self._agreement.end_step()
+        if report is not None:
+            self._journal.publish(report)
+
+    def _seen(self) -> tuple[Update, Health]:
+        """Return the update and its sizes, or `_NO_UPDATE` where something of ours failed."""
+        calls = self._recorder.take()
+        self._obstacle = self._obstacle or self._recorder.failures.take()
+        if self._is_blind:
+            return _NO_UPDATE, Health(nan, nan)
+        try:
+            update = self._undo.update([] if is_within_backward() else calls)
+            return update, Health.of(
+                update, watches=self._predictor is not None, prints=self._agreement.has_replicas
+            )
+        except Exception as error:
+            self._surroundings.restore()
+            self._obstacle = own_failure(error)
+            return _NO_UPDATE, Health(nan, nan)
 
     def _foresee(self, update: Update, health: Health) -> Measurement | Measure:
         """Return what the last measurements tell about this update, or how to measure it."""
@@ -345,7 +293,7 @@ class SafeStep:
         options = direction_options(self.optimizer.param_groups, len(update.params))
         answer = self._predictor.predict(health.step_norm, signals, options)
         is_untrusted = answer is Measure.QUICKLY and not self._estimator.trusts_secants
-        if not update.calls or is_untrusted:
+        if not update.calls or is_untrusted or self._obstacle is not None:
             answer = Measure.EXACTLY
         answer = self._agreement.answer(answer)
         if isinstance(answer, Predicted):
@@ -374,16 +322,20 @@ class SafeStep:
 
     def _measured_here(self, update: Update, health: Health, how: Measure) -> Measurement:
         """Return what this worker measured; an obstacle is in the reason."""
-        is_quick, reason = how is Measure.QUICKLY, None
+        is_quick = how is Measure.QUICKLY
         # Of a secant too: whether it suffices is a question that all workers answer alike.
         measurement = Measurement(Estimator.SECANT if is_quick else self._estimator.estimator)
-        if update.calls:
-            try:
-                measurement = self._estimator.measure(update, is_quick=is_quick)
-            except Exception as error:  # training goes on; the report and a warning say why
-                reason = _one_line(error)
-        else:
+        reason = self._obstacle
+        if reason is None and not update.calls:
             reason = _IN_BACKWARD if is_within_backward() else _NO_CALLS
+        if reason is None:
+            try:
+                measurement = self._attempt(update, is_quick=is_quick) or measurement
+                reason = self._retries.reason
+            except Exception as error:  # training goes on; the report and a warning say why
+                reason = one_line(error)
+        if update is _NO_UPDATE:
+            return replace(measurement, finding=Finding.UNMEASURED, reason=reason)
         finding = health.finding(measurement.radius, reason)
         if finding.forbids_step:
             reason = where_not_finite(finding, update, self._names)
@@ -392,6 +344,25 @@ class SafeStep:
             is_partial=update.is_sharded,
             bottleneck=measurement.bottleneck if finding is Finding.MEASURED else -1,
         )  # fmt: skip
+
+    def _attempt(self, update: Update, *, is_quick: bool) -> Measurement | None:
+        """Return what is measured; None while another attempt would only fail again."""
+        retries = self._retries
+        # Ranks that share parameters must try at the same steps, whatever their data show.
+        looks = [] if update.is_sharded else update.calls
+        seen = frozenset(call.look() for call in looks) if retries.reason is not None else None
+        if not retries.is_due(seen):
+            return None
+        try:
+            found = self._estimator.measure(update, is_quick=is_quick)
+        except Exception as error:
+            if not is_quick:
+                is_error = not isinstance(error, LogitsNotFoundError)
+                seen = frozenset(call.look() for call in looks)
+                retries.fail(one_line(error), seen, is_error=is_error)
+            raise
+        retries.succeed()
+        return found
 
     def _note_radii(self, measurement: Measurement, step_norm: float) -> None:
         if self._inside is None:
@@ -406,18 +377,13 @@ class SafeStep:
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
 
+_NO_UPDATE = Update([], [], [], [])
 _NO_CALLS = (
     "no gradient came back through a forward call of `model` since the last step; pass the module "
     "whose forward computes the logits, or tell the guard the whole step with "
     "guard.record(training_step, batch)"
 )
-
 _IN_BACKWARD = (
     "the optimizer steps within the backward pass, where the step of the other parameters is not "
     "known yet; step after backward() to measure the radius"
 )
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"

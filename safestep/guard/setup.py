@@ -9,8 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from safestep._warn import RaisedOnPurpose
 from safestep.parallel.ranks import ABSENT, Ranks
 from safestep.parallel.shards import global_shape
+
+
+class SetupError(RaisedOnPurpose, ValueError):
+    """Ranks that train together were asked to do different things."""
 
 
 def names_and_shapes(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> list[str]:
@@ -36,7 +41,7 @@ def demand_same_setup(setup: Mapping[str, Any], ranks: Ranks) -> None:
         ranks: The ranks.
 
     Raises:
-        ValueError: If ranks differ, with what differs and on which ranks.
+        SetupError: If ranks differ, with what differs and on which ranks.
     """
     text = json.dumps(setup, default=str)
     digest = int(sha256(text.encode()).hexdigest()[:12], 16)  # exact in float64
@@ -46,7 +51,7 @@ def demand_same_setup(setup: Mapping[str, Any], ranks: Ranks) -> None:
         return
     texts = ranks.gather_texts(text, "its options, parameter names and shapes")
     setups = {rank: json.loads(other) for rank, other in enumerate(texts) if other is not None}
-    raise ValueError(_difference(setups))
+    raise SetupError(_difference(setups))
 
 
 def _difference(setups: Mapping[int, Mapping[str, Any]]) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
 from safestep.capture.call import Call
+from safestep.capture.failures import one_line
+from safestep.guard.controller import StepReport
 from safestep.measure.update import Update
 
 
@@ -48,3 +51,28 @@ class Undo(Protocol):
 
     def release(self) -> None:
         """End the step, also one that raised, and free what was kept for it."""
+
+
+def carry_out(report: StepReport, undo: Undo) -> StepReport:
+    """Scale or undo the step as it was decided; undo one that cannot be scaled.
+
+    Args:
+        report: The decision.
+        undo: The step.
+
+    Returns:
+        The report of what was done.
+    """
+    try:
+        if report.status == "skipped":
+            undo.restore()
+        elif report.scale != 1.0:
+            undo.rescale(report.scale)
+        return report
+    except Exception as error:
+        reason = f"the step could not be scaled or undone ({one_line(error)})"
+    try:
+        undo.restore()
+    except Exception:
+        return replace(report, status="unmeasured", scale=1.0, reason=reason)
+    return replace(report, status="skipped", scale=0.0, effective_learning_rate=0.0, reason=reason)

@@ -119,6 +119,11 @@ class Measurement:
             Estimator.PREDICTED, radius=radius, spread=normalized_step * pi, step_norm=step_norm
         )
 
+    @classmethod
+    def failed(cls, reason: str) -> Measurement:
+        """Return what is known of an update that could not be measured: why."""
+        return cls(Estimator.JVP, Finding.UNMEASURED, reason=reason)
+
     @property
     def normalized_step(self) -> float:
         """R of the update: the reciprocal of its radius."""

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from safestep._warn import RaisedOnPurpose
 from safestep.parallel.collectives import apart_from_shards, gathered, rank, world_size
 from safestep.parallel.join import JoinShadow
 
 ABSENT = -inf  # every number of a rank that has no more data, within ``ddp.join()``
+
+
+class MissingRankError(RaisedOnPurpose, RuntimeError):
+    """A rank did not take part in what all ranks do."""
 
 
 class Ranks:
@@ -135,7 +140,7 @@ class Ranks:
 
     def _missing(self, what: str, error: RuntimeError) -> RuntimeError:
         reason = " ".join(str(error).split())
-        return RuntimeError(
+        return MissingRankError(
             f"SafeStep: expected each of {self.size} ranks {what} at step {self.step}, got nothing "
             f"from at least one of them ({reason[-200:].rstrip('.')}). Look first for the error of "
             "a rank that ended. Every rank needs a SafeStep on this optimizer, and as many steps "

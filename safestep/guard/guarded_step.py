@@ -1,0 +1,203 @@
+"""Where an optimizer's step begins and ends, also where the guard fails or is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import nan
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from safestep.capture.failures import one_line
+from safestep.capture.hooks import is_passed_on, kept_out
+from safestep.capture.recorder import Recorder
+from safestep.capture.unwinding import Surroundings, completed
+from safestep.guard.attach import hook_steps, is_within_step
+from safestep.guard.controller import StepController, StepReport
+from safestep.guard.undo import Undo
+from safestep.measure.update import Measurement
+
+
+class GuardedStep:
+    """Call the guard at the right moments of ``optimizer.step()``, and keep its errors out of it.
+
+    An error of the guard's own leaves the step unmeasured, with the reason in the report. An
+    interrupt, such as KeyboardInterrupt, passes after parameters and optimizer state were put back
+    to where they were before the step.
+
+    Args:
+        optimizer: The optimizer.
+        undo: What its step can be undone by.
+        controller: Counts the steps.
+        recorder: Recorded the calls of the step.
+        is_ahead: Whether to judge a step before the optimizer makes it.
+
+    Attributes:
+        last: The StepReport of the latest step, None before the first.
+        enabled: False lets steps pass unseen.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        undo: Undo,
+        controller: StepController,
+        recorder: Recorder,
+        *,
+        is_ahead: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.last: StepReport | None = None
+        self.enabled = True
+        self._undo = undo
+        self._controller = controller
+        self._recorder = recorder
+        self._is_ahead = is_ahead
+        self._verdict: tuple[StepReport, Measurement] | None = None
+        self._obstacle: str | None = None  # why this step cannot be measured
+        self._is_blind = False  # the start of the step is not known
+        self._surroundings = Surroundings()  # of the running hook
+        self._counts = controller.state_dict()  # before the step
+        self._seconds: float | None = None  # None: no step is under way
+        self._inner_steps = 0  # under way within it: a subclass may call super().step()
+
+    def _attach(self) -> Sequence[Any]:
+        """Register the hooks.
+
+        Returns:
+            Their handles, which remove them.
+        """
+        return hook_steps(
+            self.optimizer,
+            kept_out(self._before_step, self._not_begun),
+            kept_out(self._after_step, self._not_ended),
+        )
+
+    def _judged_step(self) -> tuple[StepReport, Measurement]:
+        """Measure the update, made or still to come, and scale it or keep it from counting."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """Prepare a step."""
+        raise NotImplementedError
+
+    def _end(self, report: StepReport | None) -> None:
+        """Say what happened to the step, or that it passed unseen."""
+        raise NotImplementedError
+
+    def _before_step(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._seconds is not None:
+            if is_within_step(self.optimizer):
+                self._inner_steps += 1
+                return None
+            self._undo.release()  # of a step that raised
+        self._seconds, self._inner_steps, self._verdict = None, 0, None
+        self._is_blind, self._obstacle = False, None
+        if not self.enabled:
+            self._end(None)
+            self._recorder.take()  # the calls of this step
+            return None
+        begin = perf_counter()
+        self._seconds = 0.0
+        self._surroundings, self._counts = Surroundings(), self._controller.state_dict()
+        self._recorder.notice_effects()
+        self._begin()
+        self._undo.take()
+        has_closure = any(map(callable, (*args, *kwargs.values())))
+        if has_closure:  # forward calls in the step, and the gradients
+            self._recorder.begin_step()
+        elif self._is_ahead:
+            self._judge()
+        self._seconds = perf_counter() - begin
+        if not (has_closure and self._is_ahead):
+            return None
+        return tuple(map(self._judged, args)), {k: self._judged(v) for k, v in kwargs.items()}
+
+    def _judged(self, argument: Any) -> Any:
+        """Return a closure after which the step is judged, before the optimizer makes it."""
+        if not callable(argument):
+            return argument
+        judge: Callable[[], None] = kept_out(self._judge, self._not_begun)
+
+        def closure() -> Any:
+            loss = argument()
+            begin = perf_counter()
+            judge()
+            self._seconds = (self._seconds or 0.0) + perf_counter() - begin
+            return loss
+
+        return closure
+
+    def _after_step(self, *_: Any) -> None:
+        if self._seconds is None:
+            return
+        if self._inner_steps:
+            self._inner_steps -= 1
+            return
+        begin = perf_counter() - self._seconds
+        self._surroundings = Surroundings()
+        if self._verdict is None:
+            self._judge()
+        assert self._verdict is not None
+        report = replace(self._verdict[0], seconds=perf_counter() - begin)
+        self._seconds, self.last = None, report  # from here on, an interrupt undoes nothing
+        self._undo.release()
+        self._end(report)
+        self._controller.give_up_if_stuck(report)
+
+    def _judge(self) -> None:
+        """Come to a verdict, whatever fails."""
+        try:
+            with torch.no_grad():
+                self._verdict = self._judged_step()
+        except Exception as error:
+            if is_passed_on(error):
+                raise
+            self._surroundings.restore()
+            self._controller.load_state_dict(self._counts)
+            blank = Measurement.failed(own_failure(error))
+            self._verdict = self._controller.decide(blank, nan), blank
+
+    def _not_begun(self, error: BaseException) -> None:
+        """Let a step go unmeasured that could not be prepared; an interrupt ends it."""
+        self._surroundings.restore()
+        if is_passed_on(error):
+            self._controller.load_state_dict(self._counts)
+            completed(self._undo.release)
+            self._seconds = None
+        else:
+            self._is_blind, self._obstacle = True, own_failure(error)
+
+    def _not_ended(self, error: BaseException) -> None:
+        """Go on where the report of a step failed; an interrupt undoes the step."""
+        self._surroundings.restore()
+        if is_passed_on(error):
+            if self._seconds is not None:
+                if not self._is_ahead:
+                    completed(self._undo.restore)
+                self._controller.load_state_dict(self._counts)
+            completed(self._undo.release)
+            self._seconds = None
+            return
+        self._recorder.failures.note("reporting a step", error, is_needed=False)
+        if self._seconds is not None and self._verdict is not None:
+            self.last = self._verdict[0]
+        self._seconds = None
+        self._undo.release()
+
+
+def own_failure(error: BaseException) -> str:
+    """Return the reason of a step that is not measured because of the guard itself.
+
+    Args:
+        error: What failed.
+
+    Returns:
+        The reason, in a user's words.
+    """
+    return f"SafeStep itself failed ({one_line(error)}); the step was left alone"

@@ -1,0 +1,63 @@
+"""When to try again what could not be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+TRIES = 8  # in a row that find no logits, before the first pause
+TRIES_AFTER_ERRORS = 32  # where an error came between, which may go away
+FIRST_PAUSE = 24  # steps; the next ones are eight times as long each
+LONGEST_PAUSE = 2000  # steps
+
+
+class Retries:
+    """Try again ever more rarely what could not be measured, and for another loss at once.
+
+    An attempt that fails may cost fifty plain steps. After 8 in a row that find no logits, or 32
+    that end in an error, there are pauses of 24, 192 and 1536 steps, then of 2000.
+
+    Attributes:
+        reason: Why the latest attempt failed, None if it did not.
+
+    Example:
+        >>> retries = Retries()
+        >>> for _ in range(8):
+        ...     retries.fail("no logits", seen="a loss", is_error=False)
+        >>> retries.is_due("a loss"), retries.is_due("another loss")
+        (False, True)
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._seen: Hashable = None
+        self._failures = 0
+        self._pause = 0
+
+    def is_due(self, seen: Hashable) -> bool:
+        """Return whether to try at this step.
+
+        Args:
+            seen: What is known of the loss without an attempt.
+        """
+        if self.reason is None or seen != self._seen:
+            return True
+        self._pause -= 1
+        return self._pause < 0
+
+    def fail(self, reason: str, seen: Hashable, *, is_error: bool) -> None:
+        """Take note of an attempt that failed.
+
+        Args:
+            reason: Why.
+            seen: What was known of the loss before.
+            is_error: Whether an error came between, which says nothing about the loss.
+        """
+        is_same = seen == self._seen
+        self._failures = self._failures + 1 if is_same and self.reason is not None else 1
+        self.reason, self._seen = reason, seen
+        later = self._failures - (TRIES_AFTER_ERRORS if is_error else TRIES)
+        self._pause = min(FIRST_PAUSE * 8**later, LONGEST_PAUSE) if later >= 0 else 0
+
+    def succeed(self) -> None:
+        """Take note of an attempt that did not fail."""
+        self.reason, self._failures, self._pause = None, 0, 0
