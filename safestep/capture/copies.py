@@ -20,6 +20,7 @@ from safestep.capture.attributes import (
     items_of,
     leads_to,
 )
+from safestep.parallel.shards import is_sharded
 
 
 class Copier:
@@ -115,6 +116,8 @@ class Copier:
         return duplicate
 
     def _tensor(self, tensor: Tensor) -> Tensor:
+        if is_sharded(tensor) and tensor.requires_grad:
+            return tensor  # stands for a parameter that tensor parallelism left inside DDP
         if type(tensor) is not Tensor or not is_plain(tensor):
             return self._copy(tensor)
         storage = tensor.untyped_storage()

@@ -19,6 +19,7 @@ from safestep.measure.forward_ad import differentiable_kernels, tangents_in_plac
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.perturb import displaced_by, moved_back
 from safestep.measure.precision import is_half, run_precisely, without_autocast
+from safestep.parallel.norms import joint_norm, norm_over_ranks
 from safestep.parallel.shards import are_sharded, local
 from safestep.radius.batch import LogitTangent
 from safestep.radius.masking import absent_classes, without_absent
@@ -286,24 +287,16 @@ def difference_scale(
         a length is zero, and where the parameters are in half precision: they hold no part of an
         update.
 
-    Raises:
-        RuntimeError: If a parameter is sharded: ranks would go different distances.
     """
-    if are_sharded(params):
-        raise RuntimeError(
-            "the distance of a finite difference would depend on each rank's shard of the "
-            "parameters; use estimator='jvp' or 'secant'"
-        )
     if any(is_half(param.dtype) for param in params):
         return 1.0
-    total, step = (
-        torch.linalg.vector_norm(torch.stack([t.norm(dtype=torch.float64) for t in tensors]))
-        for tensors in (params, tangents)
-    )
-    if not bool(step * total > 0):
+    # Of whole parameters, where each rank holds a shard: all must go the same distance.
+    norm = partial(norm_over_ranks, params) if are_sharded(params) else joint_norm
+    total, step = float(norm(params)), float(norm(tangents))
+    if not step * total > 0:
         return 1.0
     usual, least = _DISTANCE.get(dtype, _DISTANCE_HALF)
-    share, ratio = _SHARE_HALF if is_half(dtype) else _SHARE, float(total / step)
+    share, ratio = _SHARE_HALF if is_half(dtype) else _SHARE, total / step
     return max(min(usual * ratio, share / reach), least * ratio)
 
 

@@ -4,9 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import attrgetter
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from safestep.parallel.shards import local, sharding_groups
 
 _HALVES = frozenset((torch.float16, torch.bfloat16))
 _is_sparse, _dtype = attrgetter("is_sparse"), attrgetter("dtype")
@@ -56,6 +60,30 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     narrow_norms = iter(torch._foreach_norm(halves, 2, torch.float32))
     wide_norms = iter(torch._foreach_norm(wide) if wide else ())
     return [next(narrow_norms if narrow else wide_norms) for narrow in is_narrow]
+
+
+def norm_over_ranks(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> float:
+    """Return the 2-norm of tensors of which each rank holds the shards of its parameters.
+
+    One small all-reduce for every way in which parameters are sharded; each rank must call it.
+
+    Args:
+        params: The parameters.
+        tensors: This rank's part of a tensor for each parameter.
+
+    Returns:
+        The norm of the whole tensors, the same on every rank.
+    """
+    squares: dict[tuple[Any, ...], Tensor] = {}
+    for param, norm in zip(params, each_norm(list(map(local, tensors))), strict=True):
+        groups = sharding_groups(param)
+        squares[groups] = squares.get(groups, 0) + norm.double().square()
+    total = 0.0
+    for groups, square in squares.items():
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total += float(square)
+    return math.sqrt(total)
 
 
 def joined(norms: Iterable[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,19 +27,66 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def are_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Return whether any of the tensors is a DTensor.
+    """Return whether this rank holds only a piece of any of the tensors.
 
     Args:
         tensors: The tensors.
 
     Returns:
-        True if one is. Where all are plain tensors, none is asked by itself.
+        True for a DTensor, and for what FullyShardedDataParallel flattened or tensor parallelism
+        left of one inside DistributedDataParallel. Where torch never made one, none is looked at.
     """
-    kinds = set(map(type, tensors)) - _WHOLE
-    return any(hasattr(kind, "to_local") for kind in kinds)
+    if not _MAKERS.intersection(sys.modules):
+        return False
+    return any(is_sharded(tensor) or _is_piece(tensor) for tensor in tensors)
 
 
-_WHOLE = frozenset((Tensor, nn.Parameter))
+# What makes distributed tensors. DistributedDataParallel imports none of them.
+_MAKERS = frozenset(("torch.distributed.tensor", "torch.distributed.fsdp._flat_param"))
+
+
+def _is_piece(tensor: Tensor) -> bool:
+    """Return whether a plain tensor is a rank's piece of a parameter."""
+    return hasattr(tensor, "_st_info") or is_flattened(tensor)
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Return whether FullyShardedDataParallel flattened a parameter."""
+    return getattr(param, "_fsdp_flattened", False)
+
+
+def is_tensor_parallel(params: Iterable[Tensor], module: nn.Module) -> bool:
+    """Return whether ranks compute the logits together, each with its piece of a parameter.
+
+    Args:
+        params: The trained parameters.
+        module: The module that computes the logits.
+
+    Returns:
+        False where ``fully_shard`` alone distributes parameters: it gathers them to compute.
+    """
+    gathered = {
+        param.sharded_param
+        for child in sharding_modules(module)
+        for group in _param_groups(child)
+        for param in group.fsdp_params
+        if not param.is_dtensor  # else it is a piece even when it is gathered
+    }
+    return any(_placing(param) is not None and param not in gathered for param in params)
+
+
+def _param_groups(child: Any) -> list[Any]:
+    state = child._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _placing(param: Any) -> Any:
+    """Return the mesh and the placements of a distributed parameter, None of another one."""
+    if is_sharded(param):
+        return param.device_mesh, param.placements
+    info = getattr(param, "_st_info", None)
+    return None if info is None else (info.mesh, info.placements)
 
 
 def global_shape(param: Tensor) -> tuple[int, ...] | None:
@@ -50,8 +98,7 @@ def global_shape(param: Tensor) -> tuple[int, ...] | None:
     Returns:
         The shape, the same on every rank.
     """
-    is_piece = getattr(param, "_fsdp_flattened", False) or hasattr(param, "_st_info")
-    return None if is_piece else tuple(param.shape)
+    return None if _is_piece(param) else tuple(param.shape)
 
 
 def counted_here(params: Sequence[Tensor]) -> list[bool]:
@@ -65,10 +112,29 @@ def counted_here(params: Sequence[Tensor]) -> list[bool]:
     Returns:
         True for every parameter that this rank adds; all of them where none is sharded.
     """
-    meshes = [param.device_mesh for param in params if is_sharded(param)]  # type: ignore[attr-defined]
+    meshes = [placing[0] for placing in map(_placing, params) if placing is not None]
     if not meshes:
         return [True for _ in params]
-    return [_is_first_holder(param, meshes[0]) for param in params]
+    root = max(map(_root, meshes), key=lambda mesh: mesh.ndim)
+    return [_is_first_holder(param, root) for param in params]
+
+
+def sharding_groups(param: Tensor) -> tuple[Any, ...]:
+    """Return the process groups over which a parameter is cut into shards.
+
+    Args:
+        param: The parameter.
+
+    Returns:
+        A group for each dimension of its mesh that shards it; None stands for all ranks.
+    """
+    if is_flattened(param):
+        return (None,)
+    placing = _placing(param)
+    if placing is None:
+        return ()
+    mesh, placements = placing
+    return tuple(mesh.get_group(dim) for dim, p in enumerate(placements) if _cuts(p))
 
 
 def refuse_flattened(params: Sequence[Tensor]) -> None:
@@ -80,7 +146,7 @@ def refuse_flattened(params: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: If FullyShardedDataParallel flattened one of them.
     """
-    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+    if any(map(is_flattened, params)):
         raise RuntimeError(
             "FullyShardedDataParallel flattens the parameters, for which the radius is not "
             "measured; shard with torch.distributed.fsdp.fully_shard"
@@ -183,8 +249,21 @@ def _is_sharding(module: nn.Module) -> bool:
     return hasattr(type(module), "reshard") and hasattr(type(module), "unshard")
 
 
-def _is_first_holder(param: Any, mesh: Any) -> bool:
-    if not is_sharded(param):
-        return not any(mesh.get_coordinate())
-    places = zip(param.placements, param.device_mesh.get_coordinate(), strict=True)
-    return all(placement.is_shard() or coordinate == 0 for placement, coordinate in places)
+def _is_first_holder(param: Any, root: Any) -> bool:
+    placing = _placing(param)
+    if placing is None:
+        return is_flattened(param) or not any(root.get_coordinate())
+    mesh, placements = placing
+    places = dict(zip(mesh.mesh_dim_names or range(mesh.ndim), placements, strict=True))
+    dims = zip(root.mesh_dim_names or range(root.ndim), root.get_coordinate(), strict=True)
+    return all(coordinate == 0 or _cuts(places.get(dim)) for dim, coordinate in dims)
+
+
+def _cuts(placement: Any) -> bool:
+    """Return whether a placement gives each rank another part of a tensor."""
+    return placement is not None and not (placement.is_replicate() or placement.is_partial())
+
+
+def _root(mesh: Any) -> Any:
+    """Return the mesh that a mesh is a slice of, itself if it is none."""
+    return mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
