@@ -237,7 +237,9 @@ def loss_effect(evidence: Evidence, episode: Episode) -> str:
         levels = f"{before} before, {after} after, give or take {number(effect.give)}"
         return f"no rise of the loss beyond its noise ({levels})"
     if effect.kind == "lost":
-        return f"loss rose from {before} and was not finite afterwards"
+        rose = f"rose from {before} to {number(effect.peak)}" * bool(np.isfinite(effect.peak))
+        rose = rose or f"was {before}"
+        return f"loss {rose} and was not finite from step {step[effect.until]} on"
     rose = f"loss rose from {before} to {number(effect.peak)}"
     if np.isinf(effect.peak):
         rose = f"loss was {before} before and not finite for a while"

@@ -23,10 +23,17 @@ Tone = Literal["good", "warn", "bad"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One sentence of the headline, and how grave it is: "good", "warn" or "bad"."""
+    """One sentence of the headline.
+
+    Attributes:
+        tone: How grave it is: "good", "warn" or "bad".
+        text: The sentence.
+        is_explained: Whether it says why; if not, the next finding about the loss is told too.
+    """
 
     tone: Tone
     text: str
+    is_explained: bool = True
 
 
 def find(run: Run, evidence: Evidence) -> list[Finding]:
@@ -41,7 +48,8 @@ def find(run: Run, evidence: Evidence) -> list[Finding]:
     """
     problems = [finding for judge in _PROBLEMS if (finding := judge(run, evidence))]
     rises = [finding for judge in _RISES if (finding := judge(run, evidence))]
-    found = sorted(problems + rises[:1], key=lambda finding: finding.tone != "bad")
+    rises = rises[: 1 if rises and rises[0].is_explained else 2]
+    found = sorted(problems + rises, key=lambda finding: finding.tone != "bad")
     return found or [_calm(run, evidence)]
 
 
@@ -56,10 +64,11 @@ def _lost(run: Run, evidence: Evidence) -> Finding | None:
         return Finding("bad", "Lost: the loss was never finite.")
     text = f"the loss is not finite after step {step[finite[-1]]}"
     cause = next((e for e in find_episodes(evidence)[::-1] if e.first <= finite[-1] + 1), None)
-    if cause is not None and finite[-1] - cause.last < 10 and np.isfinite(cause.peak):
+    is_near = cause is not None and finite[-1] - cause.last < 10 and np.isfinite(cause.peak)
+    if cause is not None and is_near:
         taken = "was let through" if _is_let_through(evidence, cause) else "was scaled down"
         text += f", where an r of {number(cause.peak)} {taken}"
-    return Finding("bad", sentence(f"lost: {text}"))
+    return Finding("bad", sentence(f"lost: {text}"), is_explained=is_near)
 
 
 def _harmed(run: Run, evidence: Evidence) -> Finding | None:
@@ -169,7 +178,7 @@ def _too_cold(run: Run, evidence: Evidence) -> Finding | None:
     )
 
 
-# Of these the first that holds is told: they explain the same rise.
+# Of these the first that holds is told, since they explain the same rise.
 _RISES: tuple[Callable[[Run, Evidence], Finding | None], ...] = (
     _lost, _harmed, _not_saved, _risen,
 )  # fmt: skip

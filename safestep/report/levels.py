@@ -34,9 +34,10 @@ class Effect:
             back), "lost" (not finite at the end of what was looked at), "unknown" (too few values).
         before: Level before the event.
         after: Level at the end of what was looked at.
-        peak: Highest level after the event; infinite where the loss was not finite.
+        peak: Highest level after the event; infinite where the loss was not finite, of a lost loss
+            the highest before it was lost, infinite if it had not risen before.
         give: What the noise may add to the difference of the levels.
-        until: Index of the last value that was looked at.
+        until: Index of the last value that was looked at; of a lost loss, the first lost one.
         back: Index of the value from which on the loss was back, else None.
     """
 
@@ -125,7 +126,10 @@ def effect_of(
         return _unrisen(after, before, level, give)
     until = int(at[-1])
     if not np.isfinite(tail[-_LASTING:]).any():
-        return Effect("lost", before.level, np.inf, np.inf, give, until)
+        lost = int(np.isfinite(after).nonzero()[0][-1]) + 1 if np.isfinite(after).any() else 0
+        peak = _rise(after[:lost], onset, before)[1]
+        peak = peak if np.isfinite(peak) else np.inf
+        return Effect("lost", before.level, np.inf, peak, give, int(at[min(lost, len(at) - 1)]))
     back = _return(after, rise, before)
     if level > before.level + max(before.material, give):
         back = None

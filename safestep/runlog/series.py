@@ -200,20 +200,17 @@ def step_share(run: Run) -> float:
         run: The run.
 
     Returns:
-        Mean seconds of the guard over mean seconds from step to step. Pauses longer than ten
-        times the median (a validation pass) count as ten times the median.
+        Mean seconds of the guard over those plus the mean seconds of the rest of a step. A rest
+        longer than ten times the median (a validation pass) counts as ten times the median.
     """
-    time, series = _column(run, "time"), step_series(run)
-    known = np.flatnonzero(np.isfinite(time))
-    if len(known) < 3 or not np.isfinite(series.seconds).any():
+    steps, first = np.unique(run.steps["step"], return_index=True)
+    time, seconds = _column(run, "time")[first], step_series(run).seconds
+    rest = (np.diff(time) - seconds[1:])[np.diff(steps) == 1]
+    rest, known = rest[np.isfinite(rest)], seconds[np.isfinite(seconds)]
+    if len(rest) < 3:
         return float("nan")
-    steps, first = np.unique(run.steps["step"][known], return_index=True)
-    between = np.diff(time[known][first])[np.diff(steps) == 1]
-    between = between[between > 0]
-    if not len(between):
-        return float("nan")
-    mean = np.minimum(between, 10 * np.median(between)).mean()
-    return float(min(np.nanmean(series.seconds) / mean, 1.0))
+    rest = np.clip(rest, 0, 10 * np.median(rest.clip(min=0))).mean()
+    return float(known.mean() / (known.mean() + rest)) if known.mean() + rest > 0 else float("nan")
 
 
 def loss_ratios(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from safestep.plots.loss import rank_correlation
 from safestep.plots.registry import FIGURES
 from safestep.plots.style import COLORS
 from safestep.runlog.reader import read_run
-from safestep.runlog.series import removed_area, spans, step_series, thin
+from safestep.runlog.series import removed_area, spans, step_series, step_share, thin
 from safestep.runlog.writer import RunLog
 
 STEP_PLOTS = [
@@ -214,6 +214,18 @@ def test_joint_step_of_two_optimizers_adds_their_normalized_steps(tmp_path):
     assert series.step_norm.tolist() == [5.0, 5.0]
     np.testing.assert_allclose(series.radius, 5.0 / 0.75)
     assert series.clipped.tolist() == [False, True]
+
+
+def test_share_of_the_step_leaves_pauses_out_and_counts_the_guards_slow_first_step(tmp_path):
+    """By hand: 1 s and nine times 0.1 s of the guard; 0.3 s of the rest, one pause of an hour."""
+    time, seconds = 0.0, [1.0, *[0.1] * 9]
+    with RunLog(tmp_path, {}) as log:
+        for step, cost in enumerate(seconds):
+            time += cost + (3600.0 if step == 5 else 0.3)
+            log.write("step", {"step": step, "seconds": cost, "time": time})
+
+    mean, rest = 0.19, (8 * 0.3 + 3.0) / 9  # the pause counts as ten times the median
+    assert step_share(read_run(tmp_path)) == pytest.approx(mean / (mean + rest))
 
 
 def test_loss_of_steps_without_one_is_the_workers_mean(tmp_path):

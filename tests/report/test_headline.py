@@ -92,3 +92,18 @@ def test_loss_that_stays_up_although_the_guard_stepped_in_is_no_protection(tmp_p
         r"the loss rose from 0\.1[67]\d* to 0\.3[34]\d* and stayed up \(0\.3[23]\d* by step 299\)",
         verdict.headline,
     )
+
+
+def test_loss_that_rose_before_it_was_lost_is_told_with_both(tmp_path):
+    losses = np.r_[np.full(100, 0.1), np.full(80, 3.3), np.full(60, np.nan)]
+    with RunLog(tmp_path, {"max_normalized_step": 1.0}) as log:
+        for step, loss in enumerate(losses):
+            r = 248.0 if step == 99 else 0.5
+            log.write("step", {"step": step, "loss": loss, "normalized_step": r, "scale": 1.0})
+
+    headline = write_verdict(read_run(tmp_path)).headline
+
+    assert headline == (
+        "Lost: the loss is not finite after step 179. Harmed: after step 99, where an r of 248 was "
+        "let through, the loss rose from 0.1 to 3.3 and was not finite from step 180 on."
+    )
