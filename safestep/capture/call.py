@@ -31,6 +31,7 @@ class Call:
         autocast: ``(device type, dtype)`` of every autocast region around the call.
         modes: Every submodule, and whether it was in train mode.
         start: What the call may change, as it was before the call.
+        generators: States of global generators before the call, where it shows what it draws.
         conditions: Recorded `random` and `modes`, and checks them when the call runs again.
         lacks: Generators that the re-run drew from and `random` does not hold.
         unread: By output name, the function that reads what a gradient shows; run when asked.
@@ -50,6 +51,7 @@ class Call:
     autocast: tuple[tuple[str, torch.dtype], ...]
     modes: Modes
     start: Start
+    generators: dict[str, Any] | None
     conditions: CallConditions
     lacks: list[str] = field(default_factory=list)
     unread: dict[str, Callable[[], GradientEvidence]] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Call:
         random, modes = conditions.record()
         return cls(
             function, leaves, structure, random, _autocast_regions(), modes,
-            conditions.effects.before(leaves, modes), conditions,
+            conditions.effects.before(leaves, modes), conditions.undrawn.before(modes), conditions,
         )  # fmt: skip
 
     @property
@@ -101,6 +103,17 @@ class Call:
         }
         return getattr(self.function, "__qualname__", ""), tuple(sorted(axes.items()))
 
+    @property
+    def undrawn(self) -> frozenset[str]:
+        """The global generators that the call is known not to draw from; see UndrawnGenerators."""
+        return self.conditions.undrawn.of(self.modes)
+
+    def notice_effects(self) -> None:
+        """Learn, just after the call, what it has changed."""
+        self.conditions.effects.after(self.start)
+        self.conditions.undrawn.after(self.generators)
+        self.generators = None
+
     def run(self) -> Any:
         """Call the function again under the recorded random state, autocast regions and modes.
 
@@ -111,7 +124,7 @@ class Call:
             RuntimeError: If the call changes something whose state before the call is not known,
                 or an argument was changed in place after the call.
         """
-        self.random.restore()
+        self.random.restore(self.undrawn)
         for child, mode in zip(*self.modes, strict=True):
             if child.training is not mode:
                 child.training = mode

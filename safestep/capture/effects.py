@@ -142,7 +142,7 @@ class ForwardEffects:
             )
 
     def _keep(self, start: Start, places: Mapping[Place, Any], *, is_new: bool) -> None:
-        place: Place = (None, None)
+        place: Place = (-1, None)
 
         def kept(tensor: Tensor) -> Tensor:
             if self._known.get(place) or (is_new and tensor.numel() <= _SMALL):
@@ -168,10 +168,10 @@ class ForwardEffects:
         self, children: Iterable[nn.Module], leaves: Sequence[Any]
     ) -> dict[Place, Any]:
         found: dict[Place, Any] = {}
-        children = {id(child): child for child in children}
+        by_identity = {id(child): child for child in children}
         for where, name in self._known:
-            if where in children:
-                found[where, name] = _attribute(children[where], name)
+            if where in by_identity:
+                found[where, name] = _attribute(by_identity[where], name)
             elif where < len(leaves) and type(leaves[where]) is name:
                 found[where, name] = leaves[where]
         return found

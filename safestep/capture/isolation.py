@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from safestep.parallel.shards import reshard
 
 
 @contextmanager
-def without_side_effects(module: nn.Module) -> Iterator[None]:
+def without_side_effects(module: nn.Module, undrawn: Collection[str] = ()) -> Iterator[None]:
     """Undo, at exit, everything that a run of `module` inside changes.
 
     Put back are buffers (contents, bindings, version counters), attributes of every submodule
@@ -30,6 +30,8 @@ def without_side_effects(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The root module.
+        undrawn: Global random generators that are not drawn from inside, of "torch" and "host".
+            They are left alone: other threads may draw from them meanwhile.
 
     Yields:
         Nothing.
@@ -59,7 +61,7 @@ def without_side_effects(module: nn.Module) -> Iterator[None]:
         for param, storage in zip(params, storages, strict=True):
             if param.data_ptr() != storage.data_ptr():
                 param.data = storage
-        random_state.restore()
+        random_state.restore(undrawn)
 
 
 class _Saved:

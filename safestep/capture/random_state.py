@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import pickle
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from safestep.capture.attributes import Held, Modes, walk
 from safestep.capture.effects import ForwardEffects
+from safestep.capture.undrawn import UndrawnGenerators, host_state, torch_state
 
 # Calls that must have run again without news before less of the next ones is recorded.
 _SETTLED = 16
@@ -74,13 +74,17 @@ class RandomState:
             own=tuple((each, _GENERATORS[type(each)][0](each)) for each in generators),
         )
 
-    def restore(self) -> None:
-        """Write each state back into its generator."""
-        if self.cpu is not None:
+    def restore(self, apart_from: Collection[str] = ()) -> None:
+        """Write each state back into its generator.
+
+        Args:
+            apart_from: What to leave as it is, of "torch" and "host" (``random`` and numpy).
+        """
+        if self.cpu is not None and "torch" not in apart_from:
             torch.set_rng_state(self.cpu)
-        if self.cuda:
+        if self.cuda and "torch" not in apart_from:
             torch.cuda.set_rng_state_all(list(self.cuda))
-        if self.python is not None:
+        if self.python is not None and "host" not in apart_from:
             np.random.set_state(self.numpy)
             random.setstate(self.python)
         for generator, state in self.own:
@@ -124,6 +128,7 @@ class CallConditions:
 
     def __init__(self, module: nn.Module) -> None:
         self.effects = ForwardEffects(module)
+        self.undrawn = UndrawnGenerators()
         self._module = module
         self._look()
         self._quiet = 0  # calls that ran again without news, in a row; -1: some drew unrecorded
@@ -156,12 +161,16 @@ class CallConditions:
         within = walk(self._module)
         recorded = {id(generator) for generator, _ in state.own}
         others = [each for each in generators_in(within) if id(each) not in recorded]
-        torchs, host, own = _torch_state(), _host_state(), _states_of(others)
+        torchs, host, own = torch_state(), host_state(), _states_of(others)
         yield news
-        draws_from_torch = _torch_state() != torchs
+        draws_from_torch, draws_from_host = torch_state() != torchs, host_state() != host
+        still = {"torch": not draws_from_torch, "host": not draws_from_host}
+        self.undrawn.learn(modes, (name for name, is_still in still.items() if is_still))
+        undrawn = self.undrawn.of(modes)  # by the call: it was another thread
+        draws_from_torch &= "torch" not in undrawn
         draws = {
             "torch's generator": draws_from_torch and state.cpu is None,
-            "`random` or numpy.random": _host_state() != host,
+            "`random` or numpy.random": draws_from_host and "host" not in undrawn,
             "a generator that its modules did not hold before": _states_of(others) != own,
         }
         self._draws_from_torch |= draws_from_torch
@@ -191,20 +200,3 @@ _NOTHING = RandomState.capture(of_torch=False, of_host=False)
 def _states_of(generators: list[Any]) -> list[bytes]:
     state = RandomState.capture(generators, of_torch=False, of_host=False)
     return [pickle.dumps(each) for _, each in state.own]
-
-
-def _torch_state() -> list[bytes]:
-    state = RandomState.capture(of_host=False)
-    return [each.numpy().tobytes() for each in (state.cpu, *state.cuda) if each is not None]
-
-
-def _host_state() -> tuple[Any, bytes]:
-    """Return a value that changes with every draw from ``random`` or numpy.random."""
-    numpy = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(numpy) is not np.random.MT19937:
-        return random.getstate(), pickle.dumps(numpy.state)
-    # To ask numpy for it takes longer than a layer of a small model.
-    return random.getstate(), ctypes.string_at(numpy.ctypes.state_address, _MT19937_BYTES)
-
-
-_MT19937_BYTES = 4 * (624 + 1)  # its words, and how many are used up

@@ -107,7 +107,7 @@ class Recorder:
     def notice_effects(self) -> None:
         """Learn, just before the step, what calls that were passed to `record` have changed."""
         for call in self._told:
-            self._conditions.effects.after(call.start)
+            call.notice_effects()
         self._told.clear()
 
     def begin_step(self) -> None:
@@ -151,7 +151,7 @@ class Recorder:
         call, self._opened = self._opened, None
         if call is None:
             return
-        self._conditions.effects.after(call.start)
+        call.notice_effects()
         self._idle.after_call()
         for name, tensor in named_tensors(output):
             if not tensor.is_leaf:

@@ -36,7 +36,8 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
     """
     children, _ = call.modes
     root = children[0] if children else torch.nn.Module()
-    with without_side_effects(root), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+    isolated = without_side_effects(root, call.undrawn)
+    with isolated, torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         with _Results(events) as watch:
             output = call.run()
         roots, seeds = _roots(call, output)

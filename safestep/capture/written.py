@@ -130,8 +130,8 @@ class WrittenParameters:
         now = [param.detach().clone() for param in moved]
         storages = [param.data for param in moved]
         with torch.autograd._unsafe_preserve_version_counter(moved) if moved else nullcontext():
-            _write(moved, (mark.values[param] for param in moved))
             try:
+                _write(moved, (mark.values[param] for param in moved))
                 yield
             finally:
                 for param, storage in zip(moved, storages, strict=True):

@@ -138,7 +138,9 @@ def jvp(
         MissingTangentError: If no tangent reaches the logits.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    with torch.no_grad(), tangents_in_place(params, tangents, module), without_side_effects(module):
+    undrawn = frozenset.intersection(*(call.undrawn for call in calls)) if calls else ()
+    isolated = without_side_effects(module, undrawn)
+    with torch.no_grad(), tangents_in_place(params, tangents, module), isolated:
         for call in calls:
             with differentiable_kernels(module), nullcontext() if inside is None else inside:
                 heads = find_logits(call, logits)
@@ -323,7 +325,7 @@ def is_repeatable(
 
 def _run(call: Call, module: nn.Module, logits: LogitsFn | LogitFinder | None) -> list[Logits]:
     # A trace of its own each time: the second run must not see what the first one left.
-    with without_side_effects(module):
+    with without_side_effects(module, call.undrawn):
         return find_logits(call, logits)
 
 

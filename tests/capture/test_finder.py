@@ -23,7 +23,9 @@ nn.init.normal_(MODEL.bias, generator=GENERATOR)
 
 def loop_call(model, loss, *inputs):
     """Return what a recorder knows of a forward call after `loss` of its output went backward."""
-    call = SimpleNamespace(run=lambda: model(*inputs), gradients={}, empty=[], modes=([], []))
+    call = SimpleNamespace(
+        run=lambda: model(*inputs), gradients={}, empty=[], modes=([], []), undrawn=()
+    )
     output = model(*inputs)
     tensors = [(name, t) for name, t in named_tensors(output) if t.requires_grad]
     gradients = torch.autograd.grad(loss(output), [t for _, t in tensors], allow_unused=True)
@@ -35,7 +37,7 @@ def loop_call(model, loss, *inputs):
 
 def step_call(step):
     """Return what a recorder knows of a training step that it was told of."""
-    return SimpleNamespace(run=step, gradients={}, empty=[], modes=([], []))
+    return SimpleNamespace(run=step, gradients={}, empty=[], modes=([], []), undrawn=())
 
 
 def found_in(call, logits=None):
