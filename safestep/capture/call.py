@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from safestep._torch import TreeSpec, is_any_autocast_enabled, tree_flatten, tree_unflatten
 from safestep.capture.attributes import Modes
 from safestep.capture.effects import Start
 from safestep.capture.gradient import GradientEvidence, zero_sum_axis
@@ -157,7 +157,7 @@ def _detached(value: Any) -> Any:
 
 
 def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
-    if not torch._C._is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return ()
     return tuple(
         (device_type, torch.get_autocast_dtype(device_type))

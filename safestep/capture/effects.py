@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from safestep._torch import foreach_mul
 from safestep.capture.attributes import CONTAINERS, Modes, has_attributes, own_attributes
 from safestep.capture.copies import Copier, Look, are_same, is_plain, reached
 from safestep.capture.written import Mark, WrittenParameters
@@ -154,7 +154,7 @@ class ForwardEffects:
         copier = self._copier.with_tensors(kept)
         numbers = [it for place, it in places.items() if self._known.get(place) and _is_simple(it)]
         if numbers:  # such as running statistics: many small ones, and in every call
-            copier.adopt(numbers, torch._foreach_mul(numbers, 1.0))
+            copier.adopt(numbers, foreach_mul(numbers, 1.0))
         for place, value in places.items():
             start.values[place] = copier.copied(value)
 

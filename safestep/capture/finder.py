@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from safestep._torch import forward_mode_enabled
 from safestep.capture.fused_logits import LinearTile
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.loss_watch import LossWatch
@@ -217,7 +217,7 @@ def _plan(call: Call, output: Any, watch: LossWatch) -> Plan:
 @contextmanager
 def _graph_alone() -> Iterator[None]:
     # With both a graph and a tangent, the functions of fully_shard's own hooks would raise.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(False):
+    with torch.enable_grad(), forward_mode_enabled(False):
         yield
 
 

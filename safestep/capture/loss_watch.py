@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
+from safestep._torch import DisableTorchFunction, tree_map
 from safestep.capture import fused_logits as tiles
 from safestep.capture.autograd_graph import Node
 from safestep.capture.losses import LossFunction, Part, class_axis, loss_function
@@ -88,7 +88,7 @@ class LossWatch(TorchFunctionMode):
         if entry is None:
             result = func(*args, **kwargs)
             if isinstance(result, Tensor):
-                with torch._C.DisableTorchFunction():  # no other mode needs to see these questions
+                with DisableTorchFunction():  # no other mode needs to see these questions
                     if result.is_floating_point():
                         self.dtypes.add(result.dtype)
             return result

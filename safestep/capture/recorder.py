@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safestep._torch import current_graph_task
 from safestep._warn import warn_user
 from safestep.capture.call import Call
 from safestep.capture.failures import Failures
@@ -221,7 +222,7 @@ class Recorder:
             boolean on the device, because waiting for it would delay the backward pass. None
             where there is no queued call, and for sharded and sparse gradients.
         """
-        backward = torch._C._current_graph_task_id()  # its gradients come when it ends; -1 outside
+        backward = current_graph_task()  # its gradients come when it ends; -1 outside
         is_new = backward != self._backward or backward == -1
         self._backward = backward
         if not is_new or not self._calls:

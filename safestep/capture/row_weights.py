@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from safestep._torch import forward_mode_enabled
 from safestep.capture.isolation import without_side_effects
 from safestep.capture.losses import loss_function
 from safestep.capture.outputs import named_tensors, traced_loss
@@ -37,7 +37,7 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
     children, _ = call.modes
     root = children[0] if children else torch.nn.Module()
     isolated = without_side_effects(root, call.undrawn)
-    with isolated, torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+    with isolated, torch.no_grad(), forward_mode_enabled(False):
         with _Results(events) as watch:
             output = call.run()
         roots, seeds = _roots(call, output)

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
+from safestep._torch import exit_dual_level, function_modes, pop_function_mode
+
 _TRIES = 3  # of what an interrupt may strike again
 
 
@@ -67,15 +69,15 @@ class Surroundings:
         self._announced = len(_announced.undos)
         self._has_graph = torch.is_grad_enabled()
         self._level = forward_ad._current_level
-        self._modes = torch._C._len_torch_function_stack()
+        self._modes = function_modes()
 
     def restore(self) -> None:
         """Put back everything that an exception has left otherwise; again if interrupted."""
         completed(self._restore)
 
     def _restore(self) -> None:
-        while torch._C._len_torch_function_stack() > self._modes:
-            torch._C._pop_torch_function_stack()
+        while function_modes() > self._modes:
+            pop_function_mode()
         undos = _announced.undos
         while len(undos) > self._announced:
             with torch.no_grad():
@@ -111,6 +113,6 @@ def completed(action: Callable[[], None]) -> None:
 def _leave_unknown_level() -> None:
     # torch enters a level first and counts it then; an interrupt may come between.
     try:
-        torch._C._exit_dual_level(level=0)
+        exit_dual_level(level=0)
     except RuntimeError:
         return  # the usual case: there is none

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
+
+from safestep._torch import get_unwrapped, is_batchedtensor, maybe_get_bdim
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Return whether the tensor stands for many, as inside of ``torch.func.vmap``."""
-    return _functorch.is_batchedtensor(tensor)
+    return is_batchedtensor(tensor)
 
 
 def held(tensor: Tensor) -> Tensor:
     """Return the tensor that holds all examples, with autograd graph and tangent as it has them."""
     while is_batched(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+        tensor = get_unwrapped(tensor)
     return tensor
 
 
@@ -29,8 +30,8 @@ def all_examples(tensor: Tensor) -> Tensor:
     """
     axes = []
     while is_batched(tensor):
-        axes.append(_functorch.maybe_get_bdim(tensor))
-        tensor = _functorch.get_unwrapped(tensor)
+        axes.append(maybe_get_bdim(tensor))
+        tensor = get_unwrapped(tensor)
     # An axis is counted without those of the examples around it, which are in front by then.
     for place, axis in enumerate(reversed(axes)):
         tensor = tensor.movedim(axis + place, place)

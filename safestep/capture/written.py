@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from safestep._torch import preserve_versions, tree_leaves
 from safestep.capture.copies import bits_of, is_plain
 from safestep.parallel.shards import are_sharded
 
@@ -129,7 +129,7 @@ class WrittenParameters:
         moved = tuple(self._moved)
         now = [param.detach().clone() for param in moved]
         storages = [param.data for param in moved]
-        with torch.autograd._unsafe_preserve_version_counter(moved) if moved else nullcontext():
+        with preserve_versions(moved) if moved else nullcontext():
             try:
                 _write(moved, (mark.values[param] for param in moved))
                 yield
@@ -171,7 +171,7 @@ class _Held(TorchFunctionMode):
             self._values = [param.clone() for param in params]
         self._storages = [param.data for param in params]
         self._places = {storage.untyped_storage().data_ptr() for storage in self._storages}
-        self._preserved = torch.autograd._unsafe_preserve_version_counter(params)
+        self._preserved = preserve_versions(params)
 
     def __enter__(self) -> _Held:
         self._preserved.__enter__()

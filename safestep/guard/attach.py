@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
+from safestep._torch import current_graph_task
 from safestep.capture.hooks import DetachableHook
 from safestep.guard.optimizer_state import is_optimizer_like
 
@@ -35,7 +35,7 @@ def is_within_step(optimizer: Optimizer) -> bool:
 
 def is_within_backward() -> bool:
     """Return whether a backward pass is running, as where a gradient hook makes the step."""
-    return torch._C._current_graph_task_id() != -1
+    return current_graph_task() != -1
 
 
 def hooked_optimizer(optimizer: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 
+from safestep._torch import foreach_copy_, foreach_sub, unflatten_dense_tensors
 from safestep.measure.perturb import in_chunks, is_plain
 from safestep.parallel.norms import each_norm
 from safestep.parallel.shards import are_sharded, counted_here, local
@@ -91,7 +91,7 @@ class Copies:
             pack.fill()
         tensors, copies = self._large
         if tensors:
-            torch._foreach_copy_(copies, tensors)
+            foreach_copy_(copies, tensors)
 
     def free(self) -> None:
         """Give the memory of large copies back until `fill`; the layout stays."""
@@ -136,7 +136,7 @@ class Copies:
         elif not self.are_sharded:
             moves += [pack.move() for pack in self._packs if pack.params]
         for ends, starts in in_chunks(apart, copies) if apart else ():
-            moves += each_norm(torch._foreach_sub(ends, starts))
+            moves += each_norm(foreach_sub(ends, starts))
         return moves
 
     def _memory(self, tensor: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ _WHOLE = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _parts(packed: Tensor, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(tensors, _unflatten_dense_tensors(packed, tensors), strict=True)
+    return zip(tensors, unflatten_dense_tensors(packed, tensors), strict=True)
 
 
 def _without_graph(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safestep._torch import foreach_add_, foreach_copy_, foreach_sub
 from safestep.guard.copies import Copies
 from safestep.guard.optimizer_state import OptimizerState
 from safestep.measure.perturb import in_chunks
@@ -28,9 +29,9 @@ def rescale(after: list[Tensor], before: list[Tensor], scale: float) -> None:
         scale: Factor of the move.
     """
     for ends, starts in in_chunks(after, before):
-        moves = torch._foreach_sub(ends, starts)
-        torch._foreach_copy_(ends, starts)
-        torch._foreach_add_(ends, moves, alpha=scale)
+        moves = foreach_sub(ends, starts)
+        foreach_copy_(ends, starts)
+        foreach_add_(ends, moves, alpha=scale)
         del moves  # frees them before the next are made
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from safestep._torch import mkldnn_enabled, preserve_versions, set_mkldnn_enabled, unpack_dual
 from safestep.capture.unwinding import undone
 from safestep.measure.jvp_rules import TangentRules, dual_of
 from safestep.parallel.shards import is_sharded, local, tangents_when_gathered
@@ -52,7 +53,7 @@ def tangents_in_place(
     is_written = isinstance(tangents, Written) and len(whole) == len(params)
     with (
         forward_ad.dual_level(),
-        torch.autograd._unsafe_preserve_version_counter(whole),
+        preserve_versions(whole),
         ExitStack() as stack,
     ):
         if is_written:
@@ -101,7 +102,7 @@ def _zero_tangent(param: Tensor) -> Tensor:
     nothing = param.unsqueeze(0).narrow(0, 0, 0)
     empty = torch.empty_like(nothing.detach())
     nothing.copy_(dual_of(empty, torch.empty_like(empty)))
-    return torch._unpack_dual(param, level=0)[1]
+    return unpack_dual(param, level=0)[1]
 
 
 @cache
@@ -119,7 +120,7 @@ _ENCODER_FAST_PATH: _Switch = (
     torch.backends.mha.get_fastpath_enabled,
     torch.backends.mha.set_fastpath_enabled,
 )
-_MKLDNN: _Switch = (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+_MKLDNN: _Switch = (mkldnn_enabled, set_mkldnn_enabled)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from safestep._torch import make_dual, safe_softmax, softmax_backward, unpack_dual
 from safestep.capture.vmap import is_batched
 
 # Half precision and autocast keep torch's rules: theirs decide where to round.
@@ -66,7 +67,7 @@ def dual_of(primal: Tensor, tangent: Tensor) -> Tensor:
     Returns:
         The dual tensor.
     """
-    return torch._make_dual(primal, tangent, level=_LEVEL)
+    return make_dual(primal, tangent, level=_LEVEL)
 
 
 _LEVEL = 0  # torch has no other: dual levels do not nest
@@ -241,7 +242,7 @@ def _attended(
         later = score[..., first:]
         later.masked_fill_(later.new_ones(later.shape[1:], dtype=torch.bool).triu_(1), -math.inf)
     # Only a mask that is given can hide all keys from a query, and that costs two more passes.
-    share = (torch.softmax if mask is None else torch._safe_softmax)(score, -1)
+    share = (torch.softmax if mask is None else safe_softmax)(score, -1)
     output = torch.bmm(share, v)
     tangent = torch.zeros_like(output) if dv is None else torch.bmm(share, dv)
     if dq is not None or dk is not None:
@@ -250,7 +251,7 @@ def _attended(
             if left is not None and right is not None:
                 d_score.baddbmm_(left, right.mT, beta=beta, alpha=scale)
                 beta = 1
-        d_share = torch._softmax_backward_data(d_score, share, -1, share.dtype)
+        d_share = softmax_backward(d_score, share, -1, share.dtype)
         tangent.baddbmm_(d_share, v)
     return output, tangent
 
@@ -258,7 +259,7 @@ def _attended(
 def _unpacked(value: Tensor | None) -> tuple[Any, Any]:
     if value is None:
         return None, None
-    primal, tangent = torch._unpack_dual(value, level=_LEVEL)
+    primal, tangent = unpack_dual(value, level=_LEVEL)
     return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from safestep._torch import foreach_add_, foreach_copy_, foreach_mul_, preserve_versions
 from safestep.capture.unwinding import undone
 from safestep.measure.forward_ad import Written
 from safestep.parallel.shards import local
@@ -29,7 +30,7 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
         Nothing.
     """
     held = tuple(map(local, params))
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(held):
+    with torch.no_grad(), preserve_versions(held):
         exchange = _Exchange(in_chunks(held, start))
         with undone(exchange.undo):
             exchange.run()
@@ -53,10 +54,10 @@ def displaced_by(
     if isinstance(tangents, Written):
         tangents.write(displaced)
     else:
-        torch._foreach_copy_(displaced, list(tangents))
+        foreach_copy_(displaced, list(tangents))
     if eps != 1.0:
-        torch._foreach_mul_(displaced, eps)
-    torch._foreach_add_(displaced, places)
+        foreach_mul_(displaced, eps)
+    foreach_add_(displaced, places)
     return displaced
 
 
@@ -95,9 +96,9 @@ class _Exchange:
             kept = [one.detach().clone() for one in ones]
             self._state = index, kept, False
         if not is_overwritten:
-            torch._foreach_copy_(ones, others)
+            foreach_copy_(ones, others)
             self._state = index, kept, True
-        torch._foreach_copy_(others, kept)
+        foreach_copy_(others, kept)
         self._state = index + 1, None, False  # frees the copies before the next are made
 
 

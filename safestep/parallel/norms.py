@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from safestep._torch import foreach_norm
 from safestep.parallel.shards import local, sharding_groups
 
 _HALVES = frozenset((torch.float16, torch.bfloat16))
@@ -53,12 +54,12 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     if any(map(_is_sparse, tensors)):
         dense = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
     if _HALVES.isdisjoint(map(_dtype, dense)):
-        return list(torch._foreach_norm(dense)) if dense else []
+        return list(foreach_norm(dense)) if dense else []
     is_narrow = [tensor.dtype in _HALVES for tensor in dense]
     halves = list(compress(dense, is_narrow))
     wide = [tensor for tensor in dense if tensor.dtype not in _HALVES]
-    narrow_norms = iter(torch._foreach_norm(halves, 2, torch.float32))
-    wide_norms = iter(torch._foreach_norm(wide) if wide else ())
+    narrow_norms = iter(foreach_norm(halves, 2, torch.float32))
+    wide_norms = iter(foreach_norm(wide) if wide else ())
     return [next(narrow_norms if narrow else wide_norms) for narrow in is_narrow]
 
 
