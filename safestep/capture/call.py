@@ -12,6 +12,7 @@ from torch import Tensor
 
 from safestep._torch import TreeSpec, is_any_autocast_enabled, tree_flatten, tree_unflatten
 from safestep.capture.attributes import Modes
+from safestep.capture.autograd_functions import visible_functions
 from safestep.capture.effects import Start
 from safestep.capture.gradient import GradientEvidence, zero_sum_axis
 from safestep.capture.random_state import CallConditions, RandomState
@@ -141,7 +142,8 @@ class Call:
                     )
                 )
             effects = self.conditions.effects.replayed(self.start, self.leaves, self.modes)
-            with effects as leaves, self.conditions.checked(self.random, self.modes) as self.lacks:
+            draws = self.conditions.checked(self.random, self.modes)
+            with visible_functions(), effects as leaves, draws as self.lacks:
                 return self._again(leaves)
 
     def _again(self, leaves: list[Any]) -> Any:

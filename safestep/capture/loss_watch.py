@@ -97,7 +97,8 @@ class LossWatch(TorchFunctionMode):
         else:
             result = func(*tree_map(tiles.primal, args), **tree_map(tiles.primal, kwargs))
         if self.keep is None or len(self.names) in self.keep:
-            self.seen[len(self.names)] = _loss_input(entry, result, args, kwargs)
+            first = result[0] if isinstance(result, tuple) else result
+            self.seen[len(self.names)] = _loss_input(entry, first, args, kwargs)
         self.names.append(entry.name)
         return result
 

@@ -28,10 +28,12 @@ class LossFunction:
     """A torch function that a loss is made of.
 
     Attributes:
-        name: The function's ``__name__``, without the ``special_`` of torch.special.
+        name: The function's ``__name__``, without the ``special_`` of torch.special; of a
+            ``torch.autograd.Function`` the name of its class, with that of the module.
         reader: Called like the function; yields logits, classes last, ``[*B, C]``, or tiles of
             them, each with a mask: True where a row counts, None if all do.
-        example: A loss of logits ``[6, 4]`` and labels ``[6]`` that calls the function.
+        example: A loss of logits ``[6, 4]`` and labels ``[6]`` that calls the function; None where
+            the function is another package's.
         kind: "loss"; "softmax" and "log-softmax", whose result has the shape of the logits; "sum"
             for a log-sum-exp; "sigmoid".
         argument: Name of the argument that is computed from the logits.
@@ -49,7 +51,7 @@ class LossFunction:
 
     name: str
     reader: Callable[..., Iterator[Part]]
-    example: Callable[[Tensor, Tensor], Tensor]
+    example: Callable[[Tensor, Tensor], Tensor] | None
     kind: Literal["loss", "softmax", "log-softmax", "sum", "sigmoid"] = "loss"
     argument: str = "input"
     is_fused: bool = False
@@ -152,10 +154,46 @@ def _linear_cross_entropy(
         target = target.movedim(1, -1)
     mask = _labelled(target, weight, ignore_index, label_smoothing)
     mask = None if mask is None else mask.reshape(len(rows), *positions)
+    return _tiles(rows, matrix, bias, (classes, *positions), mask)
+
+
+def _tiles(
+    rows: Tensor, matrix: Tensor, bias: Tensor | None, layout: tuple[int, ...], mask: Tensor | None
+) -> Iterator[Part]:
     size = max(1, tiles.TILE_ELEMENTS // len(matrix))
     for begin in range(0, len(rows), size):
-        tile = tiles.LinearTile(rows[begin : begin + size], matrix, bias, (classes, *positions))
+        tile = tiles.LinearTile(rows[begin : begin + size], matrix, bias, layout)
         yield tile, None if mask is None else mask[begin : begin + size]
+
+
+def _chunked_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    *_: object,
+) -> Iterator[Part]:
+    """Read the arguments of TRL's log-probabilities of targets, which never form the logits.
+
+    Returns:
+        Tiles of the logits; all rows count.
+
+    Raises:
+        RuntimeError: If the logits are capped, which no tile of them shows.
+    """
+    if final_logit_softcapping is not None:
+        raise RuntimeError(
+            "the logits are capped inside a fused function, out of reach; set "
+            "`final_logit_softcapping` to None in the model's config, or use the loss that forms "
+            "the logits"
+        )
+    scale = logit_scale / temperature
+    bias = None if bias is None else _held(bias) * scale
+    return _tiles(hidden * scale, _held(weight), bias, (len(weight),), None)
 
 
 def _binary_cross_entropy_with_logits(
@@ -272,6 +310,13 @@ _LOSSES = (
         name="linear_cross_entropy",
         reader=_linear_cross_entropy,
         example=lambda z, y: functional.linear_cross_entropy(z, torch.eye(4).to(z), y),
+        is_fused=True,
+        has_forward_mode=False,
+    ),
+    LossFunction(
+        name="trl.kernels.chunked_logprob.ChunkedLogProbFunction",
+        reader=_chunked_logprob,
+        example=None,
         is_fused=True,
         has_forward_mode=False,
     ),

@@ -99,6 +99,7 @@ class _Results(TorchFunctionMode):
         entry = loss_function(func)
         if entry is None:
             return result
+        result, *others = result if isinstance(result, tuple) else (result,)
         index, self._count = self._count, self._count + 1
         if index in self._events and not is_batched(result):
             if not result.requires_grad:  # else it depends on an earlier one
@@ -106,5 +107,5 @@ class _Results(TorchFunctionMode):
             torch.set_grad_enabled(True)  # until the end of the call
             self.results[index] = result
             self.flags[index] = lambda flags: entry.row_flags(flags, *args, **kwargs)
-            return result.clone()  # a leaf must not be changed in place
-        return result
+            result = result.clone()  # a leaf must not be changed in place
+        return (result, *others) if others else result

@@ -61,6 +61,8 @@ BINARY = {
 @pytest.mark.parametrize("entry", LOSS_FUNCTIONS.values(), ids=lambda entry: entry.name)
 def test_every_loss_function_is_measured_by_the_rows_that_have_a_gradient(entry):
     """The reference knows neither readers nor masks: it is autograd's, in float64."""
+    if entry.example is None:
+        pytest.skip("a function of another package; see test_autograd_functions.py")
     if entry.is_fused and not hasattr(functional, entry.name):
         pytest.skip(f"this torch has no {entry.name}")
     generator = torch.Generator().manual_seed(4)
