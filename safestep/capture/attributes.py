@@ -18,6 +18,8 @@ CONTAINERS = (list, dict, set, deque, tuple)
 PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
 # nn.Module's own tables (parameters, submodules, hooks), which a forward pass leaves alone.
 MODULE_TABLES = frozenset(vars(nn.Module()))
+# Where FullyShardedDataParallel notes which all-gathers are under way: no state of a model.
+_BOOKKEEPING = frozenset(("_free_event_queue", "_exec_order_data"))
 
 # Objects with attributes that are no state of a forward pass, or are copied in another way.
 _NO_STATE = (
@@ -75,7 +77,8 @@ def _held(child: nn.Module, tree: Collection[int], seen: set[int]) -> list[Any]:
 
 def own_attributes(child: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that are not nn.Module's own."""
-    return {name: value for name, value in vars(child).items() if name not in MODULE_TABLES}
+    hidden = MODULE_TABLES | _BOOKKEEPING
+    return {name: value for name, value in vars(child).items() if name not in hidden}
 
 
 def changeable(items: Iterable[Any]) -> Iterable[Any]:

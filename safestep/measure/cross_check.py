@@ -27,7 +27,7 @@ from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.perturb import displaced_by, moved_back
 from safestep.measure.precision import coarsest, is_half
 from safestep.measure.update import Estimator, Measurement, Update
-from safestep.parallel.shards import is_tensor_parallel, local, refuse_flattened
+from safestep.parallel.shards import is_tensor_parallel, local, refuse_hybrids
 from safestep.radius.batch import BatchRadius, BatchRule
 
 # Share of r by which an estimator may be off itself, and in half precision.
@@ -111,14 +111,14 @@ class CheckedEstimator:
         )  # fmt: skip
 
     def _checked(self, update: Update) -> Measurement:
-        refuse_flattened(update.params)
         if update.is_sharded:
+            refuse_hybrids(self._module)
             # Every forward pass gathers: ranks that ran different ones would wait for each other.
             if self.estimator is Estimator.JVP and is_tensor_parallel(update.params, self._module):
-                self.estimator = Estimator.DIFFERENCE  # DTensors have no forward-mode derivative
+                self.estimator = Estimator.DIFFERENCE  # pieces have no forward-mode derivative
             if self.estimator is Estimator.DIFFERENCE:
                 found = self._difference(update)  # once: a second one is each rank's own decision
-                remarks = () if found.is_sure else (str(found),)
+                remarks = () if found.is_sure or not isfinite(found.r) else (str(found),)
                 return _measurement(self.estimator, found.smallest, remarks=remarks)
             return _measurement(self.estimator, self._smallest(self.estimator, update))
         if self._has_fallen_back and self._retries.is_due():

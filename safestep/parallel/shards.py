@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
@@ -72,7 +73,10 @@ def is_tensor_parallel(params: Iterable[Tensor], module: nn.Module) -> bool:
         for param in group.fsdp_params
         if not param.is_dtensor  # else it is a piece even when it is gathered
     }
-    return any(_placing(param) is not None and param not in gathered for param in params)
+    return any(
+        is_flattened(param) or (_placing(param) is not None and param not in gathered)
+        for param in params
+    )
 
 
 def _param_groups(child: Any) -> list[Any]:
@@ -114,7 +118,8 @@ def counted_here(params: Sequence[Tensor]) -> list[bool]:
     """
     meshes = [placing[0] for placing in map(_placing, params) if placing is not None]
     if not meshes:
-        return [True for _ in params]
+        is_first = not any(map(is_flattened, params)) or dist.get_rank() == 0
+        return [is_first or is_flattened(param) for param in params]
     root = max(map(_root, meshes), key=lambda mesh: mesh.ndim)
     return [_is_first_holder(param, root) for param in params]
 
@@ -137,20 +142,22 @@ def sharding_groups(param: Tensor) -> tuple[Any, ...]:
     return tuple(mesh.get_group(dim) for dim, p in enumerate(placements) if _cuts(p))
 
 
-def refuse_flattened(params: Sequence[Tensor]) -> None:
-    """Raise if FullyShardedDataParallel flattened a parameter: no logit would see its tangent.
+def refuse_hybrids(module: nn.Module) -> None:
+    """Raise if FullyShardedDataParallel holds several copies of a flattened parameter.
 
     Args:
-        params: The parameters.
+        module: The module that computes the logits.
 
     Raises:
-        RuntimeError: If FullyShardedDataParallel flattened one of them.
+        RuntimeError: If the sharding strategy is another one than FULL_SHARD and SHARD_GRAD_OP.
     """
-    if any(map(is_flattened, params)):
-        raise RuntimeError(
-            "FullyShardedDataParallel flattens the parameters, for which the radius is not "
-            "measured; shard with torch.distributed.fsdp.fully_shard"
-        )
+    for handle in _flat_handles(module):
+        strategy = handle._sharding_strategy.name
+        if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP"):
+            raise RuntimeError(
+                f"FullyShardedDataParallel with {strategy} is not measured; use FULL_SHARD, or "
+                "shard with torch.distributed.fsdp.fully_shard"
+            )
 
 
 def sharding_modules(module: nn.Module) -> Iterator[Any]:
@@ -169,6 +176,17 @@ def reshard(module: nn.Module) -> None:
     """Free gathered parameters, which do not change when their shards are written to."""
     for child in sharding_modules(module):
         child.reshard()
+    for handle in _flat_handles(module):
+        handle.reshard(True)
+        handle.post_reshard()
+
+
+def _flat_handles(module: nn.Module) -> Iterator[Any]:
+    """Yield what FullyShardedDataParallel holds the flattened parameters of each module in."""
+    flat = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    for child in module.modules() if flat is not None else ():
+        if isinstance(child, flat.FullyShardedDataParallel) and child._handle is not None:
+            yield child._handle
 
 
 @contextmanager

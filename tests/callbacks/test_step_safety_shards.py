@@ -114,19 +114,18 @@ def test_sharded_modules_resume_bitwise_from_a_sharded_checkpoint(found):
             assert all(map(torch.equal, one[1].values(), two[1].values()))
 
 
-def test_flattened_modules_are_unmeasured_and_say_what_to_use(found):
-    for guarded, plain in zip(found["flattened"], found["flattened, unguarded"], strict=True):
-        assert {report["status"] for report in guarded["reports"]} == {"unmeasured"}
-        for report in guarded["reports"]:
-            assert "shard with torch.distributed.fsdp.fully_shard" in report["reason"]
-            assert report["step_norm"] > 0
-        for one, two in zip(guarded["batches"], plain["batches"], strict=True):
-            assert all(map(torch.equal, one[1].values(), two[1].values()))
-
-
-def test_tensor_parallel_modules_are_unmeasured_and_named_so(found):
-    for rank in found["tensor parallel"]:
+@pytest.mark.parametrize("kind", ["flattened", "tensor parallel"])
+def test_flattened_and_tensor_parallel_modules_are_measured_by_difference(found, kind):
+    for rank in found[kind]:
         assert len(rank["reports"]) == len(rank["batches"]) > 0
         for report in rank["reports"]:
-            assert report["status"] == "unmeasured"
-            assert "(tensor parallelism), for which the radius is not measured" in report["reason"]
+            assert report["status"] in ("ok", "clipped")
+            assert report["estimator"].startswith(("difference", "secant", "predicted"))
+            assert report["step_norm"] > 0
+
+
+def test_flattened_modules_train_bitwise_as_without_a_guard_that_does_not_intervene(found):
+    for guarded, plain in zip(found["flattened"], found["flattened, unguarded"], strict=True):
+        assert {report["status"] for report in guarded["reports"]} == {"ok"}
+        for one, two in zip(guarded["batches"], plain["batches"], strict=True):
+            assert all(map(torch.equal, one[1].values(), two[1].values()))

@@ -151,10 +151,24 @@ def test_shards_are_put_back_after_a_gradient_that_is_not_finite(ranks, scenario
         assert all(moment.isfinite().all() for moment in found[scenario]["moments"])
 
 
-def test_flattened_parameters_are_unmeasured_even_in_a_part_of_the_model(ranks):
+def test_flattened_parameters_are_measured_scaled_and_undone_like_whole_ones(ranks):
     for found in ranks:
-        assert found["flattened"]["status"] == "unmeasured"
-        assert "rank 0: FullyShardedDataParallel flattens" in found["flattened"]["reason"]
+        whole, flat = found["flattened"]["whole"], found["flattened"]["all"]
+        for one, other in zip(whole["reports"], flat["reports"], strict=True):
+            assert other["status"] == one["status"]
+            # By a difference: off by 1e-3 at most, which clipping carries on.
+            for field in ("normalized_step", "step_norm"):
+                assert other[field] == pytest.approx(one[field], rel=5e-3, nan_ok=True)
+        statuses = [report["status"] for report in flat["reports"]]
+        assert statuses == ["ok", "skipped", "clipped", "ok"]
+        torch.testing.assert_close(flat["logits"], whole["logits"], rtol=1e-2, atol=1e-2)
+
+
+def test_flattened_parameters_of_which_ranks_hold_copies_are_unmeasured_and_say_so(ranks):
+    report = ranks[0]["flattened"]["hybrid"]["reports"][0]
+
+    assert report["status"] == "unmeasured"
+    assert "FullyShardedDataParallel with NO_SHARD is not measured" in report["reason"]
 
 
 @pytest.mark.slow

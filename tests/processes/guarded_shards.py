@@ -8,7 +8,12 @@ import torch.distributed as dist
 from launch import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 
 from safestep import SafeStep
 
@@ -104,14 +109,30 @@ def padded_loss(model, batch):
 
 
 def flattened():
-    """Return the report of a step on a block that the older wrapper flattened."""
-    model = network()
-    model[2] = FullyShardedDataParallel(model[2], device_id=torch.device("cpu"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = SafeStep(optimizer, model)
-    nn.functional.cross_entropy(model(torch.randn(8, 6)), torch.arange(8) % 5).backward()
-    optimizer.step()
-    return asdict(guard.last)
+    """Return reports and logits of a whole model, and of ones that the older wrapper flattened."""
+    cpu = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    found = {}
+    for name in ("whole", "all", "hybrid"):
+        torch.manual_seed(0)
+        model = network()
+        if name == "all":
+            model[2] = FullyShardedDataParallel(model[2], **cpu)
+        if name != "whole":
+            strategy = ShardingStrategy.NO_SHARD if name == "hybrid" else None
+            model = FullyShardedDataParallel(model, sharding_strategy=strategy, **cpu)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        guard = SafeStep(optimizer, model)
+        reports = []
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 3.0 if step == 2 else 0.01
+            optimizer.zero_grad()
+            loss = plain_loss(model, torch.randn(8, 6))
+            (loss * (torch.nan if step == 1 else 1.0)).backward()
+            optimizer.step()
+            reports.append(asdict(guard.last))
+        guard.detach()
+        found[name] = {"reports": reports, "logits": model(torch.ones(2, 6)).detach()}
+    return found
 
 
 def gathered(model):
