@@ -96,6 +96,7 @@ ATTRIBUTES = {
     "_get_backend": "ProcessGroup: to read the timeout of a group",
     "_timeout": "options of a backend: the timeout itself",
     "_join_config": "DistributedDataParallel: to know that ranks may run out of data",
+    "_get_root_mesh": "DeviceMesh: to tell which mesh a mesh is a slice of, where torch has it",
     "_get_fsdp_state": "module of fully_shard: the way to its reduce-scatter",
     "_fsdp_param_group": "state of fully_shard: the way to its reduce-scatter",
     "_reduce_scatter_comm": "group of fully_shard: its reduce-scatter, to listen to",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 
@@ -116,6 +117,7 @@ def holders():
         "_timeout": torch._C._distributed_c10d.Backend.Options,
         "_get_ddp_logging_data": ddp,
         "_get_fsdp_state": FSDPModule,
+        "_get_root_mesh": DeviceMesh,
     }
 
 

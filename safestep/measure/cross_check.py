@@ -191,8 +191,10 @@ class CheckedEstimator:
     def _check(self, found: Measurement, update: Update) -> Measurement:
         """Return the measurement, or that of the difference where the two surely differ."""
         name, r = found.estimator.value, found.spread / pi
+        if not isfinite(r):
+            return found
         try:
-            second = self._difference(update, max(1.0, r) if isfinite(r) else 1.0)
+            second = self._difference(update, max(1.0, r))
         except Exception as error:  # the step is measured; what could not be is the check
             self._checks.relax(at_once=True)
             text = _first_sentence(error)
@@ -201,7 +203,7 @@ class CheckedEstimator:
             warning = f"r by {name} could not be checked by difference ({text})"
             return replace(found, warning=found.warning or warning)
         is_beyond_secant = found.estimator is Estimator.SECANT and min(r, second.r) > 1
-        if is_beyond_secant or not isfinite(r + second.r):
+        if is_beyond_secant or not isfinite(second.r):
             return found
         tolerances = _TOLERANCE_HALF if self._is_half(update) else _TOLERANCE
         outcome = second.compare(r, tolerances[found.estimator])

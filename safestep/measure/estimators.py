@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -295,7 +296,7 @@ def difference_scale(
     # Of whole parameters, where each rank holds a shard: all must go the same distance.
     norm = partial(norm_over_ranks, params) if are_sharded(params) else joint_norm
     total, step = float(norm(params)), float(norm(tangents))
-    if not step * total > 0:
+    if not 0 < step * total < math.inf:
         return 1.0
     usual, least = _DISTANCE.get(dtype, _DISTANCE_HALF)
     share, ratio = _SHARE_HALF if is_half(dtype) else _SHARE, total / step

@@ -180,6 +180,13 @@ def test_a_difference_never_goes_further_than_a_small_share_of_the_update(size, 
     assert share * size <= 3e-4
 
 
+@pytest.mark.parametrize("length", [0.0, math.inf, math.nan], ids=str)
+def test_an_update_without_a_length_has_a_distance_all_the_same(length):
+    params = [torch.ones(3)]
+
+    assert difference_scale(params, [length * params[0]], torch.float32) == 1.0
+
+
 def of(r, error):
     return Difference(BatchRadius(1 / r, math.pi * r, 0, None), error)
 
