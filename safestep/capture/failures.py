@@ -32,6 +32,8 @@ class Failures:
             error: The error.
             is_needed: Whether the next step cannot be measured without it.
         """
+        if not isinstance(error, Exception):  # an interrupt, which ends the call as well
+            return
         reason = f"{what} failed ({one_line(error)})"
         if is_needed:
             self._reason = self._reason or reason

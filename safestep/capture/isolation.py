@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from safestep.capture.attributes import Held, own_attributes, walk
 from safestep.capture.copies import Copier, is_plain
 from safestep.capture.random_state import RandomState, generators_in
+from safestep.capture.unwinding import undone
 from safestep.parallel.shards import reshard
 
 
@@ -46,14 +47,8 @@ def without_side_effects(module: nn.Module, undrawn: Collection[str] = ()) -> It
     saved = [_Saved(child) for child, _ in within]
     params = [param for param in module.parameters() if is_plain(param)]
     storages = [param.data for param in params]
-    try:
-        copier = Copier(module)
-        for each in saved:
-            each.put_copies(copier)
-        torch.clear_autocast_cache()
-        with _eager():
-            yield
-    finally:
+
+    def put_back() -> None:
         torch.clear_autocast_cache()
         reshard(module)
         for each in saved:
@@ -62,6 +57,14 @@ def without_side_effects(module: nn.Module, undrawn: Collection[str] = ()) -> It
             if param.data_ptr() != storage.data_ptr():
                 param.data = storage
         random_state.restore(undrawn)
+
+    with undone(put_back):
+        copier = Copier(module)
+        for each in saved:
+            each.put_copies(copier)
+        torch.clear_autocast_cache()
+        with _eager():
+            yield
 
 
 class _Saved:

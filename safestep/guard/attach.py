@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch.optim import Optimizer
 
 from safestep._torch import current_graph_task
-from safestep.capture.hooks import DetachableHook
+from safestep.capture.hooks import DetachableHook, kept_out
 from safestep.guard.optimizer_state import is_optimizer_like
 
 # The code of torch's wrapper around every step(), which calls the hooks.
@@ -60,23 +61,30 @@ def hooked_optimizer(optimizer: Any) -> Any:
 
 
 def hook_steps(
-    optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]
+    optimizer: Any,
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    before_failed: Callable[[BaseException], None],
+    after_failed: Callable[[BaseException], None],
 ) -> Sequence[Any]:
-    """Call functions before and after every step of an optimizer.
+    """Call functions before and after every step of an optimizer, and keep their errors out of it.
 
     Args:
         optimizer: A torch optimizer, or an object that can be used as one.
         before: Called with the optimizer, ``args`` and ``kwargs`` of its step; may return others.
         after: Called with the same.
+        before_failed: Told of what `before` raises, as in ``kept_out``.
+        after_failed: Told of what `after` raises.
 
     Returns:
         Handles with a ``remove()``.
     """
     if hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return (
-            optimizer.register_step_pre_hook(_StepHook(before)),
-            optimizer.register_step_post_hook(_StepHook(after)),
+            optimizer.register_step_pre_hook(_StepHook(before, before_failed)),
+            optimizer.register_step_post_hook(_StepHook(after, after_failed)),
         )
+    before, after = kept_out(before, before_failed), kept_out(after, after_failed)
     optimizer.step = step = _HookedStep(optimizer, before, after)
     return (step,)
 
@@ -114,7 +122,27 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 class _StepHook(DetachableHook):
-    """Marks an optimizer that a SafeStep is attached to."""
+    """Marks an optimizer that a SafeStep is attached to.
+
+    Args:
+        function: What to call.
+        failed: Also told of an interrupt that comes just before `function` can catch it.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], failed: Callable[[BaseException], None]
+    ) -> None:
+        super().__init__(kept_out(function, failed))
+        self._failed = failed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the result of the function."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except BaseException as error:
+            with suppress(Exception):
+                self._failed(error)
+            raise
 
 
 class _HookedStep:

@@ -60,7 +60,7 @@ class GuardedStep:
         self._obstacle: str | None = None  # why this step cannot be measured
         self._is_blind = False  # the start of the step is not known
         self._surroundings = Surroundings()  # of the running hook
-        self._counts = controller.state_dict()  # before the step
+        self._counts: dict[str, Any] | None = None  # of the controller, before the step
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()
 
@@ -71,9 +71,7 @@ class GuardedStep:
             Their handles, which remove them.
         """
         return hook_steps(
-            self.optimizer,
-            kept_out(self._before_step, self._not_begun),
-            kept_out(self._after_step, self._not_ended),
+            self.optimizer, self._before_step, self._after_step, self._not_begun, self._not_ended
         )
 
     def _judged_step(self) -> tuple[StepReport, Measurement]:
@@ -97,7 +95,7 @@ class GuardedStep:
                 return None
             self._undo.release()  # of a step that raised
         self._seconds, self._inner_steps, self._verdict = None, 0, None
-        self._is_blind, self._obstacle = False, None
+        self._is_blind, self._obstacle, self._counts = False, None, None
         if not self.enabled:
             self._end(None)
             self._recorder.take()  # the calls of this step
@@ -159,15 +157,19 @@ class GuardedStep:
             if is_passed_on(error):
                 raise
             self._surroundings.restore()
-            self._controller.load_state_dict(self._counts)
+            self._put_counts_back()
             blank = Measurement.failed(own_failure(error))
             self._verdict = self._controller.decide(blank, nan), blank
+
+    def _put_counts_back(self) -> None:
+        if self._counts is not None:
+            self._controller.load_state_dict(self._counts)
 
     def _not_begun(self, error: BaseException) -> None:
         """Let a step go unmeasured that could not be prepared; an interrupt ends it."""
         self._surroundings.restore()
         if is_passed_on(error):
-            self._controller.load_state_dict(self._counts)
+            self._put_counts_back()
             completed(self._undo.release)
             self._seconds = None
         else:
@@ -180,7 +182,7 @@ class GuardedStep:
             if self._seconds is not None:
                 if not self._is_ahead:
                     completed(self._undo.restore)
-                self._controller.load_state_dict(self._counts)
+                self._put_counts_back()
             completed(self._undo.release)
             self._seconds = None
             return

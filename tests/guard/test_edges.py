@@ -1,0 +1,252 @@
+"""Nothing that fails in the guard reaches training, and an interrupt leaves no half-made step."""
+
+import copy
+import random
+import signal
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.functional import cross_entropy
+
+import safestep
+from safestep import SafeStep
+
+PACKAGE = str(Path(safestep.__file__).parent)
+# The edge itself, and the functions that it calls once something has failed.
+EDGE = {"call", "__call__", "is_passed_on", "_not_begun", "_not_ended", "_not_recorded", "note"}
+
+
+class Run:
+    """A model with dropout, buffers and an attribute that forward changes, under Adam."""
+
+    def __init__(self, is_guarded=True, lr=1e-2, **options):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4)
+        )
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
+        self.guard = SafeStep(self.optimizer, self.model, **options) if is_guarded else None
+        self.index = 0
+
+    def step(self):
+        generator = torch.Generator().manual_seed(self.index)
+        self.index += 1
+        inputs = torch.randn(8, 6, generator=generator)
+        labels = torch.randint(4, (8,), generator=generator)
+        torch.manual_seed(self.index)
+        self.optimizer.zero_grad()
+        cross_entropy(self.model(inputs), labels).backward()
+        self.optimizer.step()
+
+    def numbers(self):
+        state = self.optimizer.state_dict()["state"]
+        return [
+            tensor.clone()
+            for tensor in (
+                *self.model.state_dict().values(),
+                *(value for each in state.values() for value in each.values()),
+            )
+        ]
+
+
+def are_equal(left, right):
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def is_clean(run):
+    return (
+        torch.is_grad_enabled()
+        and forward_ad._current_level == -1
+        and torch._C._len_torch_function_stack() == 0
+        and all(len(vars(child)) > 5 for child in run.model.modules())
+    )
+
+
+def functions_of(work):
+    """Return the code of every function of the package that `work` calls."""
+    found = {}
+
+    def look(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE) and code.co_name not in EDGE:
+            found[code] = None
+
+    sys.setprofile(look)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return list(found)
+
+
+def raising(code, error, work):
+    """Run `work`; the first time that it calls a function, that function raises."""
+
+    def look(frame, event, _):
+        if event == "call" and frame.f_code is code:
+            sys.setprofile(None)
+            raise error
+
+    sys.setprofile(look)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+
+
+CASES = [
+    pytest.param({"estimator": "jvp", "lr": 1.0}, 2, id="clipped"),
+    pytest.param({"estimator": "jvp", "lr": 1.0, "copy": False}, 2, id="computed ahead"),
+    pytest.param({"estimator": "difference"}, 2, id="difference"),
+    pytest.param({"lr": 1e-4}, 20, id="predicted"),
+]
+
+
+def prepared(options, steps):
+    run = Run(**options)
+    for _ in range(steps):
+        run.step()
+    return run
+
+
+@pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("options", "steps"), CASES)
+def test_an_error_in_any_function_of_ours_stays_out_of_training(options, steps, every):
+    warnings.simplefilter("ignore")
+    example = prepared(options, steps)
+    before = example.numbers()
+    codes = functions_of(example.step)
+    assert len(codes) > 40
+    for code in codes[::every]:
+        run = prepared(options, steps)
+        raising(code, RuntimeError("injected"), run.step)
+        assert is_clean(run), code
+        ours = run.numbers()
+        assert all(bool(tensor.isfinite().all()) for tensor in ours), code
+        assert not are_equal(ours, before) or run.guard.last.status == "skipped", code
+        run.step()
+        assert is_clean(run), code
+        assert run.guard.last.status in ("ok", "clipped"), (code, run.guard.last)
+
+
+@pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("options", "steps"), CASES)
+def test_an_interrupt_in_any_function_of_ours_undoes_the_step(options, steps, every):
+    warnings.simplefilter("ignore")
+    example = prepared(options, steps)
+    before = example.numbers()
+    codes = functions_of(example.step)
+    after = example.numbers()
+    for code in codes[::every]:
+        run = prepared(options, steps)
+        with pytest.raises(KeyboardInterrupt):
+            raising(code, KeyboardInterrupt(), run.step)
+        assert is_clean(run), code
+        ours = run.numbers()
+        is_before = are_equal(parameters(ours), parameters(before))
+        assert is_before or are_equal(parameters(ours), parameters(after)), code
+        assert run.guard.state_dict()["step"] == steps + (not is_before), code
+
+
+def parameters(numbers):
+    """Return what an optimizer step changes: all but BatchNorm's three buffers."""
+    return [*numbers[:4], *numbers[7:]]
+
+
+@pytest.mark.parametrize("options", [{"estimator": "jvp", "lr": 1.0}, {"estimator": "difference"}])
+def test_a_signal_at_any_moment_of_the_guards_work_leaves_no_half_made_step(options):
+    warnings.simplefilter("ignore")
+    rng = random.Random(0)
+    run = prepared(options, 2)
+    ours = seen = 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(300):
+            start = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+            before, count = run.numbers(), run.guard.state_dict()["step"]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 1.2e-2))
+                run.step()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt as error:
+                seen += 1
+                if was_in(error.__traceback__):
+                    ours += 1
+                    assert is_clean(run)
+                    if run.guard.state_dict()["step"] == count:
+                        assert are_equal(parameters(run.numbers()), parameters(before))
+                else:
+                    run.model.load_state_dict(start[0])
+                    run.optimizer.load_state_dict(start[1])
+                assert torch.is_grad_enabled()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    run.step()
+    assert run.guard.last.status in ("ok", "clipped")
+    assert ours > 20
+    assert seen >= ours
+
+
+def was_in(trace: types.TracebackType | None) -> bool:
+    """Return whether an error passed through code of the package."""
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+@pytest.mark.parametrize("estimator", ["auto", "jvp"])
+@pytest.mark.filterwarnings("ignore:SafeStep")
+def test_an_empty_batch_is_unmeasured_and_an_empty_head_is_left_out(estimator):
+    trunk, heads = nn.Linear(4, 8), nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 5)])
+    model = nn.ModuleList([trunk, heads])
+    model.forward = lambda x, rows: (heads[0](trunk(x)), heads[1](trunk(x)[rows]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    guard = SafeStep(optimizer, model, estimator=estimator)
+    inputs, labels = torch.randn(6, 4), torch.randint(3, (6,))
+    seen = []
+    for count, rows in ((6, [0, 2]), (6, []), (0, []), (6, [1])):
+        rows = torch.tensor(rows, dtype=torch.long)
+        optimizer.zero_grad()
+        one, two = model(inputs[:count], rows)
+        loss = cross_entropy(one, labels[:count], reduction="sum") + two.logsumexp(-1).sum()
+        loss.backward()
+        optimizer.step()
+        seen.append(guard.last.status)
+    assert seen == ["ok", "ok", "unmeasured", "ok"]
+
+
+@pytest.mark.filterwarnings("ignore:SafeStep")
+def test_what_has_no_logits_is_tried_ever_more_rarely_and_at_once_for_another_loss():
+    model = nn.Linear(4, 5)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(None))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    guard = SafeStep(optimizer, model)
+
+    def step(loss):
+        optimizer.zero_grad()
+        before = len(calls)
+        loss(model(torch.randn(8, 4))).backward()
+        optimizer.step()
+        return len(calls) - before - 1
+
+    again = [step(lambda output: (output - 1).square().sum()) for _ in range(120)]
+    assert all(again[:8])
+    assert sum(map(bool, again[8:])) == 1
+    assert guard.last.status == "unmeasured"
+    labels = torch.randint(5, (8,))
+    assert step(lambda output: cross_entropy(output, labels)) > 0
+    assert guard.last.status == "ok"
