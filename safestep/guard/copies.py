@@ -41,6 +41,7 @@ class Copies:
 
     def __init__(self, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self._tensors, self._params = tensors, params
+        self._after: list[Tensor] | None = None
         self._addresses = _addresses(tensors)
         self.uncopied: set[str] = set()
         # Each once: a state may hold a parameter, or share a tensor with another one.
@@ -84,6 +85,7 @@ class Copies:
 
     def fill(self) -> None:
         """Copy the tensors as they are now."""
+        self._after = None
         for storage, size in self._storages:
             if storage.nbytes() != size:
                 storage.resize_(size)
@@ -104,9 +106,11 @@ class Copies:
 
         ``param.data = ...`` gives a parameter other memory.
         """
-        if _addresses(self._params) == self._addresses[: len(self._params)]:
-            return self.before
-        return [_without_graph(local(param)) for param in self._params]
+        if self._after is None:  # not asked for since the step
+            is_there = _addresses(self._params) == self._addresses[: len(self._params)]
+            after = map(_without_graph, map(local, self._params))
+            self._after = self.before if is_there else list(after)
+        return self._after
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the copy of a tensor, None if there is none."""
