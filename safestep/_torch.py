@@ -61,6 +61,8 @@ unflatten_dense_tensors = _find(
 
 # What state a step is in.
 current_graph_task = _find("_C._current_graph_task_id", "to know that a backward pass is under way")
+current_node = _find("_C._current_autograd_node", "to walk the graph from a hook on a gradient")
+is_executed = _find("_C._will_engine_execute_node", "to know whom a backward pass trains")
 is_any_autocast_enabled = _find("_C._is_any_autocast_enabled", "to ask once, not for each device")
 function_modes = _find("_C._len_torch_function_stack", "to leave modes that an interrupt left on")
 pop_function_mode = _find("_C._pop_torch_function_stack", "to leave modes an interrupt left on")

@@ -35,9 +35,12 @@ class Call:
         generators: States of global generators before the call, where it shows what it draws.
         conditions: Recorded `random` and `modes`, and checks them when the call runs again.
         lacks: Generators that the re-run drew from and `random` does not hold.
-        unread: By output name, the function that reads what a gradient shows; run when asked.
-        samples: By output name, the gradients that are not read yet.
+        unread: By output name, a function for each backward pass that reads what its gradient
+            shows; run when asked.
+        samples: By output name, the latest gradient that is not read yet.
         empty: Names of outputs that have a gradient and no element.
+        opened: Number of the call, in the order in which calls began.
+        queued: Number of the call that was the latest to begin when a gradient first came back.
         signals: Tensors whose 2-norm tells unusual data from usual: the smallest and largest
             output, the loss's gradient there or its norm; of a call passed to `Recorder.record`,
             whose output is the loss, the largest input. Empty unless the Recorder watches.
@@ -55,11 +58,13 @@ class Call:
     generators: dict[str, Any] | None
     conditions: CallConditions
     lacks: list[str] = field(default_factory=list)
-    unread: dict[str, Callable[[], GradientEvidence]] = field(default_factory=dict)
+    unread: dict[str, list[Callable[[], GradientEvidence]]] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
     empty: list[str] = field(default_factory=list)
     signals: list[Tensor] = field(default_factory=list)
     is_fresh: Tensor | None = None
+    opened: int = 0
+    queued: int = 0
     _gradients: dict[str, GradientEvidence] = field(default_factory=dict)
 
     @classmethod
@@ -85,10 +90,16 @@ class Call:
     @property
     def gradients(self) -> dict[str, GradientEvidence]:
         """By output name, what the gradient of the loss shows about that output."""
-        while self.unread:
-            name, read = self.unread.popitem()
-            self._gradients[name] = read()
+        self.read_gradients()
         return self._gradients
+
+    def read_gradients(self) -> None:
+        """Read the gradients of all backward passes through the outputs."""
+        while self.unread:
+            name, reads = self.unread.popitem()
+            for read in reads:
+                known = self._gradients.get(name)
+                self._gradients[name] = read() if known is None else known.joined(read())
 
     def look(self) -> Hashable:
         """Return what can be told of the loss without running the call again.

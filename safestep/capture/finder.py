@@ -105,9 +105,12 @@ class LogitFinder:
         output, watch = _watched(call, None if self._latest is None else self._latest.events)
         self.dtypes |= watch.dtypes
         key = (*sorted(call.gradients), "", *watch.names)
-        plan = self._plans.get(key)
+        known = self._plans.get(key)
+        plan = None if known is None else known.refreshed(output, call.gradients)
         is_new = plan is None
-        if plan is None:
+        if plan is not None:
+            self._plans[key] = plan
+        else:
             plan = self._plans[key] = self._weighed(_plan(call, output, watch), call)
         self._latest = plan
         if watch.keep is not None and not plan.events <= watch.keep:
@@ -205,7 +208,20 @@ def _plan(call: Call, output: Any, watch: LossWatch) -> Plan:
         with _graph_alone():
             output, watch = _watched(call, None)
         return plan_of_losses(output, watch.seen)
-    forms = examine_outputs(output, call.gradients)
+    live = {name: found for name, found in call.gradients.items() if found.is_live}
+    if not live:
+        raise LogitsNotFoundError(
+            "the gradient of the loss is zero at all that the model returns, so that nothing shows "
+            "where the logits are; they are looked for again at the next step"
+        )
+    plan = _plan_of_live(call, output, watch, live)
+    return replace(plan, idle=frozenset(call.gradients.keys() - live.keys()))
+
+
+def _plan_of_live(
+    call: Call, output: Any, watch: LossWatch, gradients: Mapping[str, GradientEvidence]
+) -> Plan:
+    forms = examine_outputs(output, gradients)
     known = {name: form for name, form in forms.items() if form is not None}
     if len(known) == len(forms) == 1:
         return Plan(frozenset(), known)

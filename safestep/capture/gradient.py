@@ -6,7 +6,8 @@ gradient sums to zero over the classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class GradientEvidence:
         rows: Indices of the rows, flattened, that have the largest gradients. Shape ``[S]``.
         sample: Their gradients, ``[S, C]``; the whole gradient if there is no class axis.
         values: The output in the places of `sample`, if it was given.
+        is_changed: Whether the output was changed in place after the model returned it, so that
+            `values` are not known.
+        zeros: True where the gradient of a single class is zero, ``[*B, C]``; None if there is no
+            such class in a row that counts.
+        largest: The largest absolute gradient of each row, ``[*B]``, where `zeros` is given.
     """
 
     class_axis: int | None
@@ -37,10 +43,19 @@ class GradientEvidence:
     rows: Tensor | None
     sample: Tensor
     values: Tensor | None = None
+    is_changed: bool = False
+    zeros: Tensor | None = None
+    largest: Tensor | None = None
 
     @classmethod
     def of(
-        cls, gradient: Tensor, class_axis: int | None = None, output: Tensor | None = None
+        cls,
+        gradient: Tensor,
+        class_axis: int | None = None,
+        output: Tensor | None = None,
+        *,
+        is_changed: bool = False,
+        has_zeros: bool | None = None,
     ) -> GradientEvidence:
         """Return what a gradient shows.
 
@@ -49,6 +64,8 @@ class GradientEvidence:
             class_axis: The axis of the classes, if it is known already; else it is looked for.
             output: The output that the gradient belongs to. It is kept, since a re-run computes
                 another one if another optimizer has stepped in between.
+            is_changed: Whether the output was changed in place after the model returned it.
+            has_zeros: Whether to keep where single classes have no gradient; None to find out.
 
         Returns:
             The class axis, the rows that count, and the largest gradients.
@@ -56,7 +73,7 @@ class GradientEvidence:
         if class_axis is None:
             class_axis = zero_sum_axis(gradient)
         if class_axis is None:
-            return cls(None, gradient.ne(0), None, gradient, output)
+            return cls(None, gradient.ne(0), None, gradient, output, is_changed)
         by_row = gradient.movedim(class_axis, -1)
         # No temporary of the gradient's size; aminmax along an axis is slow on a CPU.
         largest = torch.maximum(-by_row.amin(dim=-1), by_row.amax(dim=-1))
@@ -64,7 +81,119 @@ class GradientEvidence:
         sample = by_row.flatten(0, -2)[rows]
         if output is not None:
             output = output.movedim(class_axis, -1).flatten(0, -2)[rows]
-        return cls(class_axis, largest.ne(0), rows, sample, output)
+        # A mask of -inf between the output and its softmax leaves zeros in the largest rows too.
+        if has_zeros is None:
+            has_zeros = bool(sample.eq(0).any())
+        counted = largest.ne(0)
+        if not has_zeros:
+            return cls(class_axis, counted, rows, sample, output, is_changed)
+        zeros = by_row.eq(0)
+        return cls(class_axis, counted, rows, sample, output, is_changed, zeros, largest)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether any of the gradient is not zero."""
+        return bool(self.counted.any())
+
+    @property
+    def sums_to_zero(self) -> bool:
+        """Whether the gradients of the sampled rows sum to zero, roughly, over the classes.
+
+        A gradient whose small elements are rounded to zero need not do so exactly.
+        """
+        return bool(self.sample.sum(-1).abs().sum() <= 0.1 * self.sample.abs().sum())
+
+    def joined(self, other: GradientEvidence) -> GradientEvidence:
+        """Return what the gradients of two backward passes through one output show together.
+
+        Args:
+            other: What the other gradient shows.
+
+        Returns:
+            The rows that count in either; the largest gradients of both, or the sum of both if
+            neither has a class axis.
+        """
+        one, two = (self, other) if self.class_axis is not None else (other, self)
+        is_changed = one.is_changed or two.is_changed
+        if one.class_axis is None:
+            values = None if is_changed else one.values
+            return GradientEvidence(
+                None, one.counted | two.counted, None, one.sample + two.sample, values, is_changed
+            )
+        if two.rows is None:
+            counted = one.counted | two.counted.any(one.class_axis)
+            return replace(one, counted=counted, zeros=None, largest=None, is_changed=is_changed)
+        assert one.rows is not None
+        has_values = one.values is not None and two.values is not None
+        return GradientEvidence(
+            one.class_axis, one.counted | two.counted, torch.cat((one.rows, two.rows)),
+            torch.cat((one.sample, two.sample)),
+            torch.cat((one.values, two.values)) if has_values else None,  # type: ignore[list-item]
+            is_changed, *_common_zeros(one, two),
+        )  # fmt: skip
+
+
+def _common_zeros(
+    one: GradientEvidence, two: GradientEvidence
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return where both gradients are zero, and the larger one of each row."""
+    zeros = [
+        ~each.counted.unsqueeze(-1) if each.zeros is None else each.zeros for each in (one, two)
+    ]
+    largest = [each.largest for each in (one, two) if each.largest is not None]
+    if not largest:
+        return None, None
+    return zeros[0] & zeros[1], largest[0] if len(largest) == 1 else torch.maximum(*largest)
+
+
+def masked_classes(logits: Tensor, zeros: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the classes that a mask removed between the output and its softmax.
+
+    Their gradient is zero, though a softmax would have left more than rounds to zero: at least
+    largest * exp(logit - top) / C, where top is the largest logit that has a gradient.
+
+    Args:
+        logits: What enters the softmax but for the mask. Shape ``[*B, C]``.
+        zeros: True where the gradient is zero. Shape ``[*B, C]``.
+        largest: Largest absolute gradient of each row. Shape ``[*B]``.
+        dtype: Type of the gradient.
+
+    Returns:
+        Shape ``[*B, C]``.
+
+    Example:
+        >>> zeros = torch.tensor([[False, True, False, True]])
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0, -200.0]])
+        >>> masked_classes(logits, zeros, torch.tensor([0.5]), torch.float32)
+        tensor([[False,  True, False, False]])
+    """
+    limits = torch.finfo(dtype)
+    least = 8 * limits.tiny * limits.eps if dtype == torch.float16 else limits.tiny
+    logits = logits.detach().double()
+    top = logits.masked_fill(zeros, -math.inf).amax(-1, keepdim=True)
+    log_size = largest.double().log().unsqueeze(-1) + logits - top - math.log(logits.shape[-1])
+    return zeros & (log_size > math.log(least))
+
+
+def is_masked_softmax(logits: Tensor, gradient: Tensor) -> bool:
+    """Return whether zeros in a gradient come from a mask rather than from a margin.
+
+    A margin spares the least likely classes; a mask spares some that are more likely than others.
+
+    Args:
+        logits: Rows of logits. Shape ``[S, C]``.
+        gradient: Gradient of the loss with respect to them. Shape ``[S, C]``.
+
+    Returns:
+        True if rows with three classes or more are so often enough.
+    """
+    zeros = gradient.eq(0)
+    label = gradient.abs().argmax(-1, keepdim=True)
+    others = (~zeros).scatter(-1, label, False)
+    tells = (others.sum(-1) > 1) & zeros.any(-1)
+    least = logits.masked_fill(~others, math.inf).amin(-1)
+    spared = logits.masked_fill(~zeros, -math.inf).amax(-1)
+    return bool(tells.any()) and bool((spared > least)[tells].double().mean() > 0.3)
 
 
 def is_blind_to_scale(values: Tensor, gradient: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,11 +12,17 @@ from torch import Tensor
 from safestep.capture.gradient import (
     GradientEvidence,
     is_blind_to_scale,
+    is_masked_softmax,
     lowers_labels,
+    masked_classes,
     spares_likely_classes,
 )
 from safestep.capture.losses import binary_rows
-from safestep.capture.temperature import binary_temperature, label_temperature
+from safestep.capture.temperature import (
+    binary_temperature,
+    hard_label_temperature,
+    label_temperature,
+)
 
 Kind = Literal[
     "logits",
@@ -52,6 +58,26 @@ class OutputForm:
         """Whether this output must have entered a loss, rather than a later part of the model."""
         return self.is_checked and "probabilities" not in self.kind.split()
 
+    def refreshed(self, output: Tensor, evidence: GradientEvidence) -> OutputForm:
+        """Return the form with the temperature that a later gradient shows, if it shows any.
+
+        Args:
+            output: The tensor of the output.
+            evidence: What the gradient of another step showed about it.
+
+        Returns:
+            The form; temperature NaN if there is one that cannot be told.
+        """
+        temperature = None
+        if self.kind == "logits" and self.is_checked and evidence.class_axis is not None:
+            temperature = hard_label_temperature(_sampled(output, evidence), evidence.sample)
+        elif self.kind == "sigmoid logits" and evidence.class_axis is None:
+            values = output if evidence.values is None else evidence.values
+            temperature = binary_temperature(values, evidence.sample, guess=self.temperature)
+        if temperature is None or temperature == self.temperature:
+            return self
+        return replace(self, temperature=temperature)
+
     def describe(self, name: str) -> str:
         """Return the name of the logits, as a user would write it.
 
@@ -85,7 +111,15 @@ class OutputForm:
         if self.kind == "probabilities":
             logits = logits.log()
         logits = logits if self.temperature == 1.0 else logits / self.temperature
+        if self.kind == "logits" and evidence.zeros is not None and evidence.largest is not None:
+            dtype = evidence.sample.dtype
+            logits = _without_masked(logits, evidence.zeros, evidence.largest, dtype)
         return logits, _with_fitted(counted, logits)
+
+
+def _without_masked(logits: Tensor, zeros: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    masked = masked_classes(logits, zeros, largest, dtype)
+    return logits.masked_fill(masked, -math.inf) if bool(masked.any()) else logits
 
 
 def _with_fitted(counted: Tensor, logits: Tensor) -> Tensor:
@@ -118,16 +152,24 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
     if axis is None:
         output = output if evidence.values is None else evidence.values
         return _normalised(output) or _sigmoid(output, evidence.sample)
-    rows = evidence.values
-    if rows is None:
-        rows = output.movedim(axis, -1).flatten(0, -2)[evidence.rows]
-    temperature = label_temperature(rows, evidence.sample)
+    sample, rows = evidence.sample, _sampled(output, evidence)
+    is_spared = spares_likely_classes(rows, sample) and not is_masked_softmax(rows, sample)
+    rows = _without_masked(rows, sample.eq(0), sample.abs().amax(-1), sample.dtype)
+    temperature = label_temperature(rows, sample)
     if temperature is not None:
-        is_lowered = lowers_labels(rows / temperature, evidence.sample)
+        is_lowered = lowers_labels(rows / temperature, sample)
         return OutputForm("logits", axis, temperature, lowers_labels=is_lowered)
-    if is_blind_to_scale(rows, evidence.sample) or spares_likely_classes(rows, evidence.sample):
+    if is_spared or is_blind_to_scale(rows, sample):
         return None
     return OutputForm("logits", axis, is_checked=False)
+
+
+def _sampled(output: Tensor, evidence: GradientEvidence) -> Tensor:
+    """Return the rows of an output whose gradients are in the sample, ``[S, C]``."""
+    if evidence.values is not None:
+        return evidence.values
+    assert evidence.class_axis is not None
+    return output.movedim(evidence.class_axis, -1).flatten(0, -2)[evidence.rows]
 
 
 def _normalised(output: Tensor) -> OutputForm | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any
 
-from safestep.capture.autograd_graph import Node, is_behind, loss_side, view_chain
+from safestep.capture.autograd_graph import CLAMPS, Node, is_behind, loss_side, view_chain
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.loss_watch import LossInput
 from safestep.capture.nesting import sums_of_sums
@@ -33,6 +33,7 @@ class Plan:
         events: Indices of calls of loss functions, softmaxes and sigmoids.
         outputs: The tensors of the output that enter a softmax, by name, and how.
         left_out: Tensors of the output that have a gradient but enter no known softmax.
+        idle: Tensors of the output whose gradient was zero, so that it showed nothing.
         weighed: Events whose rows may have a weight of 0 in the loss, which is read at each step.
         combined: Functions that sum over combinations of classes, one from each of many rows.
     """
@@ -40,8 +41,38 @@ class Plan:
     events: frozenset[int]
     outputs: Mapping[str, OutputForm]
     left_out: tuple[str, ...] = ()
+    idle: frozenset[str] = frozenset()
     weighed: frozenset[int] = frozenset()
     combined: tuple[str, ...] = ()
+
+    def refreshed(self, output: Any, gradients: Mapping[str, GradientEvidence]) -> Plan | None:
+        """Return the plan as the gradients of another step show it.
+
+        Args:
+            output: What the model returned.
+            gradients: What the loss's gradient showed about its tensors.
+
+        Returns:
+            The plan, with other temperatures if there are such; None if it has to be made anew.
+
+        Raises:
+            LogitsNotFoundError: If another loss shows, or a temperature cannot be told.
+        """
+        if any(gradients[name].is_live for name in self.idle & gradients.keys()):
+            return None
+        tensors = dict(named_tensors(output))
+        forms = {}
+        for name, form in self.outputs.items():
+            evidence = gradients[name]
+            has_axis = form.class_axis is not None and evidence.class_axis is not None
+            if has_axis and not evidence.sums_to_zero:
+                raise LogitsNotFoundError(
+                    f"the gradient at {name} no longer sums to zero over the classes, so the loss "
+                    f"is another one than before. {_HOW_TO_TELL}"
+                )
+            forms[name] = form.refreshed(tensors[name].detach(), evidence)
+        _refuse_unknown_temperatures(forms)
+        return replace(self, outputs=forms) if forms != dict(self.outputs) else self
 
     def doubts(self) -> str | None:
         """Return a sentence on each assumption about the logits, None if there is none."""
@@ -93,6 +124,18 @@ def examine_outputs(
         for name, tensor in named_tensors(output)
         if name in gradients
     }
+    _refuse_unknown_temperatures(forms)
+    for name, form in forms.items():
+        if form is not None and not form.is_checked and gradients[name].is_changed:
+            raise LogitsNotFoundError(
+                f"{name} was changed in place after the model returned it, and its gradient does "
+                "not show by what: divide it out of place, and pass logits=lambda output: output / "
+                "temperature to SafeStep, or tell it the whole training step with guard.record"
+            )
+    return forms
+
+
+def _refuse_unknown_temperatures(forms: Mapping[str, OutputForm | None]) -> None:
     for name, form in forms.items():
         if form is not None and isnan(form.temperature):
             raise LogitsNotFoundError(
@@ -100,7 +143,6 @@ def examine_outputs(
                 "this precision does not show. Pass logits=lambda output: output / temperature to "
                 "SafeStep, or tell it the whole training step with guard.record"
             )
-    return forms
 
 
 def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
@@ -128,7 +170,7 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
             "the recorded loss holds no softmax, sigmoid or log-sum-exp between itself and the "
             "last parameters of the model; a squared error alone has no convergence radius"
         )
-    return Plan(events, {}, (), _of_rows(events, seen), _combining(events, seen))
+    return _plan(events, seen, {})
 
 
 def plan_of_outputs(
@@ -153,6 +195,8 @@ def plan_of_outputs(
     is_single = {name for name, tensor in named_tensors(output) if tensor.numel() == 1}
     events = _live([nodes[name] for name in unknown if name in is_single], seen)
     events |= _live([nodes[name] for name in unknown if name not in is_single], losses)
+    probabilities = _probabilities({name: nodes[name] for name in unknown}, seen)
+    events |= frozenset(probabilities.values())
     inner = [seen[index].prediction for index in events]
     free = [name for name in forms if not any(is_behind(node, nodes[name]) for node in inner)]
     outputs: dict[str, OutputForm] = {}
@@ -175,10 +219,40 @@ def plan_of_outputs(
     within = loss_side([nodes[name] for name in is_single & set(unknown)], inner)
     left_out = [
         name for name in free
-        if name not in outputs and not (name in is_single and events)
+        if name not in outputs and name not in probabilities
+        and not (name in is_single and events)
         and nodes[name] not in within and not any(is_behind(node, nodes[name]) for node in kept)
     ]  # fmt: skip
-    return Plan(events, outputs, tuple(left_out), _of_rows(events, seen), _combining(events, seen))
+    return _plan(events, seen, outputs, tuple(left_out))
+
+
+def _probabilities(nodes: Mapping[str, Node], seen: Mapping[int, LossInput]) -> dict[str, int]:
+    """Return the outputs that are results of a sigmoid or softmax, and which call that is.
+
+    Whatever loss follows is a function of these probabilities.
+    """
+    activations = {
+        item.result: index
+        for index, item in seen.items()
+        if item.is_trained and item.entry.kind in {"softmax", "log-softmax", "sigmoid"}
+    }
+    return {
+        name: activations[origin]
+        for name, node in nodes.items()
+        for origin in view_chain(node, through=CLAMPS)
+        if origin in activations
+    }
+
+
+def _plan(
+    events: frozenset[int],
+    seen: Mapping[int, LossInput],
+    outputs: Mapping[str, OutputForm],
+    left_out: tuple[str, ...] = (),
+) -> Plan:
+    return Plan(
+        events, outputs, left_out, weighed=_of_rows(events, seen), combined=_combining(events, seen)
+    )
 
 
 def _of_rows(events: frozenset[int], seen: Mapping[int, LossInput]) -> frozenset[int]:

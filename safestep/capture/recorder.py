@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import torch
@@ -13,21 +12,20 @@ from torch import Tensor, nn
 
 from safestep._torch import current_graph_task
 from safestep._warn import warn_user
+from safestep.capture.autograd_graph import trains_any
 from safestep.capture.call import Call
+from safestep.capture.evidence import SMALL, EvidenceKeeper, OutputValues
 from safestep.capture.failures import Failures
-from safestep.capture.gradient import GradientEvidence
 from safestep.capture.hooks import ModuleHooks, kept_out
 from safestep.capture.idle import IdleWatch
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
-from safestep.capture.wrappers import eager_module, without_data_parallel
+from safestep.capture.wrappers import calls_under_way, eager_module, without_data_parallel
 from safestep.parallel.norms import each_norm
 from safestep.parallel.shards import is_sharded
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
 MAX_RECORDED_CALLS = 1024
-# Elements of a gradient that is cheaper to keep than to look at.
-_SMALL = 2**16
 
 
 class Recorder:
@@ -62,10 +60,12 @@ class Recorder:
         self._watches = watches
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
         self._told: list[Call] = []  # by `record`, since the last step
-        self._opened: Call | None = None
+        self._open: list[Call | None] = []  # None: a call that is not recorded
+        self._count = 0  # of calls that began
+        self._trained_by = (-1, True)  # the latest backward pass, and whether it trains
         self._backward = -1  # torch's number of the backward pass that queued the latest call
         self._step_start: tuple[int, ...] | None = None
-        self._class_axes: dict[str, int] = {}
+        self._evidence = EvidenceKeeper()
         self._conditions = CallConditions(self.module)
         self._idle = IdleWatch(params, self.module.parameters)
         self.failures = Failures()
@@ -95,7 +95,7 @@ class Recorder:
             The recorded call.
         """
         self._hooks.remove()  # in a compiled training step they would break the graph
-        self._opened = None
+        self._open.clear()
         call = Call.of(function, args, kwargs, self._conditions)
         if self._watches:
             call.signals += _largest(call.leaves)
@@ -135,53 +135,56 @@ class Recorder:
         self._calls.clear()
 
     def _not_recorded(self, error: BaseException) -> None:
-        self._opened = None
+        if self._open:
+            self._open[-1] = None
         self.failures.note("recording a forward call", error)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._opened = None
-        if not torch.is_grad_enabled():
+        if self._open:  # inside a call, or after one that raised an error
+            del self._open[max(0, calls_under_way(module) - 1) :]
+        is_within = bool(self._open)
+        self._open.append(None)
+        if is_within or not torch.is_grad_enabled():
             return
         if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         self._void_cleared()
         self._idle.before_call()
-        self._opened = Call.of(self._part, args, kwargs, self._conditions)
+        self._count += 1
+        call = Call.of(self._part, args, kwargs, self._conditions)
+        call.opened = self._count
+        self._open[-1] = call
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call, self._opened = self._opened, None
+        if len(self._open) > 1:  # calls inside this one that raised an error are still there
+            del self._open[max(1, calls_under_way(module)) :]
+        call = self._open.pop() if self._open else None
         if call is None:
             return
         call.notice_effects()
         self._idle.after_call()
         for name, tensor in named_tensors(output):
             if not tensor.is_leaf:
-                # The output is needed with its gradient, until its class axis is known.
-                output = None if name in self._class_axes else tensor.detach()
+                values = self._evidence.values(name, tensor)
                 failed = partial(self.failures.note, f"reading the gradient of {name}")
-                tensor.register_hook(kept_out(self._on_gradient(call, name, output), failed))
+                tensor.register_hook(kept_out(self._on_gradient(call, name, values), failed))
                 if self._watches:
                     call.signals += self._ends(name, tensor.detach())
 
     def _on_gradient(
-        self, call: Call, name: str, output: Tensor | None
+        self, call: Call, name: str, values: OutputValues | None
     ) -> Callable[[Tensor | None], None]:
         def look(gradient: Tensor | None) -> None:
             if gradient is None:  # of a compiled graph's output that the loss does not depend on
                 return
+            if not self._is_training():
+                return
             if call not in self._calls:
-                call.is_fresh = self._void_cleared()
+                call.is_fresh = self._void_cleared(call)
                 self._queue(call)
-            if not gradient.numel():
-                call.empty.append(name)
-            elif gradient.numel() > _SMALL:
-                call.gradients[name] = self._evidence(name, gradient, output)
-            else:  # a copy of which is read when the call runs again
-                gradient = call.samples[name] = gradient.detach().clone()
-                values = None if output is None else output.clone()
-                call.unread[name] = partial(self._evidence, name, gradient, values)
+            kept = self._evidence.keep(call, name, gradient.detach(), values)
             if self._watches:
-                call.signals += self._norms(name, gradient.detach())
+                call.signals += self._norms(name, kept)
 
         return look
 
@@ -198,7 +201,7 @@ class Recorder:
     def _norms(self, name: str, gradient: Tensor) -> Sequence[Tensor]:
         """Return the norm of a gradient, or the gradient where it is small and kept anyway."""
         is_usual = gradient.layout is torch.strided and not gradient.is_nested
-        if is_usual and 0 < gradient.numel() <= _SMALL:
+        if is_usual and 0 < gradient.numel() <= SMALL:
             return (gradient,)
         try:
             return each_norm([gradient]) if gradient.numel() else (_ZERO,)
@@ -206,16 +209,24 @@ class Recorder:
             self.failures.note(f"reading the norm of {name}'s gradient", error, is_needed=False)
             return (_UNKNOWN,)
 
-    def _evidence(self, name: str, gradient: Tensor, output: Tensor | None) -> GradientEvidence:
-        evidence = GradientEvidence.of(gradient, self._class_axes.get(name), output)
-        if evidence.class_axis is not None:
-            self._class_axes[name] = evidence.class_axis
-        return evidence
+    def _is_training(self) -> bool:
+        """Return whether the backward pass under way computes gradients of trained parameters."""
+        backward = current_graph_task()
+        if backward == -1 or backward != self._trained_by[0]:
+            params = self._params()
+            is_training = any(map(is_sharded, params)) or trains_any(params)
+            self._trained_by = backward, is_training
+        return self._trained_by[1]
 
-    def _void_cleared(self) -> Tensor | None:
+    def _void_cleared(self, call: Call | None = None) -> Tensor | None:
         """Forget the queued calls if their gradients were cleared without a step.
 
-        A GradScaler found inf, or the gradients came from another optimizer's loss.
+        A GradScaler found inf, or the gradients came from another optimizer's loss. Where several
+        forward passes come before the first backward pass, as in gradient surgery, gradients are
+        put aside and cleared in between: these calls stay.
+
+        Args:
+            call: The call that a gradient came back to; None for one that is about to begin.
 
         Returns:
             Whether all gradients are zero, as ``zero_grad(set_to_none=False)`` leaves them: a
@@ -228,8 +239,12 @@ class Recorder:
         if not is_new or not self._calls:
             return None
         params = self._params()
+        if not params:  # all are frozen for now
+            return None
         if not any(_has_gradient(p) for p in params):
+            kept = [] if call is None else [old for old in self._calls if _is_beside(old, call)]
             self._calls.clear()
+            self._calls.extend(kept)
             return None
         grads = [p.grad for p in params if p.grad is not None and p.grad.numel()]
         if backward == -1 or any(is_sharded(grad) or grad.is_sparse for grad in grads):
@@ -245,6 +260,7 @@ class Recorder:
                 "hooks: attach SafeStep to the optimizer whose step() is called."
             )
             self._calls.clear()
+        call.queued = self._count
         self._calls.append(call)
 
 
@@ -281,10 +297,18 @@ _ZERO, _UNKNOWN = torch.tensor(0.0), torch.tensor(torch.nan)  # unusual data: it
 _FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
+def _is_beside(old: Call, call: Call) -> bool:
+    """Return whether a call began before the first gradient of an older one came back."""
+    return call.opened <= old.queued
+
+
 def _since_cleared(calls: list[Call]) -> list[Call]:
     """Return the calls since the latest backward pass that began with zero gradients."""
-    starts = [index for index, call in enumerate(calls) if call.is_fresh is not None]
+    starts = [call for call in calls if call.is_fresh is not None]
     if not starts:
         return calls
-    flags = torch.stack([calls[index].is_fresh for index in starts]).tolist()  # type: ignore[arg-type]
-    return calls[max(compress(starts, flags), default=0) :]
+    flags = torch.stack([call.is_fresh for call in starts]).tolist()  # type: ignore[misc]
+    for start in (call for call, is_fresh in zip(starts, flags, strict=True) if is_fresh):
+        begin = calls.index(start)
+        calls = [old for old in calls[:begin] if _is_beside(old, start)] + calls[begin:]
+    return calls
