@@ -93,13 +93,14 @@ def main() -> None:
         child = start(folder)
         log = folder / "run.jsonl"
         size = log.stat().st_size if log.exists() else 0
+        size += chance.choice((0, *range(0, 30_000, 1000)))  # how far it gets: up to 30 steps
         deadline = time.monotonic() + 20
-        # One in six is killed while it starts, the others once they write.
+        # One in six is killed while it starts.
         while len(killed_at) % 6 and time.monotonic() < deadline:
             if log.exists() and log.stat().st_size > size:
                 break
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0.0, 0.1))
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         if not (folder / "run.jsonl").exists():  # killed before its first record
