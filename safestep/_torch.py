@@ -98,6 +98,7 @@ ATTRIBUTES = {
     "_get_backend": "ProcessGroup: to read the timeout of a group",
     "_timeout": "options of a backend: the timeout itself",
     "_join_config": "DistributedDataParallel: to know that ranks may run out of data",
+    "_sharding_strategy": "flat parameter of FullyShardedDataParallel, where torch has it",
     "_get_root_mesh": "DeviceMesh: to tell which mesh a mesh is a slice of, where torch has it",
     "_get_fsdp_state": "module of fully_shard: the way to its reduce-scatter",
     "_fsdp_param_group": "state of fully_shard: the way to its reduce-scatter",

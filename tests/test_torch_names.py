@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 
@@ -117,13 +116,14 @@ def holders():
         "_timeout": torch._C._distributed_c10d.Backend.Options,
         "_get_ddp_logging_data": ddp,
         "_get_fsdp_state": FSDPModule,
-        "_get_root_mesh": DeviceMesh,
     }
 
 
 @pytest.mark.parametrize("name", _torch.ATTRIBUTES)
 def test_torch_has_the_private_attribute(name):
     message = f"torch {torch.__version__} lacks {name}: {_torch.ATTRIBUTES[name]}"
+    if _torch.ATTRIBUTES[name].endswith("where torch has it"):
+        pytest.skip("the code asks for it first")
     if name in SET_LATER:
         assert name in inspect.getsource(SET_LATER[name]), message
     else:
