@@ -143,7 +143,8 @@ class GuardedStep:
             self._judge()
         assert self._verdict is not None
         report = replace(self._verdict[0], seconds=perf_counter() - begin)
-        self._seconds, self.last = None, report  # from here on, an interrupt undoes nothing
+        # From here on, an interrupt undoes nothing.
+        self._seconds, self._counts, self.last = None, None, report
         self._undo.release()
         self._end(report)
         self._controller.give_up_if_stuck(report)
