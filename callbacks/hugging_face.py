@@ -47,6 +47,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         max_consecutive_skips: Number of consecutive skipped steps after which training ends with
             an error.
         copy: False copies neither parameters nor optimizer state; see SafeStep.
+        replica_check_interval: Number of steps between checksums of all replicas; see SafeStep.
 
     Attributes:
         guard: The SafeStep while the Trainer trains, else None.
@@ -78,6 +79,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         run_dir: str | Path | None = None,
         max_consecutive_skips: int = 25,
         copy: bool = True,
+        replica_check_interval: int | None = None,
     ) -> None:
         self.guard: SafeStep | None = None
         self.last: StepReport | None = None
@@ -92,6 +94,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             "radii": list(radii),
             "max_consecutive_skips": max_consecutive_skips,
             "copy": copy,
+            "replica_check_interval": replica_check_interval,
         }
         self._has_logits = logits is not None
         self._state: dict[str, Any] | None = None

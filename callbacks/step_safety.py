@@ -46,8 +46,10 @@ class StepSafety(Callback):
             passes is then not certified for every row.
         radii: What to log beside the output's radius; see SafeStep.
         run_dir: Directory for ``run.jsonl``; by default beside the files of the first logger.
-        max_consecutive_skips: So many steps in a row may be undone before an error ends the run.
+        max_consecutive_skips: Number of consecutive skipped steps after which training ends with
+            an error.
         copy: False copies neither parameters nor optimizer state; see SafeStep.
+        replica_check_interval: Number of steps between checksums of all replicas; see SafeStep.
 
     Attributes:
         guards: One SafeStep for each optimizer while the trainer fits, else empty.
@@ -78,6 +80,7 @@ class StepSafety(Callback):
         run_dir: str | Path | None = None,
         max_consecutive_skips: int = 25,
         copy: bool = True,
+        replica_check_interval: int | None = None,
     ) -> None:
         self.guards: list[SafeStep] = []
         self.last: list[StepReport | None] = []
@@ -92,6 +95,7 @@ class StepSafety(Callback):
             "radii": radii,
             "max_consecutive_skips": max_consecutive_skips,
             "copy": copy,
+            "replica_check_interval": replica_check_interval,
         }
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0

@@ -152,8 +152,8 @@ class _Writing:
     def join(self, writer: RunLog, settings: dict[str, Any], owners: set[int] | None) -> None:
         self.writers.add(writer)
         self._settings.update(settings)
-        is_open = owners is None or self.owners is None
-        self.owners = None if is_open else owners | self.owners
+        both = None if owners is None or self.owners is None else owners | self.owners
+        self.owners = both
 
     def leave(self, writer: RunLog) -> None:
         is_last = set(self.writers) == {writer}
