@@ -3,6 +3,7 @@
 from safestep.guard.controller import StepReport
 from safestep.guard.safe_step import SafeStep
 from safestep.measure.estimators import logits_jvp
+from safestep.radius.divergence import linearized_divergence
 from safestep.radius.exact import exact_radius
 from safestep.radius.ladder import certified_radius, closed_form_radius, logit_spread, radius_bound
 from safestep.runlog.reader import read_run
@@ -14,6 +15,7 @@ __all__ = [
     "certified_radius",
     "closed_form_radius",
     "exact_radius",
+    "linearized_divergence",
     "logit_spread",
     "logits_jvp",
     "radius_bound",
