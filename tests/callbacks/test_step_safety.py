@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.callbacks import StepSafety
+from safestep.runlog.reader import list_runs, read_run
 
 TEMPERATURE = 0.5
 
@@ -369,3 +370,61 @@ def test_step_safety_guards_a_stopped_run_to_its_last_step(fit):
     assert trainer.global_step == 3
     assert safety.last[0].step == 2
     assert math.isfinite(safety.last[0].normalized_step)
+
+
+class Resumable:
+    """Batches that go on where a checkpoint left them, without which Lightning begins anew."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(6, 16, 8, generator=generator)
+        self.batches = [(batch, batch[:, :4].argmax(1)) for batch in inputs]
+        self.num_given = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches[self.num_given % len(self) :]:
+            self.num_given += 1
+            yield batch
+
+    def state_dict(self):
+        return {"num_given": self.num_given}
+
+    def load_state_dict(self, state):
+        self.num_given = state["num_given"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("copy", [True, False, None], ids=["copies", "ahead", "unguarded"])
+def test_step_safety_resumes_mid_epoch_bitwise_in_the_same_run(fit, tmp_path, accumulate, copy):
+    """With batches that resume, Lightning itself is exact, as the unguarded run shows."""
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            # In the second epoch, of six batches; gradients in the making are in no checkpoint.
+            if trainer.fit_loop.epoch_loop.total_batch_idx == 7:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def train(folder, *callbacks, **options):
+        options = {"accumulate_grad_batches": accumulate, "data": Resumable(), **options}
+        module = Classifier(lr=1.0, dropout=0.0)
+        if copy is None:
+            return fit(module, *callbacks, **options)
+        run_dir = tmp_path / folder
+        safety = StepSafety(run_dir=run_dir, copy=copy, max_normalized_step=0.5)
+        return fit(module, safety, *callbacks, **options)
+
+    whole = train("whole", max_epochs=3)
+    train("halted", Save(), max_epochs=2)
+    resumed = train("halted", max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+
+    assert_same_bits(state_of(resumed), state_of(whole))
+    if copy is None:
+        return
+    run, unhalted = read_run(tmp_path / "halted"), read_run(tmp_path / "whole")
+    for name in ("step", "status", "scale", "loss"):
+        assert run[name].tolist() == unhalted[name].tolist()
+    assert "clipped" in run["status"]
+    assert len(list_runs(tmp_path / "halted")) == 1

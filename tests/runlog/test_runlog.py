@@ -401,3 +401,12 @@ def test_run_gives_step_columns_by_name(tmp_path):
     assert run["radius"].tolist() == [2.5]
     with pytest.raises(KeyError, match=r"'radii': the steps have the columns radius, step"):
         run["radii"]
+
+
+def test_csv_with_a_cell_over_the_limit_of_the_csv_module_is_read(tmp_path):
+    limit = csv.field_size_limit()
+    long = "x" * (limit + 1)
+    (tmp_path / "metrics.csv").write_text(f"step,safestep/radius,note\n0,2.5,{long}\n1,3.5,\n")
+
+    assert read_run(tmp_path).steps["radius"].tolist() == [2.5, 3.5]
+    assert csv.field_size_limit() == limit
