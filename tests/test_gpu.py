@@ -152,7 +152,11 @@ def test_a_spike_of_the_learning_rate_is_clipped(
 @variants
 @pytest.mark.parametrize("scaled", [False, True], ids=["float32", "float16, scaled"])
 @pytest.mark.usefixtures("deterministic")
-def test_training_is_bitwise_the_same(options, scaled, make_model, make_batch, record_property):
+def test_training_is_bitwise_the_same(
+    options, scaled, make_model, make_batch, record_property, said
+):
+    """Attention draws its dropout mask in a kernel without a derivative, and the guard says so."""
+
     def train(guard_options):
         torch.manual_seed(7)
         torch.cuda.manual_seed_all(7)
@@ -184,6 +188,7 @@ def test_training_is_bitwise_the_same(options, scaled, make_model, make_batch, r
     assert len(taken) > 15
     assert 0 < r < math.inf
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    said[:] = [each for each in said if "has no forward-mode derivative" not in str(each.message)]
 
 
 @variants

@@ -210,7 +210,7 @@ def _of_row(mine: Measurement, row: Sequence[float]) -> Measurement:
     finding, radius, spread, bottleneck, step_norm, _ = row
     return replace(
         mine, finding=Finding(int(finding)), radius=radius, spread=spread,
-        bottleneck=int(bottleneck), step_norm=step_norm, reason=None, is_partial=False,
+        bottleneck=int(bottleneck), step_norm=step_norm, is_partial=False,
     )  # fmt: skip
 
 

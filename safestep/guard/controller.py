@@ -34,7 +34,8 @@ class StepReport:
         status: "ok", "clipped" (scaled down), "skipped" (not taken) or "unmeasured" (left alone).
         seconds: Wall-clock time that the guard took in this step.
         bottleneck: Index of the row that set the radius, counted over the rows of all calls.
-        reason: Why the step was skipped or not measured, else None.
+        reason: Why the step was skipped or not measured, or which rows it was measured on where
+            that is not as usual; else None.
     """
 
     step: int

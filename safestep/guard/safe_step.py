@@ -340,8 +340,8 @@ class SafeStep(GuardedStep):
         if finding.forbids_step:
             reason = where_not_finite(finding, update, self._names)
         return replace(
-            measurement, finding=finding, reason=reason, step_norm=health.step_norm,
-            is_partial=update.is_sharded,
+            measurement, finding=finding, reason=reason or measurement.reason,
+            step_norm=health.step_norm, is_partial=update.is_sharded,
             bottleneck=measurement.bottleneck if finding is Finding.MEASURED else -1,
         )  # fmt: skip
 

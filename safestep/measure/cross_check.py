@@ -263,8 +263,13 @@ def _of_a_difference(estimator: Estimator, r: float, second: Difference) -> str:
 def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> Measurement:
     return Measurement(
         estimator, radius=smallest.radius, spread=smallest.spread, bottleneck=smallest.index,
-        head=smallest.head, **others,
+        head=smallest.head, reason=_EVERY_ROW if smallest.counts_every_row else None, **others,
     )  # fmt: skip
+
+
+_EVERY_ROW = (
+    "no row has a gradient, so the update is momentum alone, and all rows of the batch count"
+)
 
 
 def culprit(error: BaseException, module: nn.Module) -> str:

@@ -47,7 +47,10 @@ class TangentRules(TorchFunctionMode):
     ) -> Any:
         """Return what the function returns, with its tangent."""
         kwargs = kwargs or {}
-        rule = _RULES.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            _refuse_another_mask(*args, **kwargs)
+        rule = _RULES.get(name)
         if rule is not None and not torch.is_grad_enabled():
             given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
             if all(map(_is_plain, given)) and any(_tangent(v) is not None for v in given):
@@ -213,6 +216,26 @@ def _scaled_dot_product_attention(
                 place = place[some, :, rows]
                 place.copy_(each.view(place.shape))
     return output, tangent
+
+
+def _refuse_another_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *_: object,
+    **__: object,
+) -> None:
+    """Refuse dropout where the fused kernel of the forward pass drew its mask in its own way.
+
+    Raises:
+        NotImplementedError: On a device other than the CPU.
+    """
+    if dropout_p and query.device.type != "cpu":
+        raise NotImplementedError(
+            "attention with dropout draws another mask in the kernel that has a derivative"
+        )
 
 
 # How many queries at once, and about how many scores: on a CPU, what its cache holds.

@@ -50,12 +50,14 @@ class BatchRadius:
         spread: Largest spread along the whole update, unit: logits.
         index: Index of the row that set the radius, counted over all sets of rows.
         head: Which set of logits that row belongs to, None if there is only one.
+        counts_every_row: Whether no row counted, so that all of them do.
     """
 
     radius: float
     spread: float
     index: int
     head: str | None
+    counts_every_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,11 @@ class BatchRule:
     quantile: float | None = None
 
     def reduce(self, rows: Iterable[LogitTangent]) -> BatchRadius:
-        """Return the smallest radius of the rows, with one wait for the device.
+        """Return the smallest radius of the rows that count.
+
+        Where none counts, as with labels that are all ignored or advantages that are all zero, the
+        update is momentum alone; it moves the predictions of every row, so all of them count, by
+        their bound.
 
         Args:
             rows: Logits and tangents, one set of rows after the other.
@@ -86,11 +92,19 @@ class BatchRule:
             ValueError: If there are no rows.
         """
         heads: list[tuple[str, int]] = []
+        uncounted: list[Tensor] = []
         row = smallest_row(
-            _noting_heads(rows, heads), rung=self.rung, limit=self.limit, quantile=self.quantile
-        )
+            _noting(rows, heads, uncounted),
+            rung=self.rung, limit=self.limit, quantile=self.quantile,
+        )  # fmt: skip
         radius, spread, index = row.tolist()
-        return BatchRadius(radius, spread, int(index), _head_of(int(index), heads))
+        counts_every_row = len(uncounted) == len(heads)
+        if counts_every_row:
+            spreads = torch.cat(uncounted)
+            spread, index = float(spreads.max()), int(spreads.argmax())
+            radius = math.pi / spread if spread else math.inf
+        head = _head_of(int(index), heads)
+        return BatchRadius(radius, spread, int(index), head, counts_every_row)
 
 
 def smallest_row(
@@ -152,11 +166,14 @@ def _raised(limit: float | None, smallest: float) -> float | None:
     return max(limit or 0.0, 1 / smallest) if 0 < smallest < math.inf else limit
 
 
-def _noting_heads(
-    rows: Iterable[LogitTangent], heads: list[tuple[str, int]]
+def _noting(
+    rows: Iterable[LogitTangent], heads: list[tuple[str, int]], uncounted: list[Tensor]
 ) -> Iterator[LogitTangent]:
+    """Pass rows on; note their heads, and the spreads of sets in which no row counts."""
     for row in rows:
         heads.append((row.name, row.tangent.shape[:-1].numel()))
+        if row.mask is not None and not bool(row.mask.any()):
+            uncounted.append(logit_spread(row.tangent).flatten().double())
         yield row
         del row  # before the next is made
 

@@ -441,3 +441,25 @@ def test_an_output_of_another_kind_does_not_stop_training(kind, estimator):
     assert guard.last.status == "ok"
     rel = 1e-2 if guard.last.estimator.startswith("difference") else 1e-4
     assert guard.last.normalized_step == pytest.approx(spread(tangent), rel=rel)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_where_no_row_has_a_gradient_all_rows_count_and_the_reason_says_so(reduction):
+    """Adam goes on by momentum: a x1000 step would pass if nothing counted."""
+    network = model()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    guard = SafeStep(optimizer, network)
+    for step in range(5):
+        labels = torch.full_like(LABELS, -100) if step == 4 else LABELS
+        optimizer.param_groups[0]["lr"] = 10.0 if step == 4 else 1e-2
+        before = copy.deepcopy(network).double()
+        optimizer.zero_grad()
+        functional.cross_entropy(network(INPUTS), labels, reduction=reduction).backward()
+        optimizer.step()
+
+    after = copy.deepcopy(network).double()
+    with torch.no_grad():
+        applied = spread(after(INPUTS.double()) - before(INPUTS.double()))
+    assert guard.last.status == "clipped"
+    assert applied == pytest.approx(1.0, rel=1e-4)  # float32
+    assert "no row has a gradient" in guard.last.reason

@@ -148,3 +148,11 @@ def test_fused_attention_has_a_tangent():
         output = functional.scaled_dot_product_attention(dual, KEY, VALUE)
 
         assert forward_ad.unpack_dual(output).tangent is not None
+
+
+def test_attention_with_dropout_on_a_device_is_refused_since_its_mask_would_be_another():
+    query = torch.empty(1, 1, 4, 2, device="meta")
+    with torch.no_grad(), forward_ad.dual_level(), TangentRules():
+        dual = forward_ad.make_dual(query, torch.empty_like(query))
+        with pytest.raises(NotImplementedError, match="draws another mask"):
+            torch.nn.functional.scaled_dot_product_attention(dual, query, query, dropout_p=0.1)
