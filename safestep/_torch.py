@@ -76,7 +76,6 @@ get_unwrapped = _find("_C._functorch.get_unwrapped", "to see the tensor that hol
 maybe_get_bdim = _find("_C._functorch.maybe_get_bdim", "to see which axis holds the examples")
 
 # Trees of arguments; torch.utils has a public copy of none.
-TreeSpec = _find("utils._pytree.TreeSpec", "to describe a call's arguments")
 tree_flatten = _find("utils._pytree.tree_flatten", "to record a call's arguments")
 tree_leaves = _find("utils._pytree.tree_leaves", "to look at a call's arguments")
 tree_map = _find("utils._pytree.tree_map", "to look at a call's arguments")

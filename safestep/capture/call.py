@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safestep._torch import TreeSpec, is_any_autocast_enabled, tree_flatten, tree_unflatten
+from safestep._torch import is_any_autocast_enabled, tree_flatten, tree_unflatten
 from safestep.capture.attributes import Modes
 from safestep.capture.autograd_functions import visible_functions
 from safestep.capture.effects import Start
@@ -50,7 +50,7 @@ class Call:
 
     function: Callable[..., Any]
     leaves: list[Any]
-    structure: TreeSpec | None
+    structure: Any
     random: RandomState
     autocast: tuple[tuple[str, torch.dtype], ...]
     modes: Modes

@@ -184,7 +184,9 @@ def reshard(module: nn.Module) -> None:
 def _flat_handles(module: nn.Module) -> Iterator[Any]:
     """Yield what FullyShardedDataParallel holds the flattened parameters of each module in."""
     flat = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    for child in module.modules() if flat is not None else ():
+    if flat is None:
+        return
+    for child in module.modules():
         if isinstance(child, flat.FullyShardedDataParallel) and child._handle is not None:
             yield child._handle
 
