@@ -16,7 +16,7 @@ from safestep.radius.masking import stand_in
 # Logits of one tile of a linear_cross_entropy: 24 MiB in float32. A product of fewer rows takes
 # longer for each of them.
 TILE_ELEMENTS = 6 << 20
-_BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
+BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
 _MAPPED_BYTES = 33 << 20  # glibc maps at least what is over 32 MiB, whatever was freed before
 
 
@@ -109,7 +109,7 @@ def _empty(rows: Tensor, columns: int) -> Tensor:
 
 def _blocks(tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the last axis and these elements, as many as fit in a cache."""
-    size = _BLOCK_ELEMENTS if tile.device.type == "cpu" else TILE_ELEMENTS
+    size = BLOCK_ELEMENTS if tile.device.type == "cpu" else TILE_ELEMENTS
     size = max(1, size * tile.shape[-1] // tile.numel())
     for begin in range(0, tile.shape[-1], size):
         block = slice(begin, begin + size)

@@ -19,7 +19,7 @@ from safestep.parallel.shards import are_sharded, counted_here, local
 # Proportional to lr, with a state that does not depend on it: a step is scaled by scaling lr.
 _NAMES = ("SGD", "Adam", "AdamW", "Muon")
 _SUPPORTED = tuple(getattr(optim, name) for name in _NAMES if hasattr(optim, name))
-_PIECE = 2**14  # smallest number of elements that is worth a run of the optimizer
+MIN_PIECE = 2**14  # smallest number of elements that is worth a run of the optimizer
 _PIECES = 64  # so small that the copies of one stay below an eighth of the parameters
 
 
@@ -104,7 +104,7 @@ class Lookahead:
     @torch.no_grad()
     def pieces(self) -> Iterator[list[_Piece]]:
         """Yield lists of pieces of the update, in the order of `params`."""
-        limit = max(_PIECE, sum(local(param).numel() for param in self.params) // _PIECES)
+        limit = max(MIN_PIECE, sum(local(param).numel() for param in self.params) // _PIECES)
         index = 0
         for group in self._optimizer.param_groups:
             together: list[_Piece] = []

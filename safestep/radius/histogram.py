@@ -33,7 +33,7 @@ _WIDTH = 1.01 / BINS  # d, with room for rounding and for vanished weights:
 # the variance over 1e-10, and (d / 2)^2 is 2e-7.
 _LOG2_E = math.log2(math.e)
 _INDEX = torch.int32 if TorchVersion(torch.__version__) >= "2.8" else torch.int64
-_BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
+BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
 _REACH = 16.0
 _NODES = 129  # so near to each other that the bound of a gap is 0.1 % below its ends
 # Variance that raw moments in float64 may miss, and that below which their third one says nothing.
@@ -62,7 +62,7 @@ def histogram(block: Block, classes: int, lowest: Tensor, spread: Tensor) -> tup
     binned = spread.new_zeros(len(spread), BINS)
     top = torch.full_like(spread, torch.finfo(spread.dtype).min)
     top_place = torch.zeros_like(spread)  # in bins
-    size = _BLOCK_ELEMENTS if spread.device.type == "cpu" else CHUNK_ELEMENTS
+    size = BLOCK_ELEMENTS if spread.device.type == "cpu" else CHUNK_ELEMENTS
     size = max(1, size // len(spread))
     for begin in range(0, classes, size):
         logits, tangent = block(slice(begin, begin + size))

@@ -11,7 +11,7 @@ _FALSE_OUTLIERS = 0.01
 # Workers that agree to a hundredth are alike, whatever the statistics of so few numbers say.
 _AGREEMENT = 0.01
 # Columns of a stacked gradient that are widened to float64 at once: 8 MiB a worker.
-_CHUNK = 2**20
+CHUNK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def add_to_gram(gram: Tensor | None, parts: Tensor, factor: float = 1.0) -> Tens
     Returns:
         The sum, float64. Shape ``[N, N]``.
     """
-    for chunk in parts.split(_CHUNK, dim=1):
+    for chunk in parts.split(CHUNK_ELEMENTS, dim=1):
         wide = chunk.double()
         product = factor * (wide @ wide.mT)
         gram = product if gram is None else gram + product

@@ -267,8 +267,8 @@ def test_radius_of_a_fused_head_is_that_of_the_plain_one(dtype, masked, rung, mo
     if not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
     monkeypatch.setattr("safestep.capture.fused_logits.TILE_ELEMENTS", 5 * 2500)
-    monkeypatch.setattr("safestep.capture.fused_logits._BLOCK_ELEMENTS", 5 * 700)
-    monkeypatch.setattr("safestep.radius.histogram._BLOCK_ELEMENTS", 5 * 700)
+    monkeypatch.setattr("safestep.capture.fused_logits.BLOCK_ELEMENTS", 5 * 700)
+    monkeypatch.setattr("safestep.radius.histogram.BLOCK_ELEMENTS", 5 * 700)
     head = Head(dtype, masked)
     generator = torch.Generator().manual_seed(3)
     update = [torch.randn(p.shape, generator=generator).to(dtype) for p in head.parameters()]

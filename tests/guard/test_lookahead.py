@@ -79,7 +79,7 @@ def numbers_of(model, optimizer):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_found_ahead_is_the_one_that_the_step_makes(name, dtype, piece, monkeypatch):
-    monkeypatch.setattr(lookahead, "_PIECE", piece)
+    monkeypatch.setattr(lookahead, "MIN_PIECE", piece)
     params = make_params(dtype)
     optimizer = OPTIMIZERS[name](params[:3], 0.1)
     if "muon" not in name:

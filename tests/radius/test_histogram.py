@@ -67,7 +67,7 @@ def brute_force_radius(logits, tangent):
 def test_coarse_radius_is_never_above_the_definition_and_close_below(
     kind, scale, block, monkeypatch
 ):
-    monkeypatch.setattr("safestep.radius.histogram._BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("safestep.radius.histogram.BLOCK_ELEMENTS", block)
     for seed in range(2):
         logits, tangent = row_of(kind, 3000, scale, seed)
         truth = brute_force_radius(logits, tangent)
@@ -93,7 +93,7 @@ def test_histogram_in_blocks_is_that_of_the_whole(rise, monkeypatch):
     slope = (tangent.gather(-1, top) - lowest[:, None]) / spread[:, None]
 
     for block in (6 * 3000, 6 * 700, 6):
-        monkeypatch.setattr("safestep.radius.histogram._BLOCK_ELEMENTS", block)
+        monkeypatch.setattr("safestep.radius.histogram.BLOCK_ELEMENTS", block)
         found, top_slope = histogram(block_of(logits, tangent), 3000, lowest, spread)
 
         torch.testing.assert_close(found[:, 1:], expected, rtol=1e-12, atol=1e-200)
@@ -104,7 +104,7 @@ def test_histogram_in_blocks_is_that_of_the_whole(rise, monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("place", [3, 2400])
 def test_computed_row_with_a_broken_logit_is_nan(value, place, monkeypatch):
-    monkeypatch.setattr("safestep.radius.histogram._BLOCK_ELEMENTS", 2 * 700)
+    monkeypatch.setattr("safestep.radius.histogram.BLOCK_ELEMENTS", 2 * 700)
     logits, tangent = (each.expand(2, -1).clone() for each in row_of("normal", 2500, 1.0))
     logits[1, place] = value
 
@@ -114,7 +114,7 @@ def test_computed_row_with_a_broken_logit_is_nan(value, place, monkeypatch):
 
 
 def test_computed_logits_are_never_asked_for_whole_rows_but_of_the_smallest(monkeypatch):
-    monkeypatch.setattr("safestep.radius.histogram._BLOCK_ELEMENTS", 9 * 700)
+    monkeypatch.setattr("safestep.radius.histogram.BLOCK_ELEMENTS", 9 * 700)
     rows = [row_of("normal", 2500, 1.0, seed) for seed in range(9)]
     logits, tangent = (torch.cat(each).float() for each in zip(*rows, strict=True))
     tangent[4] *= 1.5

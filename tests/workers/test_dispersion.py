@@ -81,7 +81,7 @@ def test_order_of_names_in_dicts_does_not_matter():
 def test_long_gradients_are_summed_over_chunks(monkeypatch):
     losses, gradients = draw_workers(3)
     whole = worker_dispersion(losses, gradients)
-    monkeypatch.setattr("safestep.workers.dispersion._CHUNK", 7)
+    monkeypatch.setattr("safestep.workers.dispersion.CHUNK_ELEMENTS", 7)
 
     assert_same(worker_dispersion(losses, gradients), whole)
 
