@@ -69,11 +69,12 @@ def test_a_full_disk_is_a_warning_where_the_record_was_made(tmp_path):
     """A limit on file sizes stands for the full disk: the system refuses the write."""
     resource = pytest.importorskip("resource")
     log = RunLog(tmp_path, {})
+    log.write("event", {"step": 0, "name": "start", "message": ""})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size, hard))
     try:
         with warns_here("no more records"):
-            log.write("event", {"step": 0, "name": "start", "message": ""})
+            log.write("event", {"step": 1, "name": "start", "message": ""})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         log.close()
