@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
+from safestep.guard.options import Action, EstimatorOption
 from safestep.guard.safe_step import SafeStep, StepReport
+from safestep.measure.inner_radii import RadiusName
+from safestep.radius.ladder import RungOption
 
 
 class StepSafetyCallback(TrainerCallback, ExportableState):
@@ -70,12 +73,12 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         self,
         *,
         max_normalized_step: float = 1.0,
-        radius: Literal["bound", "certified"] = "bound",
-        estimator: Literal["auto", "jvp", "secant", "difference"] = "auto",
-        action: Literal["clip", "set", "monitor"] = "clip",
+        radius: RungOption = "bound",
+        estimator: EstimatorOption = "auto",
+        action: Action = "clip",
         logits: Callable[[Any], Any] | None = None,
         quantile: float | None = None,
-        radii: Collection[Literal["output", "attention", "ffn"]] = ("output",),
+        radii: Collection[RadiusName] = ("output",),
         run_dir: str | Path | None = None,
         max_consecutive_skips: int = 25,
         copy: bool = True,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from safestep.guard.options import Action, EstimatorOption
 from safestep.guard.safe_step import SafeStep, StepReport
+from safestep.measure.inner_radii import RadiusName
+from safestep.radius.ladder import RungOption
 
 from .run_dir import default_run_dir
 from .submodule import modules_to_watch
@@ -71,12 +74,12 @@ class StepSafety(Callback):
         self,
         *,
         max_normalized_step: float = 1.0,
-        radius: Literal["bound", "certified"] = "bound",
-        estimator: Literal["auto", "jvp", "secant", "difference"] = "auto",
-        action: Literal["clip", "set", "monitor"] = "clip",
+        radius: RungOption = "bound",
+        estimator: EstimatorOption = "auto",
+        action: Action = "clip",
         logits: Callable[[Any], Any] | None = None,
         quantile: float | None = None,
-        radii: Collection[Literal["output", "attention", "ffn"]] = ("output",),
+        radii: Collection[RadiusName] = ("output",),
         run_dir: str | Path | None = None,
         max_consecutive_skips: int = 25,
         copy: bool = True,

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from safestep._warn import RaisedOnPurpose
 from safestep.guard.options import Action, check_limits
 from safestep.measure.update import Finding, Measurement
-from safestep.radius.batch import BatchRule, Rung
+from safestep.radius.batch import BatchRule
+from safestep.radius.ladder import RungOption
 
 Status = Literal["ok", "clipped", "skipped", "unmeasured"]
 
@@ -72,14 +73,14 @@ class StepController:
     def __init__(
         self,
         max_normalized_step: float = 1.0,  # r = 1 is the radius itself
-        radius: Rung = "bound",
+        radius: RungOption = "bound",
         action: Action = "clip",
         quantile: float | None = None,
         max_consecutive_skips: int = 25,
     ) -> None:
         check_limits(max_normalized_step, radius, action, quantile)
         self.max_normalized_step = max_normalized_step
-        self.radius: Rung = radius
+        self.radius: RungOption = radius
         self.action: Action = action
         self.quantile = quantile
         self.max_consecutive_skips = max_consecutive_skips

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
+
+from safestep.radius.ladder import RUNG_OPTIONS
 
 Action = Literal["clip", "set", "monitor"]
 EstimatorOption = Literal["auto", "jvp", "secant", "difference"]
@@ -23,8 +25,8 @@ def check_limits(limit: float, radius: str, action: str, quantile: float | None)
             "1.0 is the radius itself."
         )
     for name, value, allowed in (
-        ("radius", radius, ("bound", "certified")),
-        ("action", action, ("clip", "set", "monitor")),
+        ("radius", radius, RUNG_OPTIONS),
+        ("action", action, get_args(Action)),
     ):
         if value not in allowed:
             raise ValueError(

@@ -38,7 +38,7 @@ from safestep.measure.cross_check import CheckedEstimator
 from safestep.measure.inner_radii import RadiusName, inner_watch
 from safestep.measure.update import Estimator, Finding, Measurement, Update
 from safestep.parallel.ranks import Ranks
-from safestep.radius.batch import Rung
+from safestep.radius.ladder import RungOption
 
 
 class SafeStep(GuardedStep):
@@ -123,7 +123,7 @@ class SafeStep(GuardedStep):
         model: nn.Module,
         *,
         max_normalized_step: float = 1.0,
-        radius: Rung = "bound",
+        radius: RungOption = "bound",
         estimator: EstimatorOption = "auto",
         action: Action = "clip",
         logits: LogitsFn | None = None,

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from safestep.radius.ladder import ladder_radius, logit_spread
-
-Rung = Literal["bound", "certified"]
+from safestep.radius.ladder import RUNGS, RungOption, ladder_radius, logit_spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ class BatchRule:
         quantile: Use this quantile of the rows' r in place of their maximum. Not certified.
     """
 
-    rung: Rung = "bound"
+    rung: RungOption = "bound"
     limit: float | None = None
     quantile: float | None = None
 
@@ -110,7 +107,7 @@ class BatchRule:
 def smallest_row(
     rows: Iterable[LogitTangent],
     *,
-    rung: Rung,
+    rung: RungOption,
     limit: float | None = None,
     quantile: float | None = None,
 ) -> Tensor:
@@ -135,7 +132,7 @@ def smallest_row(
         spread = logit_spread(row.tangent, mask=row.mask)
         radius = math.pi / spread
         # Logits that are too many to hold are computed only where the bound leaves a row open.
-        if rung != "bound" and not (limit and bool((radius >= 1 / limit).all())):
+        if RUNGS[rung].needs_logits and not (limit and bool((radius >= 1 / limit).all())):
             radius = ladder_radius(
                 row.source, row.tangent, mask=row.mask, limit=limit, rung=rung,
                 only_smallest=quantile is None, spread=spread,

@@ -12,6 +12,8 @@ inputs' common dtype, float32 for half precision. Their common conventions:
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -129,7 +131,7 @@ def strip_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None =
         >>> strip_radius(torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.5, -1.5, 0.0]]))
         tensor([2.3360])
     """
-    return climb_rows("strip_radius", _strip, logits, logit_tangent, mask)
+    return _strip_rows(logits, logit_tangent, mask)
 
 
 def certified_radius(
@@ -166,7 +168,7 @@ def ladder_radius(
     *,
     mask: Tensor | None = None,
     limit: float | None = None,
-    rung: Literal["bound", "certified"] = "certified",
+    rung: str = "certified",
     only_smallest: bool = False,
     spread: Tensor | None = None,
 ) -> Tensor:
@@ -186,7 +188,7 @@ def ladder_radius(
         mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool; for logits that are
             computed only rows.
         limit: Largest normalised step (1 / radius) that passes. None takes all rows to ``rung``.
-        rung: The highest rung, "bound" or "certified".
+        rung: The highest rung, one of ``RUNGS`` that may be chosen: "bound" or "certified".
         only_smallest: Whether just the smallest value of the result is wanted: rows that a lower
             rung shows not to hold it do not climb either.
         spread: ``logit_spread`` of the rows, where it is known already.
@@ -207,28 +209,30 @@ def ladder_radius(
     """
     if spread is None:
         spread = logit_spread(logit_tangent, mask=mask)
-    if rung == "bound":
+    if rung not in RUNG_OPTIONS:
+        names = " or ".join(map(repr, RUNG_OPTIONS))
+        raise ValueError(f"ladder_radius: expected `rung` {names}, got {rung!r}.")
+    highest = RUNGS[rung]
+    if not highest.needs_logits:
         return math.pi / spread
-    if rung != "certified":
-        raise ValueError(f"ladder_radius: expected `rung` 'bound' or 'certified', got {rung!r}.")
     if logits is None:
         raise ValueError(
-            "ladder_radius: expected `logits` for rung 'certified', got None. "
+            f"ladder_radius: expected `logits` for rung {rung!r}, got None. "
             "Pass them, or ask for rung='bound'."
         )
     if limit is not None and not limit > 0:
         raise ValueError(f"ladder_radius: expected `limit` > 0, got {limit}.")
     if limit is None and not only_smallest and isinstance(logits, Tensor):
-        return certified_radius(logits, logit_tangent, mask=mask)
+        return highest.of_rows(logits, logit_tangent, mask)
     source = _source_of(logits, logit_tangent, mask, spread.detach())
     bound = math.pi / spread.detach()
     dtype = logits.dtype if isinstance(logits, Tensor) else bound.dtype
     radius = bound.to(torch.promote_types(bound.dtype, dtype)).flatten()
     threshold = math.inf if limit is None else 1 / limit
     if only_smallest:
-        _climb_to_smallest(radius, source, threshold)
+        _climb_to_smallest(radius, source, threshold, highest.of_rows)
     else:
-        _climb_all(radius, source, threshold)
+        _climb_all(radius, source, threshold, highest.of_rows)
     return radius.view(bound.shape)
 
 
@@ -256,15 +260,25 @@ def _source_of(
     return ComputedRows(logits, tangent, spread.flatten())
 
 
-def _climb_all(radius: Tensor, source: HeldRows | ComputedRows, threshold: float) -> None:
+def _climb_all(
+    radius: Tensor,
+    source: HeldRows | ComputedRows,
+    threshold: float,
+    highest: Callable[..., Tensor],
+) -> None:
     """Take the rows below the threshold up the ladder, each as far as it needs."""
-    for rung in (_closed_form_rows, _certified_rows):
+    for rung in (_closed_form_rows, highest):
         rows = _unsettled(radius, threshold)
         if rows is not None:
             radius[rows] = source.climb(rung, rows)
 
 
-def _climb_to_smallest(radius: Tensor, source: HeldRows | ComputedRows, threshold: float) -> None:
+def _climb_to_smallest(
+    radius: Tensor,
+    source: HeldRows | ComputedRows,
+    threshold: float,
+    highest: Callable[..., Tensor],
+) -> None:
     """Take those rows below the threshold up that may hold the smallest radius of all."""
     rows, smallest = _unsettled(radius, threshold), threshold
     if rows is None:
@@ -275,7 +289,7 @@ def _climb_to_smallest(radius: Tensor, source: HeldRows | ComputedRows, threshol
         # The first few give a value that most others can be seen not to fall below.
         first = radius[rows].nan_to_num(-math.inf).topk(min(_FEW, len(rows)), largest=False)
         first = rows[first.indices].sort().values
-        radius[first] = source.climb(_certified_rows, first)
+        radius[first] = source.climb(highest, first)
         smallest = min(float(radius[first].min()), threshold)
         rows = _unsettled(radius.index_fill(0, first, math.inf), smallest)
         if rows is None:
@@ -285,7 +299,7 @@ def _climb_to_smallest(radius: Tensor, source: HeldRows | ComputedRows, threshol
         if not bool((radius[few] < smallest).any()):
             return
         few = few.sort().values
-        radius[few] = source.climb(partial(_certified_rows, enough=smallest), few)
+        radius[few] = source.climb(partial(highest, enough=smallest), few)
         smallest = min(smallest, float(radius[few].min()))
 
 
@@ -295,8 +309,22 @@ def _unsettled(radius: Tensor, threshold: float) -> Tensor | None:
     return below.nonzero().squeeze(-1) if below.any() else None
 
 
-def _closed_form_rows(logits: Tensor, logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
+def _bound_rows(
+    logits: Tensor, logit_tangent: Tensor, mask: Tensor | None, enough: float | None = None
+) -> Tensor:
+    return radius_bound(logit_tangent, mask=mask)
+
+
+def _closed_form_rows(
+    logits: Tensor, logit_tangent: Tensor, mask: Tensor | None, enough: float | None = None
+) -> Tensor:
     return climb_rows("closed_form_radius", _closed_form, logits, logit_tangent, mask)
+
+
+def _strip_rows(
+    logits: Tensor, logit_tangent: Tensor, mask: Tensor | None, enough: float | None = None
+) -> Tensor:
+    return climb_rows("strip_radius", _strip, logits, logit_tangent, mask)
 
 
 def _certified_rows(
@@ -332,3 +360,31 @@ def _strip(log_weight: Tensor, slope: Tensor) -> Tensor:
     outside = scan_minimum(log_weight, slope, left, right, inside=False)
     inside = scan_minimum(log_weight, slope, left, right, inside=True)
     return torch.maximum(torch.minimum(outside, inside), _closed_form(log_weight, slope))
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One rung of the ladder.
+
+    Attributes:
+        of_rows: Returns the radii ``[*B]`` of logits and tangents ``[*B, C]`` under a mask. Where
+            it is given ``enough``, a row seen to have no less may stay at what was seen.
+        needs_logits: Whether it reads the logits.
+        is_option: Whether a user may choose it as the radius that a step is held within.
+    """
+
+    of_rows: Callable[..., Tensor]
+    needs_logits: bool = True
+    is_option: bool = False
+
+
+# From the lowest to the highest; `exact_radius` is above them all.
+RUNGS = {
+    "bound": Rung(_bound_rows, needs_logits=False, is_option=True),
+    "closed form": Rung(_closed_form_rows),
+    "strip": Rung(_strip_rows),
+    "certified": Rung(_certified_rows, is_option=True),
+}
+RUNG_OPTIONS = tuple(name for name, rung in RUNGS.items() if rung.is_option)
+# For type checkers, which cannot read it from the entries: a test compares the two.
+RungOption = Literal["bound", "certified"]

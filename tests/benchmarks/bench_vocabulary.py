@@ -28,7 +28,8 @@ from safestep.capture.call import Call
 from safestep.capture.finder import LogitFinder
 from safestep.capture.random_state import CallConditions
 from safestep.measure.estimators import jvp
-from safestep.radius.batch import LogitTangent, Rung, smallest_row
+from safestep.radius.batch import LogitTangent, smallest_row
+from safestep.radius.ladder import RungOption
 
 # (label, rung, spread of the tangent in units of pi: over 1, every row climbs the whole ladder)
 CASES = (("bound", "bound", 0.5), ("certified, r < 1", "certified", 0.5),
@@ -49,7 +50,7 @@ class Head(nn.Module):
         return functional.linear_cross_entropy(self.hidden, self.weight, target, options=options)
 
 
-def radius(head: Head, update: list[Tensor], rung: Rung, finder: LogitFinder) -> float:
+def radius(head: Head, update: list[Tensor], rung: RungOption, finder: LogitFinder) -> float:
     """Find the smallest radius of the head's rows, as a guarded step does; return the seconds."""
     target = torch.zeros(len(head.hidden), dtype=torch.int64)
     calls = [Call.of(lambda: head(target), (), {}, CallConditions(head))]
@@ -71,7 +72,7 @@ def products(head: Head) -> None:
             functional.linear(tile, head.weight)
 
 
-def case(sizes: tuple[int, int, int], rung: Rung, spread: float) -> tuple[Head, list[Tensor]]:
+def case(sizes: tuple[int, int, int], rung: RungOption, spread: float) -> tuple[Head, list[Tensor]]:
     """Return a head and an update that moves its logits by about so much."""
     head = Head(*sizes)
     scale = spread * torch.pi / (12 * sizes[2] ** 0.5)
@@ -85,7 +86,9 @@ def seconds(run: Callable[[], object]) -> float:
     return perf_counter() - begin
 
 
-def extra_memory(sizes: tuple[int, int, int], rung: Rung, spread: float, queue: object) -> None:
+def extra_memory(
+    sizes: tuple[int, int, int], rung: RungOption, spread: float, queue: object
+) -> None:
     """Put the growth of the peak resident size over a training step's, in MiB, into the queue."""
     torch.set_num_threads(1)
     head, update = case(sizes, rung, spread)

@@ -1,11 +1,22 @@
 """The rung-by-rung evaluation that a controller needs, against the radii of every row."""
 
 import math
+from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 
-from safestep.radius.ladder import certified_radius, closed_form_radius, ladder_radius, radius_bound
+from safestep.radius.exact import exact_radius
+from safestep.radius.ladder import (
+    RUNG_OPTIONS,
+    RUNGS,
+    RungOption,
+    certified_radius,
+    closed_form_radius,
+    ladder_radius,
+    radius_bound,
+)
 
 FAMILIES = ("random", "two-cluster", "confident")
 
@@ -21,6 +32,37 @@ def rows_of(family, seed, num_classes, num_rows=8):
     elif family == "confident":
         logits[:, 0] += 8
     return logits, tangent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", RUNGS)
+def test_a_rung_is_between_the_one_below_and_the_exact_radius(name, family):
+    logits, tangent = rows_of(family, seed=21, num_classes=6, num_rows=40)
+    below = {high: low for low, high in pairwise(RUNGS)}.get(name, name)
+    rounding = 1 + 1e-12
+
+    radius = RUNGS[name].of_rows(logits, tangent, None)
+
+    assert (radius > 0).all()
+    assert (radius <= exact_radius(logits, tangent) * rounding).all()
+    assert (radius * rounding >= RUNGS[below].of_rows(logits, tangent, None)).all()
+    if not RUNGS[name].needs_logits:
+        assert torch.equal(radius, RUNGS[name].of_rows(None, tangent, None))
+
+
+@pytest.mark.parametrize("name", RUNG_OPTIONS)
+def test_a_rung_that_may_be_chosen_is_where_the_ladder_ends(name):
+    logits, tangent = rows_of("confident", seed=22, num_classes=6, num_rows=40)
+    expected = RUNGS[name].of_rows(logits, tangent, None)
+
+    assert torch.equal(ladder_radius(logits, tangent, rung=name), expected)
+    smallest = ladder_radius(logits, tangent, rung=name, only_smallest=True)
+    # The scan stops at 0.25 % of the true minimum, wherever its nodes happen to lie.
+    torch.testing.assert_close(smallest.min(), expected.min(), rtol=3e-3, atol=0)
+
+
+def test_type_checkers_know_the_rungs_that_may_be_chosen():
+    assert get_args(RungOption) == RUNG_OPTIONS
 
 
 def test_ladder_without_a_limit_takes_all_rows_to_the_rung():
