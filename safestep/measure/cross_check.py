@@ -176,16 +176,19 @@ class CheckedEstimator:
         )
 
     def _fall_back(self, error: RuntimeError, update: Update) -> Measurement:
+        obstacle = (
+            f"{culprit(error, self._module)} has no forward-mode derivative "
+            f"({_first_sentence(error)})"
+        )
         try:
             found = self._by_difference(update)
+        except LogitsNotFoundError as other:
+            raise LogitsNotFoundError(f"{obstacle}, and {other}") from error
         except Exception:
             raise error from None
         self.estimator, self._has_fallen_back = Estimator.DIFFERENCE, True
         self._retries.relax()
-        warning = (
-            f"{culprit(error, self._module)} has no forward-mode derivative "
-            f"({_first_sentence(error)}); r is measured by finite difference instead"
-        )
+        warning = f"{obstacle}; r is measured by finite difference instead"
         return replace(found, warning=warning)
 
     def _check(self, found: Measurement, update: Update) -> Measurement:
