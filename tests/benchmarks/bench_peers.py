@@ -389,7 +389,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     rules = [rule for rule in RULES if rule not in NEEDS or find_spec(NEEDS[rule])]
     parser.add_argument("--rule", nargs="+", choices=RULES, default=rules)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     keys = [
