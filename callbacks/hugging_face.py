@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from safestep.guard.options import Action, EstimatorOption
+from safestep.guard.options import Action
 from safestep.guard.safe_step import SafeStep, StepReport
 from safestep.measure.inner_radii import RadiusName
+from safestep.measure.registry import EstimatorOption
 from safestep.radius.ladder import RungOption
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from safestep.guard.options import Action, EstimatorOption
+from safestep.guard.options import Action
 from safestep.guard.safe_step import SafeStep, StepReport
 from safestep.measure.inner_radii import RadiusName
+from safestep.measure.registry import EstimatorOption
 from safestep.radius.ladder import RungOption
 
 from .run_dir import default_run_dir

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from safestep.measure.registry import ESTIMATOR_OPTIONS
 from safestep.radius.ladder import RUNG_OPTIONS
 
 Action = Literal["clip", "set", "monitor"]
-EstimatorOption = Literal["auto", "jvp", "secant", "difference"]
 
 
 def check_limits(limit: float, radius: str, action: str, quantile: float | None) -> None:
@@ -52,9 +52,10 @@ def check_arguments(model: Any, estimator: str, logits: Any, max_consecutive_ski
             f"SafeStep: expected `model` to be a torch.nn.Module, got {type(model).__name__}. "
             "Pass the module whose forward computes the logits."
         )
-    if estimator not in ("auto", "jvp", "secant", "difference"):
+    if estimator not in ESTIMATOR_OPTIONS:
+        *names, last = map(repr, ESTIMATOR_OPTIONS)
         raise ValueError(
-            "SafeStep: expected `estimator` to be 'auto', 'jvp', 'secant' or 'difference', got "
+            f"SafeStep: expected `estimator` to be {', '.join(names)} or {last}, got "
             f"{estimator!r}. 'jvp' measures every step exactly."
         )
     if logits is not None and not callable(logits):

@@ -26,7 +26,6 @@ from safestep.guard.journal import Journal
 from safestep.guard.lookahead import Lookahead
 from safestep.guard.options import (
     Action,
-    EstimatorOption,
     check_arguments,
 )
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
@@ -36,6 +35,7 @@ from safestep.guard.undo import Undo, carry_out
 from safestep.measure.binding_radius import radii_of_step
 from safestep.measure.cross_check import CheckedEstimator
 from safestep.measure.inner_radii import RadiusName, inner_watch
+from safestep.measure.registry import EstimatorOption
 from safestep.measure.update import Estimator, Finding, Measurement, Update
 from safestep.parallel.ranks import Ranks
 from safestep.radius.ladder import RungOption

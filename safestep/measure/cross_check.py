@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Generator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from math import isfinite, pi
 from typing import Any
 
@@ -18,21 +17,14 @@ from safestep.measure.audit import FIRST_CHECKS, Difference, ErrorBand, Outcome,
 from safestep.measure.estimators import (
     LogitTangent,
     MissingTangentError,
-    difference,
     is_repeatable,
-    jvp,
-    secant,
 )
 from safestep.measure.inner_radii import InnerWatch
-from safestep.measure.perturb import displaced_by, moved_back
 from safestep.measure.precision import coarsest, is_half
 from safestep.measure.update import Estimator, Measurement, Update
-from safestep.parallel.shards import is_tensor_parallel, local, refuse_hybrids
+from safestep.parallel.shards import is_tensor_parallel, refuse_hybrids
 from safestep.radius.batch import BatchRadius, BatchRule
 
-# Share of r by which an estimator may be off itself, and in half precision.
-_TOLERANCE = {Estimator.JVP: 0.02, Estimator.SECANT: 0.2}
-_TOLERANCE_HALF = {Estimator.JVP: 0.1, Estimator.SECANT: 0.2}
 # That the model has no forward-mode derivative is not the reason of these.
 _OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
 
@@ -68,7 +60,7 @@ class CheckedEstimator:
         self.estimator = estimator
         self._module = module
         self._rule = rule
-        self._jvp = partial(jvp, inside=inside)
+        self._inside = inside
         self.finder = LogitFinder(logits)
         self._checks = Schedule(FIRST_CHECKS)
         self._retries = Schedule()
@@ -137,27 +129,19 @@ class CheckedEstimator:
 
     def _smallest(self, estimator: Estimator, update: Update) -> BatchRadius:
         """Return the smallest radius of the batch."""
-        calls, params, change = update.calls, update.params, update.change
-        rows: Generator[LogitTangent, None, None]
-        if estimator is Estimator.JVP:
-            rows = self._jvp(calls, self._module, params, change, self.finder)
-            with update.at_start(), closing(rows):
-                return self._rule.reduce(rows)
-        if estimator is Estimator.DIFFERENCE:
-            return self._difference(update).smallest
-        start = update.start if update.is_made else displaced_by(list(map(local, params)), change)
-        rows = secant(calls, self._module, params, start, self.finder)
-        # Before the update is made, what was displaced is its end; exchanged, it is the start.
-        with nullcontext() if update.is_made else moved_back(params, start), closing(rows):
+        with closing(self._rows(estimator, update)) as rows:
             return self._rule.reduce(rows)
 
     def _difference(self, update: Update, reach: float = 1.0) -> Difference:
         errors = ErrorBand()
-        rows = difference(
-            update.calls, self._module, update.params, update.change, self.finder, reach
-        )
-        with update.at_start(), closing(rows):
+        with closing(self._rows(Estimator.DIFFERENCE, update, reach)) as rows:
             return Difference.of(self._rule.reduce(errors.noting(rows)), errors)
+
+    def _rows(
+        self, estimator: Estimator, update: Update, reach: float = 1.0
+    ) -> Generator[LogitTangent, None, None]:
+        assert estimator.run is not None, f"{estimator.value} runs nothing"
+        return estimator.run(update, self._module, self.finder, self._inside, reach)
 
     def _by_difference(self, update: Update) -> Measurement:
         """Return what the difference measures, its error too where that is large."""
@@ -208,8 +192,9 @@ class CheckedEstimator:
         is_beyond_secant = found.estimator is Estimator.SECANT and min(r, second.r) > 1
         if is_beyond_secant or not isfinite(second.r):
             return found
-        tolerances = _TOLERANCE_HALF if self._is_half(update) else _TOLERANCE
-        outcome = second.compare(r, tolerances[found.estimator])
+        first = found.estimator
+        error = first.error_half if self._is_half(update) else first.error
+        outcome = second.compare(r, error)
         goes_all_the_way = any(is_half(param.dtype) for param in update.params)
         if outcome is Outcome.DIFFERS and goes_all_the_way and min(r, second.r) > 1:
             outcome = Outcome.UNSETTLED  # beyond the radius the logits are not linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
 from itertools import compress
 from math import inf, nan, pi
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safestep.capture.call import Call
 from safestep.measure.perturb import moved_back
+from safestep.measure.registry import Estimator
 from safestep.parallel.shards import counted_here
 
 
@@ -43,15 +44,6 @@ class Update:
     def at_start(self) -> AbstractContextManager[None]:
         """Return a context in which the parameters are where the update begins."""
         return moved_back(self.params, self.start) if self.is_made else nullcontext()
-
-
-class Estimator(str, Enum):
-    """How the radius of an update was found; the value is its name in logs and reports."""
-
-    JVP = "jvp"
-    DIFFERENCE = "difference"
-    SECANT = "secant"
-    PREDICTED = "predicted"
 
 
 class Finding(IntEnum):

@@ -6,8 +6,10 @@ import numpy as np
 
 from safestep.runlog.reader import Run
 
-# By how, in the order of trust: the word that the record's estimator begins with.
-WAYS = {"exact": "jvp", "difference": "difference", "secant": "secant", "predicted": "predicted"}
+# In the order of trust: the words that a record's estimator begins with. Any other word is an
+# estimator too, trusted more than a prediction alone.
+_WORDS = ("jvp", "difference", "secant", "predicted")
+_WAYS = {"jvp": "exact"}  # what a word is called where it is not the way's name itself
 
 
 @lru_cache(maxsize=16)
@@ -20,19 +22,22 @@ def how_measured(run: Run) -> dict[str, np.ndarray]:
         run: The run.
 
     Returns:
-        By way, "exact", "difference", "secant", "predicted", "unmeasured" and "unknown", a mask
-        over the steps in rising order. Shape ``[T]`` each; each step is in one.
+        By way, "exact", "difference", "secant", "predicted", "unmeasured", "unknown" and any
+        other that a record names, a mask over the steps in rising order. Shape ``[T]`` each; each
+        step is in one.
     """
     steps, groups = np.unique(run.steps["step"], return_inverse=True)
     nothing = np.full(len(groups), None, dtype=object)
     texts, status = run.steps.get("estimator", nothing), run.steps.get("status", nothing)
-    words = [str(text).split(" ")[0] for text in texts]
-    ranks = {word: rank for rank, word in enumerate(WAYS.values(), start=1)}
-    unmeasured = len(WAYS) + 1
+    words = [text.split(" ")[0] if isinstance(text, str) else "" for text in texts]
+    others = sorted({*words} - {*_WORDS, ""})
+    known = [*_WORDS[:-1], *others, _WORDS[-1]]
+    ranks = {word: rank for rank, word in enumerate(known, start=1)}
+    unmeasured = len(known) + 1
     rank = np.array([ranks.get(word, 0) for word in words], dtype=int)
     rank[(status == "unmeasured") | (status == "skipped")] = unmeasured
     worst = np.zeros(len(steps), dtype=int)
     np.maximum.at(worst, groups, rank)
-    names = ["unknown", *WAYS, "unmeasured"]
+    names = ["unknown", *(_WAYS.get(word, word) for word in known), "unmeasured"]
     masks = {name: worst == place for place, name in enumerate(names)}
     return {name: masks[name] for name in [*names[1:], "unknown"]}

@@ -2,15 +2,17 @@
 
 import copy
 import random
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from safestep import logit_spread, logits_jvp
+from safestep import SafeStep, logit_spread, logits_jvp
 from safestep.measure.estimators import MissingTangentError, tangents_in_place
 from safestep.measure.perturb import moved_back
+from safestep.measure.registry import ESTIMATOR_OPTIONS, Estimator, EstimatorOption
 
 MODELS = ["linear", "multilayer", "residual", "attention", "recurrent", "cached"]
 
@@ -211,3 +213,27 @@ def test_tangents_in_place_gives_a_parameter_its_tangent_only_inside():
 
     assert torch.equal(param, torch.ones(2))
     assert param.requires_grad
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["update made", "update to come"])
+@pytest.mark.parametrize("name", ["linear", "multilayer"])
+@pytest.mark.parametrize("estimator", [each for each in Estimator if each.is_option])
+def test_every_estimator_is_within_its_stated_error_of_a_dense_jacobian(
+    estimator, name, copies, make_model, make_batch, train_step, dense_normalized_step
+):
+    model, batch = make_model(name), make_batch(name)
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    guard = SafeStep(
+        optimizer, model, estimator=estimator.value, action="monitor", copy=copies
+    )  # fmt: skip
+
+    train_step(optimizer, model, batch)
+
+    expected = dense_normalized_step(before, model, batch[0])
+    assert guard.last.estimator == estimator.value
+    assert guard.last.normalized_step == pytest.approx(expected, rel=estimator.error)
+
+
+def test_type_checkers_know_the_estimators_that_may_be_chosen():
+    assert get_args(EstimatorOption) == ESTIMATOR_OPTIONS

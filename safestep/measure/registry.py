@@ -1,0 +1,90 @@
+"""The estimators: an entry each, which all else that names them is derived from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from enum import Enum
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from safestep.capture import LogitFinder
+from safestep.measure.estimators import difference, jvp, secant
+from safestep.measure.inner_radii import InnerWatch
+from safestep.measure.perturb import displaced_by, moved_back
+from safestep.parallel.shards import local
+from safestep.radius.batch import LogitTangent
+
+if TYPE_CHECKING:
+    from safestep.measure.update import Update
+
+Rows = Generator[LogitTangent, None, None]
+Run = Callable[["Update", nn.Module, LogitFinder, InnerWatch | None, float], Rows]
+
+
+def _jvp(
+    update: Update, module: nn.Module, finder: LogitFinder, inside: InnerWatch | None, reach: float
+) -> Rows:
+    with update.at_start():
+        yield from jvp(update.calls, module, update.params, update.change, finder, inside)
+
+
+def _difference(
+    update: Update, module: nn.Module, finder: LogitFinder, inside: InnerWatch | None, reach: float
+) -> Rows:
+    with update.at_start():
+        yield from difference(update.calls, module, update.params, update.change, finder, reach)
+
+
+def _secant(
+    update: Update, module: nn.Module, finder: LogitFinder, inside: InnerWatch | None, reach: float
+) -> Rows:
+    params, is_made = update.params, update.is_made
+    start = update.start if is_made else displaced_by(list(map(local, params)), update.change)
+    # Before the update is made, what was displaced is its end; exchanged, it is the start.
+    with nullcontext() if is_made else moved_back(params, start):
+        yield from secant(update.calls, module, params, start, finder)
+
+
+class Estimator(str, Enum):
+    """How the radius of an update was found; the value is its name in logs and reports.
+
+    Attributes:
+        run: Yields the logits of an update and their tangents, given the update, the module, the
+            finder of logits, what looks inside the model and the update's length in radii (1 if
+            unknown). None if nothing is run.
+        is_option: Whether a user may choose it.
+        error: Share of r by which it may be off.
+        error_half: The same, in half precision.
+    """
+
+    JVP = "jvp", _jvp, True, 0.02, 0.1
+    SECANT = "secant", _secant, True, 0.2, 0.2
+    DIFFERENCE = "difference", _difference, True, 0.02, 0.2
+    PREDICTED = "predicted", None
+
+    run: Run | None
+    is_option: bool
+    error: float
+    error_half: float
+
+    def __new__(
+        cls,
+        name: str,
+        run: Run | None = None,
+        is_option: bool = False,
+        error: float = 0.0,
+        error_half: float = 0.0,
+    ) -> Estimator:
+        """Return the member that an entry describes."""
+        self = str.__new__(cls, name)
+        self._value_ = name
+        self.run, self.is_option = run, is_option
+        self.error, self.error_half = error, error_half
+        return self
+
+
+ESTIMATOR_OPTIONS = ("auto", *(each.value for each in Estimator if each.is_option))
+# For type checkers, which cannot read it from the entries: a test compares the two.
+EstimatorOption = Literal["auto", "jvp", "secant", "difference"]
