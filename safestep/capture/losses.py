@@ -11,12 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
-from safestep.capture import fused_logits as tiles
-
-Part = tuple[Tensor | tiles.LinearTile, Tensor | None]
+from safestep.capture.fused_readers import Part, chunked_logprob, labelled, linear_cross_entropy
 
 
 def _unchanged(flags: Tensor, *_: object, **__: object) -> Tensor:
@@ -114,86 +111,7 @@ def _cross_entropy(
     logits = input.movedim(axis, -1)
     if target.is_floating_point():
         target = target.movedim(axis, -1)
-    yield logits, _labelled(target, weight, ignore_index, label_smoothing)
-
-
-def _labelled(
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int | None,
-    label_smoothing: float,
-) -> Tensor | None:
-    """Return a mask of the rows whose label counts, None if all do."""
-    if target.is_floating_point():
-        if label_smoothing > 0:
-            return None
-        return (target if weight is None else target * weight).ne(0).any(-1)
-    mask = target != (-100 if ignore_index is None else ignore_index)
-    if weight is not None and label_smoothing == 0:
-        mask = mask & weight[target.clamp(0, len(weight) - 1)].ne(0)
-    return mask
-
-
-def _linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: object = None,
-) -> Iterator[Part]:
-    classes, *positions, features = linear_weight.shape
-    rows = input.reshape(-1, features)
-    matrix = _held(linear_weight).reshape(-1, features)
-    bias = None if linear_bias is None else _held(linear_bias).flatten()
-    if target.is_floating_point() and target.ndim > 1:
-        target = target.movedim(1, -1)
-    mask = _labelled(target, weight, ignore_index, label_smoothing)
-    mask = None if mask is None else mask.reshape(len(rows), *positions)
-    return _tiles(rows, matrix, bias, (classes, *positions), mask)
-
-
-def _tiles(
-    rows: Tensor, matrix: Tensor, bias: Tensor | None, layout: tuple[int, ...], mask: Tensor | None
-) -> Iterator[Part]:
-    size = max(1, tiles.TILE_ELEMENTS // len(matrix))
-    for begin in range(0, len(rows), size):
-        tile = tiles.LinearTile(rows[begin : begin + size], matrix, bias, layout)
-        yield tile, None if mask is None else mask[begin : begin + size]
-
-
-def _chunked_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    chunk_size: int,
-    final_logit_softcapping: float | None = None,
-    logit_scale: float = 1.0,
-    *_: object,
-) -> Iterator[Part]:
-    """Read the arguments of TRL's log-probabilities of targets, which never form the logits.
-
-    Returns:
-        Tiles of the logits; all rows count.
-
-    Raises:
-        RuntimeError: If the logits are capped, which no tile of them shows.
-    """
-    if final_logit_softcapping is not None:
-        raise RuntimeError(
-            "the logits are capped inside a fused function, out of reach; set "
-            "`final_logit_softcapping` to None in the model's config, or use the loss that forms "
-            "the logits"
-        )
-    scale = logit_scale / temperature
-    bias = None if bias is None else _held(bias) * scale
-    return _tiles(hidden * scale, _held(weight), bias, (len(weight),), None)
+    yield logits, labelled(target, weight, ignore_index, label_smoothing)
 
 
 def _binary_cross_entropy_with_logits(
@@ -284,13 +202,6 @@ def _rows_of_divergence(flags: Tensor, *_: object, **__: object) -> Tensor:
     return flags.any(-1)
 
 
-def _held(parameter: Tensor) -> Tensor:
-    """Return a parameter as it is now, for a product that is computed later."""
-    # A dual one cannot outlive its run; another may be moved before the product is.
-    is_dual = forward_ad.unpack_dual(parameter).tangent is not None
-    return parameter if is_dual else parameter.detach().clone()
-
-
 def _picked(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, labels.unsqueeze(-1)).mean()
 
@@ -308,14 +219,14 @@ _LOSSES = (
     ),
     LossFunction(
         name="linear_cross_entropy",
-        reader=_linear_cross_entropy,
+        reader=linear_cross_entropy,
         example=lambda z, y: functional.linear_cross_entropy(z, torch.eye(4).to(z), y),
         is_fused=True,
         has_forward_mode=False,
     ),
     LossFunction(
         name="trl.kernels.chunked_logprob.ChunkedLogProbFunction",
-        reader=_chunked_logprob,
+        reader=chunked_logprob,
         example=None,
         is_fused=True,
         has_forward_mode=False,
