@@ -79,7 +79,7 @@ def gather(run: Run) -> Evidence:
     """
     series = step_series(run)
     limit = run.settings.get("max_normalized_step")
-    loss = lost_is_infinite(series.loss)
+    loss = _known_loss(run, series)
     after, edges = aftermath(loss, np.arange(len(loss))), upper_band(loss, MIN_WIDTH)
     is_over_band = np.zeros(len(loss), dtype=bool)
     for first, last in spans(after > edges):
@@ -98,6 +98,38 @@ def gather(run: Run) -> Evidence:
         },
         episodes=[],
     )  # fmt: skip
+
+
+def _known_loss(run: Run, series: StepSeries) -> np.ndarray:
+    """Return the loss, infinite where the log says that it was NaN. Shape ``[T]``."""
+    if run.nan_losses is None:
+        return lost_is_infinite(series.loss)
+    is_nan = np.isnan(series.loss) & np.isin(series.step, list(run.nan_losses))
+    return np.where(is_nan, np.inf, series.loss)
+
+
+def say_lost(evidence: Evidence, first: int = 0, last: int | None = None) -> str:
+    """Return at which steps of a stretch the loss was no finite number.
+
+    Args:
+        evidence: The run's evidence.
+        first: First index.
+        last: Last index; the run's end without.
+
+    Returns:
+        Words such as "not a number from step 30 on"; empty where it was finite throughout.
+    """
+    end = len(evidence.loss) if last is None else last + 1
+    lost = spans(np.isinf(evidence.loss[first:end]))
+    if not lost:
+        return ""
+    begin, until = (first + at for at in lost[0])
+    is_nan = np.isnan(evidence.series.loss[first:end][np.isinf(evidence.loss[first:end])]).all()
+    where = f"at {_where(evidence, begin, until)}"
+    if until == len(evidence.loss) - 1:
+        where = f"from step {evidence.series.step[begin]} on"
+    more = f" and at {count(len(lost) - 1, 'more stretch')}" if len(lost) > 1 else ""
+    return f"not {'a number' if is_nan else 'finite'} {where}{more}"
 
 
 def find_episodes(evidence: Evidence) -> list[Episode]:
@@ -149,9 +181,13 @@ def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = F
         return sentence(f"{where} not measured")
     peak = f"r <= {number(float(np.nanmax(r)))}{' where measured' * bool(np.isnan(r).any())}"
     is_followed = last + 1 < len(evidence.loss)  # what follows the last steps is the next episode
-    over = np.flatnonzero(evidence.is_over_band[first : last + 1 - AFTERMATH * is_followed])
+    stop = last + 1 - AFTERMATH * is_followed
+    over = evidence.is_over_band[first:stop] & np.isfinite(evidence.after[first:stop])
+    over, lost = np.flatnonzero(over), say_lost(evidence, first, last)
     if is_told:
         return sentence(f"{where} within the radius ({peak})")
+    if lost:
+        return sentence(f"{where} within the radius ({peak}), but the loss was {lost}")
     if not len(over):
         return sentence(f"{where} healthy ({peak})")
     from_step = evidence.series.step[first + over[0]]

@@ -9,7 +9,7 @@ import numpy as np
 from safestep.plots.wording import count, number, percent, sentence
 from safestep.report.bands import TOLERANCE
 from safestep.report.drift import drifted_workers
-from safestep.report.episodes import Episode, Evidence, find_episodes, loss_effect
+from safestep.report.episodes import Episode, Evidence, find_episodes, loss_effect, say_lost
 from safestep.report.levels import last_rise
 from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
@@ -98,6 +98,8 @@ def _risen(run: Run, evidence: Evidence) -> Finding | None:
     if rise is None:
         return None
     lowest, at, final = rise
+    if np.isinf(final):  # `_lost` says it
+        return None
     step = evidence.series.step[at]
     levels = f"{number(lowest)} (about step {step}) to {number(final)} at the end"
     over = int(_is_over(evidence).sum())
@@ -109,6 +111,13 @@ def _risen(run: Run, evidence: Evidence) -> Finding | None:
         text = f"The guard {_touched(evidence)}, yet the loss rose from {levels}."
         return Finding("warn", text)
     return Finding("warn", f"No step was over the limit, yet the loss rose from {levels}.")
+
+
+def _lost_for_a_while(run: Run, evidence: Evidence) -> Finding | None:
+    """Return whether the loss was not finite at steps that were taken, and is finite again."""
+    if not (np.isinf(evidence.loss) & ~evidence.series.skipped).any():
+        return None
+    return Finding("warn", sentence(f"the loss was {say_lost(evidence)}"))
 
 
 def _drifted(run: Run, evidence: Evidence) -> Finding | None:
@@ -180,7 +189,7 @@ def _too_cold(run: Run, evidence: Evidence) -> Finding | None:
 
 # Of these the first that holds is told, since they explain the same rise.
 _RISES: tuple[Callable[[Run, Evidence], Finding | None], ...] = (
-    _lost, _harmed, _not_saved, _risen,
+    _lost, _harmed, _not_saved, _risen, _lost_for_a_while,
 )  # fmt: skip
 _PROBLEMS: tuple[Callable[[Run, Evidence], Finding | None], ...] = (
     _drifted, _not_taken, _too_hot, _unmeasured, _too_cold,

@@ -156,6 +156,8 @@ def last_rise(loss: np.ndarray) -> tuple[float, int, float] | None:
     values = loss[known]
     starts, medians = _rolling(values, width)
     best = int(medians.argmin())
+    if np.isinf(medians[best]):  # never finite for long
+        return None
     window = values[starts[best] :][:width]
     noise = _MAD_TO_STD * float(np.median(abs(window - medians[best])))
     margin = _SURE * noise * _MEDIAN_ERROR * math.sqrt(2 / width)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from safestep.plots.rates import FEW
-from safestep.plots.wording import count, number, percent, sentence, steps_between
+from safestep.plots.wording import count, number, percent, sentence
 from safestep.report.drift import drifted_workers
-from safestep.report.episodes import Evidence, find_episodes, gather, tell, tell_healthy
+from safestep.report.episodes import Evidence, find_episodes, gather, say_lost, tell, tell_healthy
 from safestep.report.findings import Tone, find
 from safestep.runlog.reader import Run
-from safestep.runlog.series import StepSeries, removed_area, spans, step_share
+from safestep.runlog.series import StepSeries, removed_area, step_share
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_HEADLINES = 3
@@ -82,19 +82,17 @@ def _story(evidence: Evidence) -> list[str]:
 
 def _loss_course(evidence: Evidence) -> list[str]:
     """Return where the loss began and ended, and where it was not finite."""
-    step, known = evidence.series.step, np.flatnonzero(np.isfinite(evidence.loss))
+    known, lost = np.flatnonzero(np.isfinite(evidence.loss)), say_lost(evidence)
     if len(known) < 2:
-        return []
+        return [sentence(f"the loss was {lost}")] if lost else []
     first, last = (number(float(evidence.loss[known[at]])) for at in (0, -1))
+    if lost and np.isinf(evidence.loss[~np.isnan(evidence.loss)][-1]):
+        step = evidence.series.step[known[-1]]
+        course = f"the loss went from {first} to {last} at step {step}, and was {lost}"
+        return [sentence(course)]
     sentences = [sentence(f"the loss went from {first} to {last}")]
-    lost = spans(np.isinf(evidence.loss))
     if lost:
-        where = steps_between(*(int(step[at]) for at in lost[0]))
-        if lost[0][1] == len(step) - 1:
-            where = f"step {step[lost[0][0]]} on"
-        more = f" and at {count(len(lost) - 1, 'more stretch')}" if len(lost) > 1 else ""
-        preposition = "from" if where.endswith(" on") else "at"
-        sentences.append(sentence(f"it was not finite {preposition} {where}{more}"))
+        sentences.append(sentence(f"it was {lost}"))
     return sentences
 
 

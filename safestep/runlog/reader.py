@@ -36,6 +36,8 @@ class Run:
         events: The event records, in the order of the file.
         torn: Whether the last line was cut short by a kill, and therefore skipped.
         left_out: One sentence about each thing of the file that is not in the columns.
+        nan_losses: Steps whose record says that the loss was NaN, which the columns cannot tell
+            from a loss that was not logged; None where the file does not say.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Run:
     events: list[dict[str, Any]]
     torn: bool = False
     left_out: tuple[str, ...] = ()
+    nan_losses: frozenset[int] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column of the steps: ``run["radius"]`` is ``run.steps["radius"]``.
@@ -136,6 +139,7 @@ def _read_jsonl(path: Path) -> Run:
     steps, workers = ColumnBuilder(path), ColumnBuilder(path)
     events: list[dict[str, Any]] = []
     unreadable: list[int] = []
+    nan_losses: set[int] = set()
     num_foreign, torn = 0, False
     with path.open("rb") as file:
         header = check_header(file.readline(MAX_HEADER_BYTES), path)
@@ -151,6 +155,8 @@ def _read_jsonl(path: Path) -> Run:
                 num_foreign += 1
             elif kind == "step":
                 steps.add(record, number)
+                if record.get("loss") == "nan" and isinstance(record.get("step"), int):
+                    nan_losses.add(record["step"])
             elif kind == "workers":
                 workers.add(record, number)
             elif kind == "event":
@@ -166,7 +172,8 @@ def _read_jsonl(path: Path) -> Run:
         warn_user(f"read_run: skipped the torn last line of {path}.")
     if left_out:
         warn_user(f"read_run: {'; '.join(left_out)}, in {path}.")
-    return Run(path, header, *columns, events, torn, tuple(left_out))
+    nan = frozenset(nan_losses) if "loss" in columns[0] else None
+    return Run(path, header, *columns, events, torn, tuple(left_out), nan)
 
 
 def _left_out(unreadable: list[int], num_foreign: int) -> list[str]:
