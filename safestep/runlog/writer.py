@@ -56,7 +56,8 @@ class RunLog:
         owners: Objects whose run this is; None joins any run that has not begun.
 
     Raises:
-        ValueError: If ``run.jsonl`` is there and no run log, or one of a newer schema.
+        ValueError: If the folder cannot be made, or if ``run.jsonl`` is there and no run log, or
+            one of a newer schema.
 
     Example:
         >>> import tempfile
@@ -77,7 +78,13 @@ class RunLog:
         owners: Iterable[object] | None = None,
     ) -> None:
         directory = Path(run_dir).resolve()
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"RunLog: expected `run_dir` to be a folder that can be made, got {directory} "
+                f"({error.strerror}). Give another folder, or None for no log."
+            ) from error
         run_folder.check_ours(directory / FILE_NAME)
         ids = None if owners is None else {id(owner) for owner in owners}
         self._writing = _joinable(directory, ids) or _Writing(directory, world_size)

@@ -410,3 +410,13 @@ def test_csv_with_a_cell_over_the_limit_of_the_csv_module_is_read(tmp_path):
 
     assert read_run(tmp_path).steps["radius"].tolist() == [2.5, 3.5]
     assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/nothing/here"])
+def test_folder_that_cannot_be_made_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ValueError, match="`run_dir` to be a folder") as caught:
+        RunLog(tmp_path / name, {})
+
+    assert isinstance(caught.value.__cause__, OSError)
