@@ -270,7 +270,9 @@ def _touched(evidence: Evidence) -> str:
     why = ""
     if series.skipped.any():
         facts.append(f"did not take {int(series.skipped.sum()):,}")
-        why = f" ({next(iter(evidence.reasons.values()), 'reason unknown')})"
+        at, reason = next(iter(evidence.reasons.items()), (None, "reason unknown"))
+        look = f"; look at the batch of step {at}" if "not finite" in reason else ""
+        why = f" ({reason}{look})"
     return f"{' and '.join(facts)} of {count(len(series.step), 'step')}{why}"
 
 

@@ -20,7 +20,8 @@ EXPECTED = {
     r"under the limit at 95 % of the steps; the guard scaled down 120 of 120 steps\.$",
     "cold_run": r"^r is far below the limit of 1 .*: the learning rate could be larger\.$",
     "lost_run": r"^Harmed: after step 60, where an r of \d+ was let through, the loss rose from 0",
-    "broken_run": r"^Protected: the guard did not take 1 of 120 steps \(.*not finite",
+    "broken_run": r"^Protected: the guard did not take 1 of 120 steps \(.*not finite"
+    r".*; look at the batch of step \d+\)",
     "worker_run": r"^Worker 3 drifted from step 80 on \(loss 9 times the usual spread above ",
 }
 TONES = {"healthy_run": "good", "spiked_run": "good", "broken_run": "good", "lost_run": "bad"}
