@@ -49,9 +49,9 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        if undo in undos:  # else it was undone from outside
-            undo()
-            undos.remove(undo)
+        while undo in undos:  # else it was undone from outside
+            undos[-1]()  # of an exit further in, if that was interrupted
+            undos.pop()
 
 
 class Surroundings:
