@@ -20,6 +20,9 @@ from safestep import SafeStep
 PACKAGE = str(Path(safestep.__file__).parent)
 # The edge itself, and the functions that it calls once something has failed.
 EDGE = {"call", "__call__", "is_passed_on", "_not_begun", "_not_ended", "_not_recorded", "note"}
+# Before its first line nothing of ours can run: without copies, a scaled learning rate stays then
+# until the next step begins.
+EDGE |= {"_after_step"}
 EDGE |= {"<genexpr>"}  # Python itself drops what is raised while one is closed
 
 
