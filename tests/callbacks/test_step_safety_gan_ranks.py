@@ -1,14 +1,10 @@
 """StepSafety on a GAN of two optimizers, on two real ranks of a Trainer."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.scripts import run_script
 from torch import nn
 
-SCRIPT = Path(__file__).parents[1] / "processes" / "adversarial_trainer.py"
 STEPS = 8  # four batches, two optimizers
 GENERATOR = 0
 
@@ -19,9 +15,7 @@ pytestmark = pytest.mark.slow
 def scenarios(tmp_path_factory):
     """Every scenario's steps, rank by rank: optimizer, parameters around it, inputs, report."""
     output = tmp_path_factory.mktemp("gan")
-    command = [sys.executable, str(SCRIPT), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("adversarial_trainer.py", output)
     found = {
         folder.name: [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
         for folder in output.iterdir()

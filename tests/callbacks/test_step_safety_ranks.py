@@ -2,14 +2,14 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import PROCESSES, run_script
 
 from safestep import read_run
 
-SCRIPT = Path(__file__).parents[1] / "processes" / "guarded_trainer.py"
+SCRIPT = PROCESSES / "guarded_trainer.py"
 SCALED_FROM = 20
 WATCHED = [
     "plain",
@@ -25,9 +25,7 @@ WATCHED = [
 
 def train(output, num_ranks, *names):
     """Run scenarios and return what each rank saw in them."""
-    command = [sys.executable, str(SCRIPT), str(output), str(num_ranks), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, output, num_ranks, *names, timeout=180)
     return {
         folder.name: [torch.load(folder / f"rank{rank}.pt") for rank in range(num_ranks)]
         for folder in output.iterdir()

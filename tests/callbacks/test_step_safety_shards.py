@@ -1,15 +1,12 @@
 """StepSafety on modules that shard themselves, under Lightning's ModelParallelStrategy."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import run_script
 from torch import nn
 
-SCRIPT = Path(__file__).parents[1] / "processes" / "sharded_trainer.py"
 pytestmark = pytest.mark.slow
 
 
@@ -19,9 +16,7 @@ def train(tmp_path_factory):
 
     def run(num_ranks, *names):
         output = tmp_path_factory.mktemp("sharded")
-        command = [sys.executable, str(SCRIPT), str(output), str(num_ranks), *names]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script("sharded_trainer.py", output, num_ranks, *names, timeout=180)
         return {
             name: [torch.load(output / f"{name} {rank}.pt") for rank in range(num_ranks)]
             for name in names

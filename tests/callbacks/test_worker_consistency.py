@@ -1,12 +1,9 @@
 """WorkerConsistency in a real Trainer: accumulated batches, two ranks, logs, checkpoints."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import run_script
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -15,8 +12,6 @@ from torch.nn import functional
 
 from safestep import read_run
 from safestep.callbacks import StepSafety, WorkerConsistency
-
-SCRIPT = Path(__file__).parents[1] / "processes" / "lightning_ranks.py"
 
 
 class Classifier(LightningModule):
@@ -182,9 +177,7 @@ def test_every_so_many_steps_are_measured_and_logged(fit, tmp_path, every):
 def ranks(tmp_path_factory):
     """The folder where both ranks of two runs left what they saw."""
     output = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(SCRIPT), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("lightning_ranks.py", output)
     return output
 
 

@@ -1,12 +1,10 @@
 """SafeStep over the ranks of real gloo processes: one decision, the same bits everywhere."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import run_script
 from torch import nn
 
 from safestep.guard.agreement import Agreement
@@ -15,15 +13,7 @@ from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.parallel.collectives import rank, world_size
 from safestep.parallel.ranks import Ranks
 
-PROCESSES = Path(__file__).parents[1] / "processes"
 LIMIT = 1.0
-
-
-def run_script(name, *args):
-    """Run a script of that folder; its own time limit ends first."""
-    command = [sys.executable, str(PROCESSES / name), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def load_ranks(output, num_ranks):

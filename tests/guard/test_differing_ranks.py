@@ -1,20 +1,10 @@
 """SafeStep on ranks that are not alike, over real gloo processes: said, or followed."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-PROCESSES = Path(__file__).parents[1] / "processes"
-
-
-def run_script(name, *args):
-    command = [sys.executable, str(PROCESSES / name), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+from helpers.scripts import run_script
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,9 @@
 """State that is spread over ranks is undone and scaled on every rank."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.scripts import run_script
 from torch import nn
-
-SCRIPT = Path(__file__).parents[1] / "processes" / "sharded_state.py"
 
 
 def assert_bitwise_equal(actual, expected):
@@ -17,9 +12,7 @@ def assert_bitwise_equal(actual, expected):
 
 @pytest.mark.slow
 def test_zero_redundancy_optimizer_is_undone_and_scaled(tmp_path, dense_normalized_step):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("sharded_state.py", tmp_path, 2)
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=False) for r in range(2)]
 
     for seen in ranks:

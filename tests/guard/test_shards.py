@@ -2,17 +2,14 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import run_script
 from torch import nn
 
 from safestep.parallel.shards import counted_here, is_sharded, local
 
-PROCESSES = Path(__file__).parents[1] / "processes"
 LIMIT = 1.0
 JUMP, OUTLIER = 35, 50  # steps of the longer run, as in guarded_shards.py
 
@@ -25,14 +22,7 @@ JUMP, OUTLIER = 35, 50  # steps of the longer run, as in guarded_shards.py
 def ranks(request, tmp_path_factory):
     """What each rank saw in every scenario; one start of the processes for all of them."""
     output = tmp_path_factory.mktemp("shards")
-    command = [
-        sys.executable,
-        str(PROCESSES / "guarded_shards.py"),
-        str(output),
-        str(request.param),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("guarded_shards.py", output, request.param)
     return [torch.load(output / f"rank{rank}.pt") for rank in range(request.param)]
 
 
@@ -174,9 +164,7 @@ def test_flattened_parameters_of_which_ranks_hold_copies_are_unmeasured_and_say_
 @pytest.mark.slow
 def test_a_rank_that_raises_between_two_gathers_is_named_after_the_group_timeout(tmp_path):
     """The others wait in a gather that it never joins, and with its timeout their group is lost."""
-    command = [sys.executable, str(PROCESSES / "raising_shard.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("raising_shard.py", tmp_path, timeout=60)
 
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -1,13 +1,9 @@
 """SafeStep where real gloo processes hold pieces of each layer, beside the whole model."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.scripts import run_script
 
-PROCESSES = Path(__file__).parents[1] / "processes"
 MODES = ["tensor", pytest.param("ddp", marks=pytest.mark.slow)]
 MODES += [pytest.param("fsdp", marks=pytest.mark.slow)]
 
@@ -21,10 +17,7 @@ def start(tmp_path_factory):
         size = 2 if mode == "tensor" else 4
         if size not in seen:
             output = tmp_path_factory.mktemp("pieces")
-            script = str(PROCESSES / "tensor_parallel.py")
-            command = [sys.executable, script, str(output), str(size)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_script("tensor_parallel.py", output, size)
             seen[size] = [torch.load(output / f"rank{rank}.pt") for rank in range(size)]
         return seen[size]
 

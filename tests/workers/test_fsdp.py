@@ -1,15 +1,11 @@
 """Worker metrics of fully_shard over real gloo processes, beside gradients of plain copies."""
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-PROCESSES = Path(__file__).parents[1] / "processes"
+from helpers.scripts import run_script
 
 
 @pytest.fixture(
@@ -20,10 +16,7 @@ PROCESSES = Path(__file__).parents[1] / "processes"
 def ranks(request, tmp_path_factory):
     """What each rank saw in every scenario; one start of the processes for all of them."""
     output = tmp_path_factory.mktemp("sharded-workers")
-    script = str(PROCESSES / "sharded_workers.py")
-    command = [sys.executable, script, str(output), str(request.param)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("sharded_workers.py", output, request.param)
     return [torch.load(output / f"rank{rank}.pt") for rank in range(request.param)]
 
 

@@ -2,25 +2,14 @@
 
 import itertools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import run_script
 from torch import nn
 
 from safestep.workers.metrics import WorkerMetrics
-
-PROCESSES = Path(__file__).parents[1] / "processes"
-
-
-def run_script(name, *args):
-    """Run a script of this folder; its own time limit ends first."""
-    command = [sys.executable, str(PROCESSES / name), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
