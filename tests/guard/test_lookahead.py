@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from helpers.compare import assert_bitwise_equal
 from torch import nn, optim
 from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
@@ -65,10 +66,6 @@ def fill_gradients(params, step, *, missing=((1, 1), (2, 0), (5, 3))):
     for index, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param)
         param.grad = None if (index, step) in missing else grad
-
-
-def assert_bitwise_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def numbers_of(model, optimizer):
@@ -132,7 +129,7 @@ def test_looking_ahead_changes_nothing(name):
     for numbers in (now, before):
         for group in numbers[1]["param_groups"]:
             group.pop("adjust_lr_fn", None)  # a string
-    assert_bitwise_equal(now, before)
+    assert_bitwise_equal(now, before, equal_nan=True)
     assert [param._version for param in params] == versions
     assert all(param.grad is grad for param, grad in zip(params, kept, strict=True))
 
@@ -211,10 +208,12 @@ def test_a_measured_step_holds_the_update_once():
     size = sum(param.nbytes for param in params)
     assert size < peak_of(carry_tangents) < 1.2 * size
     assert size < peak_of(go_ahead) < 1.3 * size
-    assert_bitwise_equal(found, [q + 0.5 * p for q, p in zip(start, change, strict=True)])
+    assert_bitwise_equal(
+        found, [q + 0.5 * p for q, p in zip(start, change, strict=True)], equal_nan=True
+    )
     carry_tangents(lambda: found.extend(forward_ad.unpack_dual(p).tangent for p in params))
-    assert_bitwise_equal(found[len(params) :], list(change))
-    assert_bitwise_equal(list(map(torch.Tensor.detach, params)), start)
+    assert_bitwise_equal(found[len(params) :], list(change), equal_nan=True)
+    assert_bitwise_equal(list(map(torch.Tensor.detach, params)), start, equal_nan=True)
 
 
 def test_updates_of_sparse_gradients_are_found_ahead_too():
@@ -280,8 +279,10 @@ def test_training_is_bitwise_the_same_over_200_steps(
 
     assert statuses == {"ok"}
     assert ("predicted" in estimators) == (estimator == "auto")
-    assert_bitwise_equal(losses[0], losses[1])
-    assert_bitwise_equal(*(numbers_of(m, o) for m, o in zip(models, optimizers, strict=True)))
+    assert_bitwise_equal(losses[0], losses[1], equal_nan=True)
+    assert_bitwise_equal(
+        *(numbers_of(m, o) for m, o in zip(models, optimizers, strict=True)), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("lr", [100.0, 1e12], ids=str)
@@ -366,7 +367,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing(
 
     assert guard.last.status == "skipped"
     assert guard.last.reason == "the gradient is not finite: 0.weight"
-    assert_bitwise_equal(numbers_of(model, optimizer), before)
+    assert_bitwise_equal(numbers_of(model, optimizer), before, equal_nan=True)
     assert all(param.grad is not None for param in model.parameters())
     train_step(optimizer, model, batch)
     assert guard.last.status in ("ok", "clipped")
@@ -385,7 +386,7 @@ def test_an_update_that_is_not_finite_does_not_happen(lr, make_model, make_batch
 
     assert guard.last.status == "skipped"
     assert guard.last.reason == "the update is not finite: weight"
-    assert_bitwise_equal(numbers_of(model, optimizer), before)
+    assert_bitwise_equal(numbers_of(model, optimizer), before, equal_nan=True)
 
 
 def test_monitor_lets_a_broken_step_pass(make_model, make_batch, train_step):
@@ -425,7 +426,7 @@ def test_a_closure_is_judged_before_the_optimizer_goes_on(
         assert applied == pytest.approx(1.0, rel=1e-4)
     else:
         assert guard.last.status == "skipped"
-        assert_bitwise_equal(model.state_dict(), before.state_dict())
+        assert_bitwise_equal(model.state_dict(), before.state_dict(), equal_nan=True)
         assert not optimizer.state
 
 

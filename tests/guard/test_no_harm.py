@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.compare import assert_bitwise_equal
 from torch.nn.functional import cross_entropy
 
 from safestep import SafeStep
@@ -34,10 +35,6 @@ def train(model, batches, optimizer, *, guard_options=None, accumulate=1):
     return numbers, reports
 
 
-def assert_bitwise_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def adamw(model, lr=1e-3):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
 
@@ -52,7 +49,7 @@ def test_training_is_bitwise_the_same_over_200_steps(name, make_model, make_batc
 
     assert {report.status for report in reports} == {"ok"}
     assert all(0 < report.normalized_step <= 1 for report in reports)
-    assert_bitwise_equal(actual, expected)
+    assert_bitwise_equal(actual, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +65,7 @@ def test_no_option_changes_training_while_nothing_is_clipped(guard_options, make
     expected, _ = train(plain, batches, adamw(plain))
 
     assert {report.status for report in reports} == {"ok"}
-    assert_bitwise_equal(actual, expected)
+    assert_bitwise_equal(actual, expected, equal_nan=True)
 
 
 def test_monitor_changes_nothing_however_long_or_broken_the_steps_are(make_model, make_batch):
@@ -85,7 +82,7 @@ def test_monitor_changes_nothing_however_long_or_broken_the_steps_are(make_model
     assert all(report.normalized_step > 1 for report in reports[:15])
     assert {report.scale for report in reports} == {1.0}
     assert reports[15].reason == "the gradient is not finite: 0.weight"
-    assert_bitwise_equal(actual, expected)
+    assert_bitwise_equal(actual, expected, equal_nan=True)
 
 
 def test_accumulated_micro_batches_change_nothing(make_model, make_batch):
@@ -96,7 +93,7 @@ def test_accumulated_micro_batches_change_nothing(make_model, make_batch):
     expected, _ = train(plain, batches, adamw(plain), accumulate=3)
 
     assert {report.status for report in reports} == {"ok"}
-    assert_bitwise_equal(actual, expected)
+    assert_bitwise_equal(actual, expected, equal_nan=True)
 
 
 def test_a_step_that_cannot_be_measured_is_left_alone(make_model, make_batch):
@@ -111,4 +108,4 @@ def test_a_step_that_cannot_be_measured_is_left_alone(make_model, make_batch):
     expected, _ = train(plain, batches, adamw(plain))
 
     assert {report.status for report in reports} == {"unmeasured"}
-    assert_bitwise_equal(actual, expected)
+    assert_bitwise_equal(actual, expected, equal_nan=True)

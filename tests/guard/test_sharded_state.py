@@ -2,12 +2,9 @@
 
 import pytest
 import torch
+from helpers.compare import assert_bitwise_equal
 from helpers.scripts import run_script
 from torch import nn
-
-
-def assert_bitwise_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.compare import assert_bitwise_equal
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
 
@@ -24,10 +25,6 @@ def numbers_of(model, optimizer):
     # The running statistics of BatchNorm belong to the forward pass, not to the step.
     params = {name: param.detach() for name, param in model.named_parameters()}
     return copy.deepcopy([params, optimizer.state_dict()])
-
-
-def assert_bitwise_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["first-step", "later-step"])

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.compare import assert_bitwise_equal
 from helpers.optimizers import (
     SAM,
     WRITES,
@@ -83,10 +84,6 @@ def numbers_of(model, optimizer):
         return value if isinstance(value, (int, float)) else None
 
     return [plain(list(model.parameters())), plain(optimizer)]
-
-
-def assert_bitwise_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", KINDS)
