@@ -127,6 +127,16 @@ def make_batch():
 
 
 @pytest.fixture
+def model(make_model):
+    return make_model("multilayer")
+
+
+@pytest.fixture
+def batch(make_batch):
+    return make_batch("multilayer")
+
+
+@pytest.fixture
 def train_step():
     """Return a function that makes one training step, as each optimizer wants it."""
 

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
+from helpers.models import mlp
 from torch import nn
 
 from safestep.capture.isolation import without_side_effects
 from safestep.capture.recorder import Recorder
-
-
-def mlp(dropout=0.0):
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 3))
 
 
 def test_a_re_run_takes_place_in_the_mode_and_autocast_region_of_its_call():

@@ -12,11 +12,6 @@ from safestep import SafeStep
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model("multilayer")
-
-
-@pytest.fixture
 def backward(model, make_batch):
     def run(seed, spoil=1.0):
         inputs, targets = make_batch("multilayer", seed=seed)

@@ -5,16 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.models import mlp
 from torch import nn
 from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.capture.isolation import without_side_effects
 from safestep.capture.recorder import Recorder
-
-
-def mlp(dropout=0.0):
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 3))
 
 
 class Changing(nn.Module):

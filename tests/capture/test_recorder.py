@@ -6,15 +6,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers.models import mlp
 from torch import nn
 from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.capture.recorder import Recorder
-
-
-def mlp(dropout=0.0):
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 3))
 
 
 def test_a_script_module_is_refused_with_what_to_do():

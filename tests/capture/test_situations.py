@@ -10,16 +10,6 @@ from torch.nn.functional import cross_entropy
 from safestep import SafeStep
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model("multilayer")
-
-
-@pytest.fixture
-def batch(make_batch):
-    return make_batch("multilayer")
-
-
 @pytest.mark.parametrize("is_guarded_first", [True, False], ids=["after-guard", "before-guard"])
 def test_a_scheduler_sees_the_steps_and_the_guard_its_learning_rates(
     is_guarded_first, model, batch, train_step

@@ -12,16 +12,6 @@ from torch import optim
 from safestep import SafeStep
 
 
-@pytest.fixture
-def batch(make_batch):
-    return make_batch("multilayer")
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("multilayer")
-
-
 def test_detach_takes_every_hook_back(model, batch, train_step):
     optimizer = optim.SGD(model.parameters(), lr=100.0)
     guard = SafeStep(optimizer, model)

@@ -14,16 +14,6 @@ from torch.nn.functional import cross_entropy
 from safestep import SafeStep
 
 
-@pytest.fixture
-def batch(make_batch):
-    return make_batch("multilayer")
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("multilayer")
-
-
 def test_the_report_says_what_happened(model, batch, dense_normalized_step, train_step):
     optimizer = optim.SGD(model.parameters(), lr=100.0)
     guard = SafeStep(optimizer, model)

@@ -143,7 +143,8 @@ def test_ladder_rejects_what_it_cannot_answer():
         ladder_radius(tangent, tangent, limit=0.0)
     with pytest.raises(ValueError, match="expected `logits` for rung 'certified', got None"):
         ladder_radius(None, tangent, limit=1.0)
-    with pytest.raises(ValueError, match="`rung` 'bound' or 'certified', got 'exact'"):
+    names = " or ".join(map(repr, RUNG_OPTIONS))
+    with pytest.raises(ValueError, match=f"`rung` {names}, got 'exact'"):
         ladder_radius(tangent, tangent, rung="exact")
 
 
