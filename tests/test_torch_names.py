@@ -134,5 +134,5 @@ def test_a_name_that_torch_lacks_says_what_it_was_needed_for():
     gone = _torch._find("_C._of_a_past_torch", "to test")
     _torch.MISSING.remove("torch._C._of_a_past_torch")
 
-    with pytest.raises(RuntimeError, match=r"expected torch to have `torch\._C\._of_a_past.*to te"):
+    with pytest.raises(RuntimeError, match=r"expected torch to have `torch\._C\._of_a_past.*to"):
         gone()
