@@ -1,4 +1,4 @@
-"""A Lightning callback that keeps every optimizer step within its convergence radius."""
+"""A Lightning callback that keeps every optimizer step within the convergence radius."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class StepSafety(Callback):
     """Keep every optimizer step of a Lightning run within the softmax convergence radius.
 
     Every optimizer of the trainer gets a SafeStep. Under automatic optimization it measures by
-    running ``training_step`` again, so that the logits are those the loss was computed from.
-    A ``training_step`` that makes the optimizer steps itself (manual optimization) or fetches its
-    batch itself (``dataloader_iter``) cannot be run again: there, the forward calls of a submodule
-    are: the smallest that holds all trained parameters, or those of one optimizer.
+    running ``training_step`` again, so the logits are those from which the loss was computed. A
+    ``training_step`` that makes the optimizer steps itself (manual optimization) or fetches its
+    batch itself (``dataloader_iter``) cannot be run again. SafeStep then runs the forward calls of
+    a submodule again: the smallest that holds all trained parameters, or those of one optimizer.
 
-    Where an optimizer's logits are the output of yet another module, as a GAN's generator is
-    trained through its discriminator, the step is "unmeasured" until ``training_step`` tells what
-    computes the loss, just before it does: ``step_safety.record(0, self.generator_loss, noise)``.
+    If an optimizer's logits are the output of another module, as for a GAN's generator that is
+    trained through a discriminator, the step is "unmeasured". To have it measured, call
+    ``step_safety.record(0, self.generator_loss, noise)`` just before the loss is computed.
 
     Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
     bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and
@@ -39,16 +39,16 @@ class StepSafety(Callback):
     ``safestep/normalized_step`` is the sum, which bounds the r of their joint step.
 
     Args:
-        max_normalized_step: Largest r that is let through. 1.0 is the radius itself.
+        max_normalized_step: Largest allowed r. 1.0 is the radius itself.
         radius: "bound" is pi / spread; "certified" is larger and still proven.
         estimator: How to measure; see SafeStep.
         action: "clip" scales down a step with r over the limit; "set" scales every step to
             r = the limit, up or down; "monitor" only measures.
-        logits: How to get from what ``training_step`` returns (under manual optimization: from the
-            submodule's output) to the numbers that enter the softmax, where they are not found.
-        quantile: Let the limit apply to this quantile of the rows' r, not to the largest. What
-            passes is then not certified for every row.
-        radii: What to log beside the output's radius; see SafeStep.
+        logits: Function from the result of ``training_step`` (under manual optimization: from the
+            submodule's output) to the logits, if they are not found automatically.
+        quantile: Apply the limit to this quantile of the rows' r, not to the largest. A step within
+            the limit is then not certified for every row.
+        radii: Which radii to log; see SafeStep.
         run_dir: Directory for ``run.jsonl``; by default beside the files of the first logger.
         max_consecutive_skips: Number of consecutive skipped steps after which training ends with
             an error.
@@ -56,7 +56,7 @@ class StepSafety(Callback):
         replica_check_interval: Number of steps between checksums of all replicas; see SafeStep.
 
     Attributes:
-        guards: One SafeStep for each optimizer while the trainer fits, else empty.
+        guards: One SafeStep for each optimizer during training, else empty.
         last: The latest StepReport of each optimizer, None for one that has not stepped.
 
     Reference:
@@ -108,7 +108,7 @@ class StepSafety(Callback):
         self._is_told = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach a SafeStep to every optimizer; searches for a learning rate are over by now."""
+        """Attach a SafeStep to every optimizer; the learning-rate finder has finished by now."""
         run_dir = default_run_dir(trainer) if self._run_dir is None else self._run_dir
         self._detach()
         self._quietly = lambda function: quiet(trainer, pl_module)(function)
@@ -124,14 +124,14 @@ class StepSafety(Callback):
         self._load_states()
 
     def record(self, index: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Tell which call the next step of an optimizer is computed from, just before it happens.
+        """Name the call that computes the loss of an optimizer's next step, just before it runs.
 
-        For manual optimization. `function` is run again to measure, as ``SafeStep.record`` does,
-        and may log: only its first run is heard. While the trainer does not fit, nothing happens.
+        For manual optimization. Like ``SafeStep.record``, it runs `function` again to measure; what
+        `function` logs counts only in its first run. Outside training, nothing happens.
 
         Args:
-            index: Which optimizer, in the order of ``configure_optimizers``.
-            function: What is called; it returns the loss.
+            index: Index of the optimizer, in the order of ``configure_optimizers``.
+            function: The function that is about to be called; it returns the loss.
             *args: Its positional arguments.
             **kwargs: Its keyword arguments.
         """
@@ -141,7 +141,7 @@ class StepSafety(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the steps of this batch, and get ready to record its ``training_step``."""
+        """Enable the guards for this batch, and prepare to record its ``training_step``."""
         loop = trainer.fit_loop.epoch_loop.automatic_optimization
         # True while StochasticWeightAveraging runs an epoch for the statistics of BatchNorm.
         is_without_steps = getattr(loop, "_skip_backward", False)
@@ -150,7 +150,7 @@ class StepSafety(Callback):
         if is_without_steps or not self._is_told:
             return
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            # Lightning zeroes the gradients: what was recorded without a step (inf) is void.
+            # Lightning zeroes the gradients, so calls recorded for a skipped step (inf) are void.
             self._loss = 0.0
             self.guards[0].forget()
         self._put_back()
@@ -159,7 +159,7 @@ class StepSafety(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Note the loss for the run log: over accumulated batches the sum of their parts."""
+        """Pass the loss to the run log: the sum of the parts of accumulated batches."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         unscaled = loss.detach() if scaler is None else loss.detach() / scaler.get_scale()
         self._loss = unscaled + (self._loss if pl_module.automatic_optimization else 0.0)
@@ -169,7 +169,7 @@ class StepSafety(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the steps that were made in this batch."""
+        """Log the optimizer steps of this batch."""
         reports: dict[int, StepReport] = {}
         for index, guard in enumerate(self.guards):
             guard.enabled = False
@@ -182,13 +182,13 @@ class StepSafety(Callback):
             pl_module.log("r", joint, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove every hook; the final state stays for a checkpoint."""
+        """Remove every hook; keep the final state for a checkpoint."""
         self._detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Remove every hook, so that training can be started again."""
+        """Remove every hook, so that training can start again."""
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,10 +198,10 @@ class StepSafety(Callback):
         return {"guards": self._states} if self._states else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; before the guards exist it is kept for them.
+        """Load a state; before training it is kept until the guards exist.
 
         Args:
-            state_dict: The state; it is not changed.
+            state_dict: A result of `state_dict`; it is not changed.
         """
         self._states = state_dict["guards"]
         if self.guards:

@@ -1,4 +1,4 @@
-"""Which forward calls to watch where ``training_step`` cannot be run again."""
+"""Choose the forward calls to watch if ``training_step`` cannot be run again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 def modules_to_watch(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[nn.Module]:
     """Return for each optimizer the submodule whose forward calls lead to its logits.
 
-    That is the smallest one with the parameters of all optimizers. Where there is none, as in a GAN
-    whose networks share nothing, it is the smallest one with those of the optimizer.
+    This is the smallest submodule with the parameters of all optimizers. If only the whole module
+    holds them all, as in a GAN, it is the smallest one with the parameters of that optimizer.
 
     Args:
-        module: Where to look.
+        module: The module to search.
         optimizers: The optimizers.
 
     Returns:
@@ -30,10 +30,10 @@ def modules_to_watch(module: nn.Module, optimizers: Sequence[Optimizer]) -> list
 def smallest_submodule(module: nn.Module, optimizers: Sequence[Optimizer]) -> nn.Module:
     """Return the smallest submodule that holds every use of the optimizers' parameters.
 
-    A head that shares its weight with an embedding is a use of it outside of the embedding.
+    A head that shares its weight with an embedding uses that parameter outside the embedding.
 
     Args:
-        module: Where to look.
+        module: The module to search.
         optimizers: The optimizers.
 
     Returns:

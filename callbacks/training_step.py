@@ -1,4 +1,4 @@
-"""Notice a call of ``training_step``, and run it again without a trace."""
+"""Intercept a call of ``training_step``, and run it again without logging."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def announce_training_step(
 ) -> Callable[[], None]:
     """Call ``announce(replay, *args, **kwargs)`` just before the next call of ``training_step``.
 
-    No hook of Lightning comes that late: a callback may change the batch in place, or draw random
-    numbers, between ``on_train_batch_start`` and ``training_step``.
+    No Lightning hook runs late enough: between ``on_train_batch_start`` and ``training_step`` a
+    callback may still change the batch in place or draw random numbers.
 
     Args:
         trainer: The trainer.
         module: The module whose ``training_step`` is watched, for one call.
-        announce: Gets what runs the step again, and the arguments of the call.
+        announce: Receives a function that runs the step again, and the arguments of the call.
 
     Returns:
-        What puts ``training_step`` back, called or not.
+        A function that restores ``training_step``, whether or not it was called.
     """
-    own = vars(module).get("training_step")  # torch.compile leaves one there
+    own = vars(module).get("training_step")  # set by torch.compile
     training_step = module.training_step
 
     def replay(*args: Any, **kwargs: Any) -> Any:
@@ -46,24 +46,24 @@ def announce_training_step(
         announce(replay, *args, **kwargs)
         return training_step(*args, **kwargs)
 
-    # Lightning looks one wrapper deep to see which arguments training_step takes.
+    # Lightning unwraps one level to find the arguments that training_step takes.
     announced.__wrapped__ = inspect.unwrap(training_step)
     vars(module)["training_step"] = announced
     return put_back
 
 
 def takes_iterator(module: LightningModule) -> bool:
-    """Return whether ``training_step`` fetches its batches itself: a second run would eat more."""
+    """Return whether ``training_step`` fetches its own batches; a second run would consume more."""
     return "dataloader_iter" in inspect.signature(inspect.unwrap(module.training_step)).parameters
 
 
 @contextmanager
 def quiet(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Let ``self.log``, ``self.print`` and the loggers do nothing inside.
+    """Disable ``self.log``, ``self.print`` and the loggers within the context.
 
     Args:
-        trainer: The trainer, whose loggers are silent.
-        module: The module that is silent, and every LightningModule within it.
+        trainer: The trainer whose loggers are disabled.
+        module: The module to silence, with every LightningModule in it.
 
     Yields:
         Nothing.

@@ -1,4 +1,4 @@
-"""A Lightning callback that looks at the workers before they are averaged."""
+"""A Lightning callback that compares the workers before their gradients are averaged."""
 
 from __future__ import annotations
 
@@ -27,26 +27,29 @@ _LOGGED = (
 
 
 class WorkerConsistency(Callback):
-    """Show how far the workers of a Lightning run disagree before their gradients are averaged.
+    """Log how far the workers of a Lightning run disagree before their gradients are averaged.
 
-    Workers are the ranks of the DDP strategies. In a single process they are the batches of
-    ``accumulate_grad_batches``, under automatic optimization. Training is left bitwise as it is.
+    Workers are the ranks of a DDP strategy or of ``fully_shard``. In a single process they are the
+    batches of ``accumulate_grad_batches``, under automatic optimization. Training stays bitwise the
+    same.
 
     Logged at the trainer's ``log_every_n_steps``, the same on every rank: ``workers/loss_std``,
     ``workers/loss_range``, ``workers/grad_norm_std``, ``workers/grad_norm_cv``,
-    ``workers/pairwise_cosine`` and ``workers/noise_scale``. A worker that is off is a warning of
-    the logger "safestep" and an event of ``run.jsonl``, which also has every worker's numbers.
+    ``workers/pairwise_cosine`` and ``workers/noise_scale``. A deviating worker causes a warning of
+    the logger "safestep" and an event in ``run.jsonl``, which also has every worker's numbers.
 
     Args:
-        every: Measure every so many optimizer steps.
-        pairwise_every: Of these, measure the pairwise cosine at every so many; with three or more
-            ranks, or a comm hook, it takes an all-reduce of the size of the gradients.
-        num_examples: Examples in a worker's batch, the unit of the noise scale; 1 gives it in
-            workers' batches.
-        run_dir: Directory of ``run.jsonl``; by default that of the logger's files.
+        every: Number of optimizer steps from one measurement to the next.
+        pairwise_every: Number of measured steps from one pairwise cosine to the next. Under DDP,
+            with three or more ranks or a comm hook, it takes an all-reduce as large as the
+            gradients.
+        num_examples: Number of examples in a worker's batch, the unit of the noise scale; 1 gives
+            it in workers' batches.
+        run_dir: Directory of ``run.jsonl``; by default beside the files of the first logger.
 
     Raises:
-        ValueError: If the ranks' strategy is not a DDP one: no rank has a gradient of its own.
+        ValueError: At the start of training, if the strategy of several ranks is neither DDP nor
+            ``fully_shard``: no rank then has a gradient of its own.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -74,7 +77,7 @@ class WorkerConsistency(Callback):
         self._batch_idx = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach to the model that the strategy made."""
+        """Attach to the model of the strategy."""
         self._detach()
         run_dir = default_run_dir(trainer) if self._run_dir is None else self._run_dir
         model = trainer.strategy.model
@@ -91,13 +94,13 @@ class WorkerConsistency(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember where in the accumulation this batch is."""
+        """Store the index of the batch, which tells whether it ends an accumulation."""
         self._batch_idx = batch_idx
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Take the loss as ``training_step`` returned it: neither scaled nor divided."""
+        """Store the loss as ``training_step`` returned it: neither scaled nor divided."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         self._loss = loss.detach() * (factor / (scaler.get_scale() if scaler else 1.0))
@@ -114,7 +117,7 @@ class WorkerConsistency(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was measured in this batch."""
+        """Log the measurement of this batch, if there is one."""
         report = self.metrics.last if self.metrics else None
         if report is None or report is self.last:
             return
@@ -127,26 +130,26 @@ class WorkerConsistency(Callback):
             pl_module.log_dict(found, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove every hook; the final state stays for a checkpoint."""
+        """Remove every hook; keep the final state for a checkpoint."""
         self._detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Remove every hook, so that training can be started again."""
+        """Remove every hook, so that training can start again."""
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step count and the evidence on every worker, as plain numbers."""
+        """Return the step count and the evidence against each worker."""
         if self.metrics:
             self._state = self.metrics.state_dict()
         return self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; before training it is kept until training starts.
+        """Load a state; before training it is kept until training starts.
 
         Args:
-            state_dict: The state; it is not changed.
+            state_dict: A result of `state_dict`; it is not changed.
         """
         self._state = state_dict
         if self.metrics:
@@ -168,10 +171,10 @@ class WorkerConsistency(Callback):
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    """Refuse ranks without gradients of their own; warn where there is one worker.
+    """Refuse a strategy whose ranks have no own gradients; warn if there is only one worker.
 
     Raises:
-        ValueError: If the ranks' strategy is neither a DDP one nor one of ``fully_shard``.
+        ValueError: If the strategy of several ranks is neither DDP nor ``fully_shard``.
     """
     model = trainer.strategy.model
     is_watched = isinstance(model, DistributedDataParallel) or are_sharded(

@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from safestep._torch import current_node, is_executed
 
-# What changes shape, strides or dtype of a tensor and leaves its numbers alone.
+# Operations that change shape, strides or dtype of a tensor but not its values.
 _VIEWS = frozenset(
     f"{name}Backward{version}"
     for version in (0, 1)
@@ -20,24 +20,24 @@ _VIEWS = frozenset(
     )
 )  # fmt: skip
 
-# What keeps probabilities away from 0 and 1.
+# Operations that keep probabilities away from 0 and 1.
 CLAMPS = frozenset(f"Clamp{end}Backward{n}" for end in ("", "Min", "Max") for n in (0, 1))
 
 Node = Any  # torch.autograd.graph.Node, whose attributes differ by operation
 
 
 def loss_side(roots: Iterable[Node], stops: Collection[Node] = ()) -> set[Node]:
-    """Return the nodes that a loss is made of, up to the last operation that has a parameter.
+    """Return the nodes that compute a loss, back to the last operations that use a parameter.
 
-    A softmax among them belongs to the loss; one behind them, such as an attention's, to the model.
-    A parameter of one element (a learned weight of a loss, a learned temperature) is not a model.
+    A softmax among them belongs to the loss; one behind them, as in attention, to the model. A
+    parameter of one element (a learned loss weight or temperature) does not count as a parameter.
 
     Args:
         roots: ``grad_fn`` of the losses.
-        stops: Nodes that are not looked behind either.
+        stops: Further nodes at which the search ends.
 
     Returns:
-        The nodes, those where the search ended included.
+        The nodes, including those at which the search ended.
     """
     found: set[Node] = set()
     queue = list(roots)
@@ -59,7 +59,7 @@ def view_chain(node: Node, through: Collection[str] = ()) -> Iterator[Node]:
         through: Names of further operations to walk through.
 
     Yields:
-        The nodes on the way, the one given first.
+        The nodes on the way, starting with `node`.
     """
     while node is not None:
         yield node
@@ -84,20 +84,20 @@ def is_behind(node: Node, target: Node) -> bool:
 
 
 def trains_any(params: Iterable[Tensor]) -> bool:
-    """Return whether the backward pass under way computes a gradient of any of the parameters.
+    """Return whether the running backward pass computes the gradient of any of the parameters.
 
-    ``torch.autograd.grad(score, inputs)`` and ``backward(inputs=...)`` may not, though they pass
-    through the same outputs. Call it inside a hook on a gradient.
+    ``torch.autograd.grad(score, inputs)`` and ``backward(inputs=...)`` may compute none, although
+    they pass through the same outputs. Call this function inside a gradient hook.
 
     Args:
         params: The parameters.
 
     Returns:
-        False if none gets a gradient. True also where that cannot be told: behind a function that
-        starts a backward pass of its own, as a re-entrant checkpoint does.
+        False if no parameter gets a gradient. True also if that cannot be known: behind a function
+        that starts its own backward pass, such as a reentrant checkpoint.
     """
     accumulators = []
-    for param in params:  # mostly, the first one settles it
+    for param in params:  # usually the first one decides
         if param.requires_grad:
             accumulators.append(get_gradient_edge(param).node)
             if _is_executed(accumulators[-1]):
@@ -109,7 +109,7 @@ def trains_any(params: Iterable[Tensor]) -> bool:
 def _is_executed(accumulator: Node) -> bool:
     try:
         return is_executed(accumulator)
-    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+    except RuntimeError:  # a leaf passed to torch.autograd.grad as an input
         return True
 
 

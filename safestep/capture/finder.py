@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from safestep.capture.call import Call
 
 
-# From the output of a call to logits, (logits, mask), or a list of such.
+# Maps the output of a call to logits, to (logits, mask), or to a list of these.
 LogitsFn = Callable[[Any], Any]
 
 
@@ -38,8 +38,8 @@ class Logits:
     """Logits that enter one softmax.
 
     Attributes:
-        name: Where they were found, as a user would say it.
-        source: The logits, classes last, ``[*B, C]``, or what computes them.
+        name: Where they were found, in words for the user.
+        source: The logits, classes last, ``[*B, C]``, or a tile that computes them.
         mask: True where a row counts, None if all do. Shape ``[*B]``.
     """
 
@@ -49,7 +49,7 @@ class Logits:
 
     @property
     def values(self) -> Tensor:
-        """The logits, ``[*B, C]``; computed anew each time where they are too many to hold."""
+        """The logits, ``[*B, C]``; computed at each access if they are too large to store."""
         source = self.source
         return source if isinstance(source, Tensor) else source().view(source.shape)
 
@@ -57,20 +57,20 @@ class Logits:
 class LogitFinder:
     """Find the logits of calls, and remember where they were.
 
-    The user's word comes first. Where a call returns the loss, logits are what the loss hands to
-    softmaxes, sigmoids and loss functions. Where it returns a model's output, they are the tensors
-    of it whose gradient shows that they enter a softmax.
+    The user's function takes precedence. If a call returns the loss, the logits are the inputs of
+    the loss's softmaxes, sigmoids and loss functions. If it returns a model's output, they are the
+    output tensors whose gradient shows that they enter a softmax.
 
     Args:
-        logits: The user's own way from the output of a call to its logits, classes last: a tensor,
-            a pair of a tensor and a bool mask of the rows that count, or a list of such for
-            several heads.
+        logits: The user's function from the output of a call to its logits, classes last. It
+            returns a tensor, a pair of a tensor and a bool mask of the rows that count, or a list
+            of these for several heads.
 
     Attributes:
-        description: One line about the logits that were found first, and again whenever a call of
-            another kind comes. None before.
-        warning: What could not be checked about them, None if nothing.
-        dtypes: Types of floating point that the calls were seen to compute in.
+        description: One line about the logits found; renewed when the plan for a call is made anew.
+            None before the first call.
+        warning: Assumptions about the logits that could not be checked, None if there are none.
+        dtypes: Floating-point types that the calls were seen to compute in.
     """
 
     def __init__(self, logits: LogitsFn | None = None) -> None:
@@ -92,8 +92,8 @@ class LogitFinder:
             One entry for each softmax, or several where its logits are computed in parts.
 
         Raises:
-            LogitsNotFoundError: If nothing is known to enter a softmax.
-            TypeError: If the user's function does not return what it should.
+            LogitsNotFoundError: If no tensor is known to enter a softmax.
+            TypeError: If the user's function returns something other than logits.
         """
         if self._logits is not None:
             output, watch = _watched(call, frozenset())
@@ -122,10 +122,10 @@ class LogitFinder:
         return found
 
     def _weighed(self, plan: Plan, call: Call) -> Plan:
-        """Return the plan with the events that have to be weighed each time."""
+        """Return the plan with the events whose rows must be weighed at each step."""
         if len(plan.events) < 2:
             return plan
-        # Of several losses one may have a weight of 0 for now.
+        # One of several losses may currently have weight 0.
         weights = self._weights(call, plan.events)
         idle = {index for index, flags in weights.items() if not bool(flags.any())}
         return replace(plan, weighed=plan.weighed | idle)
@@ -151,13 +151,13 @@ def find_logits(call: Call, logits: LogitsFn | LogitFinder | None = None) -> lis
 
     Args:
         call: The call to run again.
-        logits: The user's own way from the output to the logits, or a finder that remembers.
+        logits: The user's function from the output to the logits, or a finder that keeps its plan.
 
     Returns:
-        What ``LogitFinder.find`` returns, without logits that have no row.
+        The result of ``LogitFinder.find``, without empty logits.
 
     Raises:
-        LogitsNotFoundError: Also if there is no row at all.
+        LogitsNotFoundError: If no logits are found, or all are empty.
     """
     finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
     is_empty = not call.gradients and bool(call.empty)
@@ -232,7 +232,7 @@ def _plan_of_live(
 
 @contextmanager
 def _graph_alone() -> Iterator[None]:
-    # With both a graph and a tangent, the functions of fully_shard's own hooks would raise.
+    # The autograd functions in fully_shard's hooks raise if a graph and a tangent are both on.
     with torch.enable_grad(), forward_mode_enabled(False):
         yield
 
@@ -254,7 +254,7 @@ def _planned(
 
 
 def _masked(parts: Sequence[Part], flags: Tensor) -> Iterator[Part]:
-    """Yield the parts of one set of logits with fewer rows that count."""
+    """Yield the parts of one set of logits, counting only rows that are also True in `flags`."""
     begin = 0
     for source, mask in parts:
         rows = source.shape[:-1]
@@ -267,10 +267,10 @@ def _masked(parts: Sequence[Part], flags: Tensor) -> Iterator[Part]:
 
 
 def _as_told(told: Any, gradients: Mapping[str, GradientEvidence]) -> list[Logits]:
-    """Return what the user's function gave as logits.
+    """Return the logits from the result of the user's function.
 
     Raises:
-        TypeError: If it gave something else.
+        TypeError: If the result is not of a supported form.
     """
     heads = told if isinstance(told, list) else [told]
     found = []
@@ -293,7 +293,7 @@ def _as_told(told: Any, gradients: Mapping[str, GradientEvidence]) -> list[Logit
 
 
 def _mask_of(logits: Tensor, gradients: Mapping[str, GradientEvidence]) -> Tensor | None:
-    """Return the rows of the output that have a gradient, if they can only be those of `logits`."""
+    """Return the rows with a gradient, if exactly one output tensor has the rows of `logits`."""
     masks = [evidence.counted for evidence in gradients.values() if evidence.class_axis is not None]
     fitting = [mask for mask in masks if mask.shape == logits.shape[:-1]]
     return fitting[0] if len(fitting) == 1 else None

@@ -1,4 +1,4 @@
-"""Logits of a fused loss over many classes, in tiles that are computed when asked for."""
+"""Logits of a fused loss over many classes, in tiles that are computed on demand."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.autograd import forward_ad
 
 from safestep.radius.masking import stand_in
 
-# Logits of one tile of a linear_cross_entropy: 24 MiB in float32. A product of fewer rows takes
-# longer for each of them.
+# Logits in one tile of a linear_cross_entropy: 24 MiB in float32. With fewer rows, a product takes
+# longer per row.
 TILE_ELEMENTS = 6 << 20
 BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
-_MAPPED_BYTES = 33 << 20  # glibc maps at least what is over 32 MiB, whatever was freed before
+_MAPPED_BYTES = 33 << 20  # glibc always maps allocations over 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class LinearTile:
-    """Some rows of the logits of a linear_cross_entropy, which nobody holds all of.
+    """Some rows of the logits of a linear_cross_entropy, which are never all in memory.
 
     Attributes:
-        rows: What enters the last layer. Shape ``[B, F]``.
+        rows: Input of the last layer. Shape ``[B, F]``.
         weight: Its weight. Shape ``[C * positions, F]``.
         bias: Its bias, ``[C * positions]``, if it has one.
-        layout: Classes, and the lengths of further axes.
+        layout: Number of classes, then the lengths of further axes.
     """
 
     rows: Tensor
@@ -46,8 +46,8 @@ class LinearTile:
         """Return logits without a tangent.
 
         Args:
-            rows: Which of the rows ``[*B]``, counted as in a flat tensor. None: all.
-            classes: Which of the classes.
+            rows: Flat indices of rows of ``[*B]``. None: all.
+            classes: Slice of the classes.
 
         Returns:
             Shape ``[rows, classes]``.
@@ -70,14 +70,14 @@ class LinearTile:
     def tangent(self) -> Tensor | None:
         """Return the tangent of the logits, None if no operand has one.
 
-        A class whose bias is -inf does not exist: it gets the tangent of one that does.
+        A class whose bias is -inf does not exist; it gets the tangent of a class that does.
         """
         (rows, d_rows), (weight, d_weight) = map(forward_ad.unpack_dual, (self.rows, self.weight))
         bias, d_bias = (None, None) if self.bias is None else forward_ad.unpack_dual(self.bias)
         if d_rows is None and d_weight is None and d_bias is None:
             return None
-        # By hand, in place: forward-mode AD would hold three more tiles, the logits among them. In
-        # blocks, so that the second product finds the first in a cache.
+        # By hand and in place: forward-mode AD would hold three more tiles, including the logits.
+        # In blocks, so that the second product finds the first in a cache.
         d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
         tangent = _empty(rows, len(weight))
         exists = None if bias is None or (bias > -math.inf).all() else bias > -math.inf
@@ -97,18 +97,18 @@ class LinearTile:
 
 
 def _empty(rows: Tensor, columns: int) -> Tensor:
-    """Return room for so many columns beside the rows, which is given back when it is freed."""
+    """Return memory ``[rows, columns]`` that returns to the system when it is freed."""
     count = len(rows) * columns
     if rows.device.type != "cpu":
         return rows.new_empty(len(rows), columns)
-    # glibc puts less into a heap, where what is kept of each tile leaves no hole for the next: ten
-    # and more tiles pile up. Pages that nobody writes to take no memory.
+    # glibc would take a smaller block from its heap, where what is kept of each tile leaves no gap
+    # for the next: ten and more tiles pile up. Pages that are never written take no memory.
     room = rows.new_empty(max(count, _MAPPED_BYTES // rows.element_size()))
     return room[:count].view(len(rows), columns)
 
 
 def _blocks(tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of the last axis and these elements, as many as fit in a cache."""
+    """Yield slices of the last axis and their elements, each small enough for a cache."""
     size = BLOCK_ELEMENTS if tile.device.type == "cpu" else TILE_ELEMENTS
     size = max(1, size * tile.shape[-1] // tile.numel())
     for begin in range(0, tile.shape[-1], size):

@@ -18,16 +18,16 @@ def sums_of_sums(events: Collection[int], seen: Mapping[int, LossInput]) -> froz
     """Return the log-sum-exps whose terms contain other log-sum-exps.
 
     A nested logsumexp sums over combinations of terms, so the radius depends on the spread of sums
-    of logits. The forward algorithm of a conditional random field is one, and so is a mixture of
-    softmaxes. A log-sum-exp that is subtracted from all terms alike is not: its derivative is an
-    integer, where that of a term is a fraction.
+    of logits. Examples are the forward algorithm of a conditional random field and a mixture of
+    softmaxes. A log-sum-exp that is subtracted from all terms alike is not nested: the derivative
+    with respect to it is an integer, whereas with respect to a term it is a fraction.
 
     Args:
-        events: Indices of the calls that a loss is made of.
+        events: Indices of the calls that compute a loss.
         seen: The recorded calls, with an autograd graph.
 
     Returns:
-        Those of the events that are nested.
+        The nested ones among the events.
     """
     outer = [index for index in events if seen[index].entry.kind == "sum"]
     inner = [index for index in events if seen[index].entry.kind in {"sum", "log-softmax"}]
@@ -42,7 +42,7 @@ def _is_term(inner: LossInput, outer: LossInput) -> bool:
     share = _derivative(outer.result, inner.result)
     if share is None:
         return False
-    if inner.dim is not None:  # of log_softmax(z) = z - logsumexp(z), the derivative by the sum
+    if inner.dim is not None:  # log_softmax(z) = z - logsumexp(z): derivative by the logsumexp
         share = share.sum(inner.dim)
     return bool(((share - share.round()).abs() > _ROUNDING).any())
 

@@ -31,7 +31,7 @@ Kind = Literal[
     "sigmoid logits",
     "sigmoid probabilities",
 ]
-# Of |logsumexp| or |sum - 1| over the classes, in units of the dtype's rounding.
+# Tolerance of |logsumexp| or |sum - 1| over the classes, in units of the dtype's rounding.
 _ROUNDINGS = 64
 
 
@@ -40,11 +40,11 @@ class OutputForm:
     """How an output enters a softmax.
 
     Attributes:
-        kind: What its numbers are.
+        kind: What its values are.
         class_axis: The axis of the classes, None for sigmoids.
-        temperature: What the numbers are divided by before they enter the softmax.
+        temperature: Divisor of the values before they enter the softmax.
         is_checked: Whether the gradient confirms the temperature.
-        lowers_labels: Whether rows are pushed away from a label, as by a negative weight.
+        lowers_labels: Whether some rows are pushed away from their label, as by a negative weight.
     """
 
     kind: Kind
@@ -55,18 +55,18 @@ class OutputForm:
 
     @property
     def is_evident(self) -> bool:
-        """Whether this output must have entered a loss, rather than a later part of the model."""
+        """Whether this output must have entered a loss and not a later part of the model."""
         return self.is_checked and "probabilities" not in self.kind.split()
 
     def refreshed(self, output: Tensor, evidence: GradientEvidence) -> OutputForm:
-        """Return the form with the temperature that a later gradient shows, if it shows any.
+        """Return the form with the temperature inferred from a later gradient, if there is one.
 
         Args:
             output: The tensor of the output.
             evidence: What the gradient of another step showed about it.
 
         Returns:
-            The form; temperature NaN if there is one that cannot be told.
+            The form; its temperature is NaN if it cannot be inferred.
         """
         temperature = None
         if self.kind == "logits" and self.is_checked and evidence.class_axis is not None:
@@ -79,13 +79,13 @@ class OutputForm:
         return replace(self, temperature=temperature)
 
     def describe(self, name: str) -> str:
-        """Return the name of the logits, as a user would write it.
+        """Return the name of the logits in words for the user.
 
         Args:
             name: Name of the output.
 
         Returns:
-            For instance ``"output / 2"`` where a temperature was found.
+            For instance ``"output / 2"`` if a temperature was found.
         """
         name = name if self.kind == "logits" else f"{name} ({self.kind})"
         return name if self.temperature == 1.0 else f"{name} / {self.temperature:g}"
@@ -123,7 +123,7 @@ def _without_masked(logits: Tensor, zeros: Tensor, largest: Tensor, dtype: torch
 
 
 def _with_fitted(counted: Tensor, logits: Tensor) -> Tensor:
-    """Return the mask with the rows whose gradient underflows because they are fitted perfectly."""
+    """Return the mask plus the rows whose gradient underflows because they are fitted perfectly."""
     if bool(counted.all()):
         return counted
     first, second = logits.detach()[~counted].float().topk(2).values.unbind(-1)
@@ -143,8 +143,8 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
         evidence: What the gradient of the loss showed about it.
 
     Returns:
-        The form, with temperature NaN if the temperature cannot be told; None if the output is
-        not known to enter a softmax.
+        The form, with temperature NaN if it cannot be inferred; None if the output is not known to
+        enter a softmax.
     """
     axis = evidence.class_axis
     if not bool(evidence.sample.isfinite().all()):
@@ -165,7 +165,7 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
 
 
 def _sampled(output: Tensor, evidence: GradientEvidence) -> Tensor:
-    """Return the rows of an output whose gradients are in the sample, ``[S, C]``."""
+    """Return the output rows whose gradients are in the sample, ``[S, C]``."""
     if evidence.values is not None:
         return evidence.values
     assert evidence.class_axis is not None

@@ -31,11 +31,11 @@ class Plan:
 
     Attributes:
         events: Indices of calls of loss functions, softmaxes and sigmoids.
-        outputs: The tensors of the output that enter a softmax, by name, and how.
-        left_out: Tensors of the output that have a gradient but enter no known softmax.
-        idle: Tensors of the output whose gradient was zero, so that it showed nothing.
-        weighed: Events whose rows may have a weight of 0 in the loss, which is read at each step.
-        combined: Functions that sum over combinations of classes, one from each of many rows.
+        outputs: Output tensors that enter a softmax, by name, with their form.
+        left_out: Output tensors that have a gradient but enter no known softmax.
+        idle: Output tensors whose gradient was zero and therefore gave no evidence.
+        weighed: Events whose rows may have weight 0 in the loss; the weights are read at each step.
+        combined: Functions that sum over combinations of classes of several rows.
     """
 
     events: frozenset[int]
@@ -46,17 +46,17 @@ class Plan:
     combined: tuple[str, ...] = ()
 
     def refreshed(self, output: Any, gradients: Mapping[str, GradientEvidence]) -> Plan | None:
-        """Return the plan as the gradients of another step show it.
+        """Return the plan updated from the gradients of another step.
 
         Args:
             output: What the model returned.
             gradients: What the loss's gradient showed about its tensors.
 
         Returns:
-            The plan, with other temperatures if there are such; None if it has to be made anew.
+            The plan, with new temperatures if they changed; None if it has to be made anew.
 
         Raises:
-            LogitsNotFoundError: If another loss shows, or a temperature cannot be told.
+            LogitsNotFoundError: If the loss changed, or a temperature cannot be inferred.
         """
         if any(gradients[name].is_live for name in self.idle & gradients.keys()):
             return None
@@ -75,7 +75,7 @@ class Plan:
         return replace(self, outputs=forms) if forms != dict(self.outputs) else self
 
     def doubts(self) -> str | None:
-        """Return a sentence on each assumption about the logits, None if there is none."""
+        """Return one sentence per assumption about the logits, None if there are none."""
         doubts = [
             f"{name} is taken for the logits themselves: its gradient shows that it enters a "
             "softmax, and does not show whether a temperature comes between (it would for one "
@@ -117,7 +117,8 @@ def examine_outputs(
         The form by name; None for one that is not known to enter a softmax, such as a loss.
 
     Raises:
-        LogitsNotFoundError: If a tensor enters a softmax at a temperature that cannot be told.
+        LogitsNotFoundError: If a tensor enters a softmax at a temperature that cannot be inferred,
+            or was changed in place in a way that its gradient does not show.
     """
     forms = {
         name: examine(tensor.detach(), gradients[name]) if tensor.numel() > 1 else None
@@ -156,7 +157,8 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
         The plan.
 
     Raises:
-        LogitsNotFoundError: If nothing of that kind lies between the loss and the model.
+        LogitsNotFoundError: If the call returned no loss with a gradient, or no such call lies
+            between the loss and the model.
     """
     roots = [tensor.grad_fn for _, tensor in traced_loss(output)]
     if not roots:
@@ -180,14 +182,14 @@ def plan_of_outputs(
 
     Args:
         output: What the model returned, with its autograd graph if `seen` holds anything.
-        forms: What ``examine_outputs`` says of it, for every output that has a gradient.
+        forms: The result of ``examine_outputs``, for every output that has a gradient.
         seen: The calls of loss functions, softmaxes and sigmoids in it.
 
     Returns:
-        The plan. An output that a loss inside the model was computed from is part of that loss.
+        The plan. An output from which a loss inside the model was computed belongs to that loss.
 
     Raises:
-        LogitsNotFoundError: If there are none.
+        LogitsNotFoundError: If no tensor is known to enter a softmax.
     """
     nodes = {name: tensor.grad_fn for name, tensor in named_tensors(output) if name in forms}
     losses = {index: item for index, item in seen.items() if item.entry.is_loss}
@@ -205,7 +207,7 @@ def plan_of_outputs(
         if form is not None and nodes[name] not in [nodes[other] for other in outputs]:
             outputs[name] = form
     for name in [name for name, form in outputs.items() if not form.is_evident]:
-        # An attention's probabilities, a feature: part of what another output was computed from.
+        # Such as attention probabilities or a feature: another output was computed from them.
         if any(is_behind(nodes[other], nodes[name]) for other in free if other != name):
             del outputs[name]
     if not events and not outputs:
@@ -215,7 +217,7 @@ def plan_of_outputs(
             f"softmax (a squared error does not). {_HOW_TO_TELL}"
         )
     kept = [*inner, *(nodes[name] for name in outputs)]
-    # What a loss inside the model was computed from behind its softmax: log-probabilities, say.
+    # Values between a softmax and a loss inside the model, such as log-probabilities.
     within = loss_side([nodes[name] for name in is_single & set(unknown)], inner)
     left_out = [
         name for name in free
@@ -227,9 +229,9 @@ def plan_of_outputs(
 
 
 def _probabilities(nodes: Mapping[str, Node], seen: Mapping[int, LossInput]) -> dict[str, int]:
-    """Return the outputs that are results of a sigmoid or softmax, and which call that is.
+    """Return the outputs that are results of a sigmoid or softmax, with the index of that call.
 
-    Whatever loss follows is a function of these probabilities.
+    Any loss that follows is a function of these probabilities.
     """
     activations = {
         item.result: index
@@ -267,7 +269,7 @@ def _combining(events: frozenset[int], seen: Mapping[int, LossInput]) -> tuple[s
 
 
 def _live(roots: list[Node], seen: Mapping[int, LossInput]) -> frozenset[int]:
-    """Return the calls that a loss is made of, without two for the same logits."""
+    """Return the calls that compute a loss, only one for the same logits."""
     stops = {item.prediction for item in seen.values() if item.entry.is_last_word}
     side = loss_side(roots, stops)
     live = {i for i, item in seen.items() if item.is_trained and item.result in side}
@@ -285,7 +287,7 @@ def _live(roots: list[Node], seen: Mapping[int, LossInput]) -> frozenset[int]:
 
 
 def _outranks(loss: LossInput, softmax: LossInput) -> bool:
-    """Return whether to read the logits of a loss rather than of the softmax before it."""
+    """Return whether to read the logits from the loss rather than from the softmax before it."""
     if loss.entry.outranks_softmax != "same shape":
         return loss.entry.outranks_softmax == "always"
     (ours, _), *_ = loss.parts

@@ -1,4 +1,4 @@
-"""Tensors inside of torch.func.vmap, which shows a function one example of many."""
+"""Tensors inside torch.func.vmap, where a function sees one example of many."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from safestep._torch import get_unwrapped, is_batchedtensor, maybe_get_bdim
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether the tensor stands for many, as inside of ``torch.func.vmap``."""
+    """Return whether the tensor is one example of a batch inside ``torch.func.vmap``."""
     return is_batchedtensor(tensor)
 
 
 def held(tensor: Tensor) -> Tensor:
-    """Return the tensor that holds all examples, with autograd graph and tangent as it has them."""
+    """Return the tensor that holds all examples, with its autograd graph and tangent."""
     while is_batched(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
 
 
 def all_examples(tensor: Tensor) -> Tensor:
-    """Return the tensor that holds all examples, along its first axes, the outermost vmap's first.
+    """Return the tensor of all examples, batch axes first, that of the outermost vmap leading.
 
     Args:
-        tensor: Any tensor, of an example or not.
+        tensor: Any tensor, inside a vmap or not.
 
     Returns:
-        The tensor itself where it is not of an example.
+        The tensor of all examples; `tensor` itself outside a vmap.
     """
     axes = []
     while is_batched(tensor):
         axes.append(maybe_get_bdim(tensor))
         tensor = get_unwrapped(tensor)
-    # An axis is counted without those of the examples around it, which are in front by then.
+    # An axis index does not count the axes of outer vmaps, which are already in front.
     for place, axis in enumerate(reversed(axes)):
         tensor = tensor.movedim(axis + place, place)
     return tensor

@@ -17,21 +17,21 @@ _UNSEEN = {
 
 
 def radii_of_step(watch: InnerWatch, measurement: Measurement, step_norm: float) -> dict[str, Any]:
-    """Return the radii of a step, as parameter distances, and which is the smallest.
+    """Return the radii of a step, as parameter distances, and which of them is the smallest.
 
-    All are bounds of one kind, so that they compare: the output's is pi / spread, whichever radius
-    the decision is made on. They are those of this worker's examples.
+    To be comparable, all are bounds of one kind: the output's is always pi / spread, whichever rung
+    decides about the step. They cover this worker's examples only.
 
     Args:
-        watch: What was seen inside the model since it was asked last.
-        measurement: What this worker measured at its output.
+        watch: Holds the radii seen inside the model since the last call of ``take``.
+        measurement: This worker's measurement at the model's output.
         step_norm: 2-norm of the update.
 
     Returns:
-        What the run log holds: ``radii`` has "output" and, by layer, "attention" and "ffn", as far
-        as they were measured; ``binding`` is the name of the smallest, None if no radius is finite
-        or one is NaN; ``radii_reason`` says why one that was asked for is missing. Empty where the
-        step's own radius was not measured.
+        The entries of the run log: ``radii`` has "output" and, by layer, "attention" and "ffn" if
+        they were measured; ``binding`` names the smallest, None if no radius is finite or one is
+        NaN; ``radii_reason`` says why a requested radius is missing. Empty if the radius of the
+        step was not measured.
 
     Reference:
         Ghosts of Softmax, arXiv:2603.13552, Sec. 6.6.
@@ -46,7 +46,7 @@ def radii_of_step(watch: InnerWatch, measurement: Measurement, step_norm: float)
     if math.isnan(measurement.radius) or math.isnan(measurement.spread):
         return {}
     is_exact = measurement.estimator is Estimator.JVP
-    if not is_exact:  # of an attempt that failed half-way
+    if not is_exact:  # left by an exact attempt that failed half-way
         inside = {}
     found = [(kind, layer, radius) for kind in inside for layer, radius in inside[kind].items()]
     numbers = torch.stack([r.double() for _, _, r in found]).tolist() if found else []

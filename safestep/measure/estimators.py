@@ -1,4 +1,4 @@
-"""From a proposed update to the tangent of the logits."""
+"""Estimate the tangent of the logits along a proposed update."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from safestep.radius.batch import LogitTangent
 from safestep.radius.masking import absent_classes, without_absent
 from safestep.radius.rows import row_spread
 
-# Distance of a finite difference, as a share of the parameters' norm: what suits the rounding of a
-# precision, and what it allows at least (some 16 units in the last place of a parameter).
+# Distance of a finite difference, as a share of the parameters' norm: the usual one for a precision
+# and the least it allows (about 16 units in the last place of a parameter).
 _DISTANCE = {torch.float64: (1e-6, 1e-9), torch.float32: (3e-4, 1e-6)}
 _DISTANCE_HALF = (2e-2, 2e-3)
-# As a share of the update: the most, where the least of above allows it. Half precision rounds
-# away what is smaller.
+# Largest distance as a share of the update, unless the least distance above is larger. Half
+# precision would round a smaller share away.
 _SHARE, _SHARE_HALF = 1 / 128, 1 / 2
 
 
@@ -53,12 +53,12 @@ def logits_jvp(
     gradients are left as they were, bit for bit.
 
     Args:
-        model: Any module. It runs in the mode (train or eval) that it is in.
-        tangent: Direction in parameter space, keyed by parameter name, each of its parameter's
-            shape. Parameters that are not named stay where they are.
+        model: Any module. It runs in its current mode, train or eval.
+        tangent: Direction in parameter space, keyed by parameter name, each in the shape of its
+            parameter. Parameters that are not named do not move.
         *args: Positional arguments of the model.
-        logits: How to get from the model's output to its logits. By default the output itself
-            if it is a tensor, else its ``.logits``.
+        logits: Function from the model's output to its logits. By default, the output's ``.logits``
+            if it has them, else the output itself.
         **kwargs: Keyword arguments of the model.
 
     Returns:
@@ -121,8 +121,8 @@ def jvp(
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls and their tangents, exactly, one call at a time.
 
-    Scope: any precision, any size of update. Not where an operator has no forward-mode derivative
-    (it raises) nor where code keeps a view of a parameter out of the module's reach.
+    Scope: any precision, any size of update. Not for operators without a forward-mode derivative
+    (these raise), nor for code that keeps a view of a parameter outside the module.
 
     Args:
         calls: The calls to run again.
@@ -130,7 +130,7 @@ def jvp(
         params: The trained parameters, at the point where the tangent is wanted.
         tangents: The update of each of them.
         logits: The user's way from an output to its logits.
-        inside: Also looks at tangents inside the model, in the same run.
+        inside: Observes tangents inside the model during the same run.
 
     Yields:
         Every set of logits found, with its tangent.
@@ -152,7 +152,7 @@ def jvp(
                 else:
                     values, tangent = found.source, _demanded(found.source.tangent())
                 yield LogitTangent(found.name, values, tangent, found.mask)
-                del tangent  # a tile of a large vocabulary goes before the next is made
+                del tangent  # frees a tile of a large vocabulary before the next one is computed
 
 
 def difference(
@@ -165,10 +165,10 @@ def difference(
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls and a central difference quotient along the update.
 
-    a = (z(theta + eps p) - z(theta - eps p)) / (2 eps). The quotients of the two sides differ by
-    what curvature and rounding do to them: half of that is the error of each row's spread.
+    a = (z(theta + eps p) - z(theta - eps p)) / (2 eps). The quotients of the two sides differ
+    through curvature and rounding; half of that difference is the error of each row's spread.
 
-    Scope: any operator, any size of update, three forward passes, without autocast where that is
+    Scope: any operator, any size of update. Takes three forward passes, without autocast if
     possible. Relative error of r about 1e-3 in float32; in half precision it is what `error` says.
 
     Args:
@@ -188,7 +188,7 @@ def difference(
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
     finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
-    has_changed = not any(p.any() for p in tangents)  # nothing is asked of an update of zero
+    has_changed = not any(p.any() for p in tangents)  # a zero update need not change the logits
     with torch.no_grad():
         for call in calls:
             before, dtype, is_plain = run_precisely(call, module, params, finder)
@@ -218,7 +218,7 @@ def _displaced(
     place = partial(moved_back, params, displaced_by(list(map(local, params)), tangents, eps))
     with place():
         found = _run(call, module, finder)
-    # Parameters elsewhere are held only for logits that are computed from them when asked for.
+    # Displaced parameters stay in memory only for logits that are computed from them on demand.
     return [
         each.source.detach if isinstance(each.source, Tensor) else partial(_values, each, place)
         for each in found
@@ -232,14 +232,14 @@ def secant(
     start: Sequence[Tensor],
     logits: LogitsFn | LogitFinder | None = None,
 ) -> Generator[LogitTangent, None, None]:
-    """Yield the logits of recorded calls before the update, and how far the update moved them.
+    """Yield the logits of recorded calls before the update, and their change by the update.
 
     a ~ z(theta + p) - z(theta).
 
-    Scope: any operator. Within 5 % of r up to r = 1 or so, in half precision from r = 1e-2 up (less
-    is lost in rounding, and r is then too large). Beyond r = 1, it saturates where logits are
-    bounded in the step (normalised layers) and explodes where they are not: good for watching, not
-    for deciding how far a step must shrink.
+    Scope: any operator. Within 5 % of r up to about r = 1; in half precision only from r = 1e-2 up,
+    because rounding makes smaller r too large. Beyond r = 1 it saturates if the logits are bounded
+    in the step (normalised layers) and explodes if they are not: good for monitoring, not for
+    deciding how far a step must shrink.
 
     Args:
         calls: The calls to run again.
@@ -285,15 +285,14 @@ def difference_scale(
         reach: How many radii the update is long, if that is known and over 1.
 
     Returns:
-        A distance that suits the precision, in lengths of the update: at most 1/128 of it and of
-        the radius, or 1/2 in half precision, unless rounding of the parameters needs more. 1 where
-        a length is zero, and where the parameters are in half precision: they hold no part of an
-        update.
-
+        A distance that suits the precision, in lengths of the update: at most 1/128 of the update
+        and of the radius (1/2 in half precision), unless rounding of the parameters needs more. 1
+        if a norm is zero or not finite, or if the parameters are in half precision, which rounds a
+        part of an update away.
     """
     if any(is_half(param.dtype) for param in params):
         return 1.0
-    # Of whole parameters, where each rank holds a shard: all must go the same distance.
+    # Norms of whole parameters even if each rank holds a shard: all ranks need the same distance.
     norm = partial(norm_over_ranks, params) if are_sharded(params) else joint_norm
     total, step = float(norm(params)), float(norm(tangents))
     if not 0 < step * total < math.inf:
@@ -314,7 +313,7 @@ def is_repeatable(
         logits: The user's way from an output to its logits.
 
     Returns:
-        False where something random in them is not under the control of the replay.
+        False if the replay does not control all randomness in the calls.
     """
     with torch.no_grad():
         return all(
@@ -325,13 +324,13 @@ def is_repeatable(
 
 
 def _run(call: Call, module: nn.Module, logits: LogitsFn | LogitFinder | None) -> list[Logits]:
-    # A trace of its own each time: the second run must not see what the first one left.
+    # Isolated anew each time: a second run must not see side effects of the first.
     with without_side_effects(module, call.undrawn):
         return find_logits(call, logits)
 
 
 def _values(found: Logits, place: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
-    # Logits that nobody holds are computed from the parameters: these must be in their place again.
+    # Logits that are not stored are computed from the parameters, which must be back in place.
     if isinstance(found.source, Tensor):
         return found.source.detach()
     with place():
@@ -344,8 +343,8 @@ def _quotient(before: Tensor, after: Tensor, scale: float) -> Tensor:
 
 
 def _rounding(logits: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """Return what rounding of the logits alone may add to each row's spread in a difference."""
-    absent = absent_classes(logits)  # a mask of -1e9 is no number that anything is rounded by
+    """Return how much rounding of the logits alone may add to each row's spread."""
+    absent = absent_classes(logits)  # a mask of -1e9 must not count as a logit's size
     finite = logits if absent is None else logits.masked_fill(absent, 0.0)
     size = finite.nan_to_num(neginf=0.0, posinf=0.0).abs().amax(dim=-1).float()
     return size * (torch.finfo(dtype).eps / eps)

@@ -1,4 +1,4 @@
-"""Parameters that carry a tangent, and kernels that let it through."""
+"""Give parameters a tangent, and use kernels that propagate it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from safestep.parallel.shards import is_sharded, local, tangents_when_gathered
 
 @runtime_checkable
 class Written(Protocol):
-    """Tangents that need less memory to be written where they belong than to be made."""
+    """Tangents that take less memory if they are written directly to their destination."""
 
     def write(self, places: Sequence[Tensor]) -> None:
-        """Write each into its place."""
+        """Write each tangent into its place."""
         ...
 
 
@@ -33,15 +33,15 @@ class Written(Protocol):
 def tangents_in_place(
     params: Sequence[Tensor], tangents: Sequence[Tensor], module: nn.Module | None = None
 ) -> Iterator[None]:
-    """Let every parameter carry its tangent inside, and only there.
+    """Give every parameter its tangent within the context, and only there.
 
-    The dual number is written into the parameter itself: code that ties, lists or caches
-    parameters then sees it too, which swapping module attributes does not achieve.
+    The dual number is written into the parameter itself, so code that ties, lists or caches
+    parameters sees it too. Swapping module attributes would not achieve that.
 
     Args:
         params: The parameters. Their values do not change.
-        tangents: A tangent for each; of a sharded parameter, this rank's shard of it. If they are
-            `Written`, no tangent is held twice.
+        tangents: A tangent for each; for a sharded parameter, this rank's shard. If they are
+            `Written`, no tangent is stored twice.
         module: The module that gathers sharded parameters when it runs.
 
     Yields:
@@ -58,7 +58,7 @@ def tangents_in_place(
     ):
         if is_written:
             tangents.write(list(map(_zero_tangent, params)))  # type: ignore[attr-defined]
-        # One at a time: the copy takes the tangent too, and those given may be made as they come.
+        # One at a time: the copy also copies the tangent, and a lazy sequence computes each item.
         for param, tangent in () if is_written else zip(params, tangents, strict=True):
             if is_sharded(param):
                 shards[param] = local(tangent)
@@ -71,13 +71,13 @@ def tangents_in_place(
 
 @contextmanager
 def differentiable_kernels(module: nn.Module) -> Iterator[None]:
-    """Exchange code that has no forward-mode derivative for code that computes the same and has.
+    """Replace code without a forward-mode derivative by equivalent code that has one.
 
-    Flash attention, the encoder layers' fast path, mkldnn's LSTM, and reentrant checkpoints, which
-    without this are silently wrong where their input carries no tangent.
+    This covers flash attention, the fast path of encoder layers, mkldnn's LSTM, and reentrant
+    checkpoints, which would be silently wrong if their input carries no tangent.
 
     Args:
-        module: What is going to run. mkldnn is only left out where it holds an LSTM.
+        module: The module that will run. mkldnn is disabled only if it contains an LSTM.
 
     Yields:
         Nothing.
@@ -94,10 +94,10 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
 
 
 def _zero_tangent(param: Tensor) -> Tensor:
-    """Give a parameter a tangent of zeros, which is all that is allocated.
+    """Give a parameter a tangent of zeros and allocate nothing else.
 
     Returns:
-        The tangent, which torch makes of the whole where an empty part gets one.
+        The tangent. torch allocates it for the whole tensor when an empty view of it gets one.
     """
     nothing = param.unsqueeze(0).narrow(0, 0, 0)
     empty = torch.empty_like(nothing.detach())
@@ -107,14 +107,14 @@ def _zero_tangent(param: Tensor) -> Tensor:
 
 @cache
 def _load_forward_ad() -> None:
-    # The first dual number of a process makes torch script its own code, which it deprecates.
+    # On the first dual number of a process torch scripts its own code and warns of deprecation.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
-# How to ask for a switch, and how to set it. ``torch.backends.mkldnn.flags`` would set others too.
+# Getter and setter of a switch. ``torch.backends.mkldnn.flags`` would set other switches too.
 _Switch = tuple[Callable[[], bool], Callable[[bool], None]]
 _ENCODER_FAST_PATH: _Switch = (
     torch.backends.mha.get_fastpath_enabled,

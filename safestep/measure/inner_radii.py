@@ -1,4 +1,4 @@
-"""See attention scores and inputs of activations, with tangents, while a model runs."""
+"""Observe attention scores and activation inputs, with their tangents, while a model runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safestep.radius.masking import absent_classes
 
 RadiusName = Literal["output", "attention", "ffn"]
 
-# ReLU-like: they switch units off at zero, sharply or smoothly.
+# ReLU-like functions: they switch units off at zero, sharply or smoothly.
 _ACTIVATIONS = frozenset(("relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "gelu", "silu"))
 _LOOKED_AT = _ACTIVATIONS | {"scaled_dot_product_attention", "softmax"}
-# What makes a softmax an attention: its result weighs the rows of a matrix.
+# A softmax counts as attention if its result is multiplied by a matrix.
 _PRODUCTS = frozenset(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"))
 
 
@@ -30,15 +30,15 @@ class InnerWatch(TorchFunctionMode):
     """Collect radii inside a model while it runs on dual numbers.
 
     Attention is a call of ``scaled_dot_product_attention``, or a softmax whose result is multiplied
-    by a matrix. ReLU-like are ReLU and its leaky variants, GELU and SiLU, called as functions of
-    torch. Formulas written out, fused kernels and scripted modules are not seen.
+    by a matrix. The ReLU-like functions are torch's ReLU and its leaky variants, GELU and SiLU.
+    Formulas written out by hand, fused kernels and scripted modules are not seen.
 
     Args:
-        module: The root module, for the names of layers.
+        module: The root module; it gives the layer names.
         wanted: Which radii to collect: "attention", "ffn".
 
     Attributes:
-        wanted: As given.
+        wanted: The argument `wanted`.
 
     Example:
         >>> from safestep.measure.forward_ad import tangents_in_place
@@ -63,11 +63,11 @@ class InnerWatch(TorchFunctionMode):
         return self
 
     def take(self) -> dict[str, dict[str, Tensor]]:
-        """Return the smallest radius of each layer, by kind and name, and forget it.
+        """Return the smallest radius of each layer, by kind and name, and clear them.
 
         Returns:
             For instance ``{"attention": {"blocks.0": radius}}``: scalars in multiples of the
-            tangent. A kind that was not seen is not in it.
+            tangent. Kinds that were not seen are left out.
         """
         radii, self._radii = self._radii, {}
         return radii
@@ -79,7 +79,7 @@ class InnerWatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Return what the function returns, after a look at what it was given."""
+        """Return the result of the function, after inspecting its arguments."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "multi_head_attention_forward" and isinstance(func, FunctionType):
@@ -95,7 +95,7 @@ class InnerWatch(TorchFunctionMode):
     def _look(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str, Tensor] | None:
-        """Return layer and radius of a softmax, which may yet be no attention; keep all others."""
+        """Return layer and radius of a softmax, which may be attention; store other radii."""
         if "ffn" in self.wanted and name in _ACTIVATIONS:
             self._keep("ffn", self._layer(), kink_radius(*_dual(_input(args, kwargs))))
         elif "attention" in self.wanted and name == "scaled_dot_product_attention":
@@ -109,7 +109,7 @@ class InnerWatch(TorchFunctionMode):
     def _follow(
         self, name: str, weight: tuple[str, Tensor] | None, args: tuple[Any, ...], result: Any
     ) -> None:
-        """Follow the result of a softmax until it is multiplied by a matrix, or dropped."""
+        """Follow the result of a softmax until it is multiplied by a matrix or discarded."""
         if weight is None:
             source = next((a for a in args if isinstance(a, Tensor) and a in self._weights), None)
             if source is None:
@@ -142,7 +142,7 @@ class InnerWatch(TorchFunctionMode):
 
 
 def inner_watch(module: nn.Module, radii: Collection[RadiusName]) -> InnerWatch | None:
-    """Return a watch for the radii that are asked for, None for the output's alone.
+    """Return a watch for the requested radii, None if only "output" is requested.
 
     Args:
         module: The root module of the calls that run again.
@@ -152,7 +152,7 @@ def inner_watch(module: nn.Module, radii: Collection[RadiusName]) -> InnerWatch 
         The watch.
 
     Raises:
-        ValueError: If there is no radius of such a name.
+        ValueError: If `radii` is a string or holds an unknown name.
     """
     unknown = [radius for radius in radii if radius not in get_args(RadiusName)]
     if unknown or isinstance(radii, str):
@@ -180,16 +180,16 @@ def attention_scores(
     Args:
         query: Queries. Shape ``[*B, Q, E]``.
         key: Keys. Shape ``[*B, K, E]``.
-        value: Not used; the arguments are those of the function.
-        attn_mask: True where a query may look at a key, or a bias. Shape broadcasts to the scores.
+        value: Not used; the signature is that of the torch function.
+        attn_mask: True where a query may attend to a key, or a bias. Broadcasts to the scores.
         dropout_p: Not used.
-        is_causal: Whether query i looks at keys up to i only.
-        scale: What the products are multiplied by, 1 / sqrt(E) by default.
-        enable_gqa: Whether several heads of queries share a head of keys.
+        is_causal: Whether query i attends only to keys up to i.
+        scale: Factor of the products, 1 / sqrt(E) by default.
+        enable_gqa: Whether several query heads share a key head.
 
     Returns:
-        The scores, -inf where masked. Shape ``[*B, Q, K]``; they carry a tangent where
-        queries, keys or a bias do.
+        The scores, -inf where masked. Shape ``[*B, Q, K]``; they carry a tangent if queries, keys
+        or the bias do.
 
     Example:
         >>> attention_scores(torch.ones(2, 4), torch.ones(2, 4), torch.ones(2, 4), is_causal=True)
@@ -221,7 +221,7 @@ def _dual(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _has_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether there is anything to measure: an expert that no token chose has nothing."""
+    """Return whether there is anything to measure; an expert without tokens has empty inputs."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     return bool(tensors) and tensors[0].is_floating_point() and all(map(Tensor.numel, tensors))
 
@@ -231,9 +231,9 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _opened(function: FunctionType) -> FunctionType:
-    """Return a function of torch that lets a mode see the functions it calls in turn.
+    """Return a torch function whose inner calls are visible to a mode.
 
-    ``multi_head_attention_forward`` asks whether a mode is on, and hands itself to the mode.
+    ``multi_head_attention_forward`` checks whether a mode is on and, if so, dispatches as a whole.
     """
     unasked = {**function.__globals__, "has_torch_function": lambda _: False}
     return FunctionType(

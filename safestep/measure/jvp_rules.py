@@ -1,9 +1,9 @@
-"""Forward-mode derivatives by hand, of the operators that most of a model's time goes to.
+"""Handwritten forward-mode derivatives of the operators that take most of a model's time.
 
-torch composes them of elementwise operations, each a pass over memory, and knows none for its fused
-attention. Here a layer's tangent takes two products and no further pass; the normalisations use
-that their Jacobian without weight and bias is symmetric, so the fused backward kernel is their
-forward derivative too.
+torch builds them from elementwise operations, each a pass over memory, and has none for its fused
+attention. Here the tangent of a linear layer takes two products and no further pass. The Jacobian
+of a normalisation without weight and bias is symmetric, so its fused backward kernel also computes
+its forward derivative.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.overrides import TorchFunctionMode
 from safestep._torch import make_dual, safe_softmax, softmax_backward, unpack_dual
 from safestep.capture.vmap import is_batched
 
-# Half precision and autocast keep torch's rules: theirs decide where to round.
+# Half precision and autocast keep torch's own rules, which decide where to round.
 _DTYPES = (torch.float32, torch.float64)
 
 
 class TangentRules(TorchFunctionMode):
     """Answer linear, layer_norm, batch_norm and scaled_dot_product_attention on dual tensors.
 
-    Whatever a rule does not cover is left to torch.
+    torch handles whatever no rule covers.
 
     Example:
         >>> from torch.autograd import forward_ad
@@ -45,7 +45,7 @@ class TangentRules(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Return what the function returns, with its tangent."""
+        """Return the result of the function, with its tangent."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
@@ -61,7 +61,7 @@ class TangentRules(TorchFunctionMode):
 
 
 def dual_of(primal: Tensor, tangent: Tensor) -> Tensor:
-    """Return ``forward_ad.make_dual``, without what that looks up at every call.
+    """Return ``forward_ad.make_dual(primal, tangent)``, without its lookups at every call.
 
     Args:
         primal: The values.
@@ -73,12 +73,12 @@ def dual_of(primal: Tensor, tangent: Tensor) -> Tensor:
     return make_dual(primal, tangent, level=_LEVEL)
 
 
-_LEVEL = 0  # torch has no other: dual levels do not nest
+_LEVEL = 0  # the only one: dual levels do not nest
 
 Dual = tuple[Tensor, Tensor]
 
-# The rules are called like the torch functions they are named after, so their arguments have
-# torch's names. None: not covered.
+# Each rule takes the arguments of the torch function it is named after. It returns None for a case
+# that it does not cover.
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Dual | None:
@@ -151,9 +151,9 @@ def _affine(
     weight: tuple[Tensor | None, Tensor | None],
     bias: tuple[Tensor | None, Tensor | None],
 ) -> Dual:
-    """Return unit * weight + bias, in the memory of `unit`, and its tangent."""
+    """Return unit * weight + bias and its tangent; overwrites `unit`."""
     (w, dw), (b, db) = weight, bias
-    if dw is not None and db is not None:  # one pass less than one after the other
+    if dw is not None and db is not None:  # saves one pass over memory
         tangent = torch.addcmul(db, unit, dw, out=torch.empty_like(unit))
         if d_unit is not None:
             assert w is not None
@@ -191,12 +191,12 @@ def _scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = attn_mask.expand(batch, heads, length, columns)
     like, shape = operands[0][0], (*query.shape[:3], value.shape[-1])
-    # Laid out as torch's fused kernels do: models have views of it.
+    # Same memory layout as torch's fused kernels: models take views of the output.
     output, tangent = (
         torch.empty_like(like) if shape == like.shape else like.new_empty(shape) for _ in range(2)
     )
-    # A few samples and queries at a time: the scores of all would be the largest tensors of the
-    # pass, those of a few stay in a cache, and no query looks at a key that comes after it.
+    # A few samples and queries at a time: all scores together would be the largest tensors of the
+    # pass, a few fit in a cache, and a causal block can skip the keys after its last query.
     at_once, size = _SCORES.get(query.device.type, _SCORES_ELSEWHERE)
     samples = max(1, size // max(1, heads * min(at_once, length) * columns))
     for first in range(0, batch, samples):
@@ -227,7 +227,7 @@ def _refuse_another_mask(
     *_: object,
     **__: object,
 ) -> None:
-    """Refuse dropout where the fused kernel of the forward pass drew its mask in its own way.
+    """Refuse dropout if the fused kernel of the forward pass drew a mask that cannot be repeated.
 
     Raises:
         NotImplementedError: On a device other than the CPU.
@@ -238,7 +238,7 @@ def _refuse_another_mask(
         )
 
 
-# How many queries at once, and about how many scores: on a CPU, what its cache holds.
+# Queries per block and approximate scores per block; on a CPU, as many as fit in its cache.
 _SCORES = {"cpu": (64, 2**16)}
 _SCORES_ELSEWHERE = (256, 2**26)
 
@@ -246,13 +246,13 @@ _SCORES_ELSEWHERE = (256, 2**26)
 def _attended(
     queries: list[Any], keys: list[Any], mask: Tensor | None, first: int | None, scale: float
 ) -> Dual:
-    """Return what some queries see and its tangent, of operands of shape ``[batch * heads, *, *]``.
+    """Return the attention output of some queries and its tangent, ``[batch * heads, *, *]``.
 
     Args:
         queries: The queries, and their tangent or None.
-        keys: Keys, their tangent or None, values, and theirs.
-        mask: True where a query sees a key, or what is added to the scores; None: all of it.
-        first: Number of the first query, if none looks at keys after it, else None.
+        keys: Keys, their tangent or None, values, their tangent or None.
+        mask: True where a query attends to a key, or a bias added to the scores; None: no mask.
+        first: Index of the first query if attention is causal, else None.
         scale: Factor of the scores.
     """
     (q, dq), (k, dk, v, dv) = queries, keys
@@ -264,12 +264,12 @@ def _attended(
     if first is not None:
         later = score[..., first:]
         later.masked_fill_(later.new_ones(later.shape[1:], dtype=torch.bool).triu_(1), -math.inf)
-    # Only a mask that is given can hide all keys from a query, and that costs two more passes.
+    # Only an explicit mask can hide all keys from a query; handling that costs two more passes.
     share = (torch.softmax if mask is None else safe_softmax)(score, -1)
     output = torch.bmm(share, v)
     tangent = torch.zeros_like(output) if dv is None else torch.bmm(share, dv)
     if dq is not None or dk is not None:
-        d_score, beta = score, 0  # its memory: beta = 0 does not look at what is in it
+        d_score, beta = score, 0  # reuses its memory: beta = 0 ignores the contents
         for left, right in ((dq, k), (q, dk)):
             if left is not None and right is not None:
                 d_score.baddbmm_(left, right.mT, beta=beta, alpha=scale)
@@ -291,7 +291,7 @@ def _tangent(value: Tensor) -> Tensor | None:
 
 
 def _is_plain(value: Tensor) -> bool:
-    if is_batched(value):  # inside of torch.func.vmap no tangent can be asked for
+    if is_batched(value):  # inside torch.func.vmap a tangent cannot be read
         return False
     is_known = value.dtype in _DTYPES or value.dtype == torch.bool
     is_strided = value.layout is torch.strided and type(value) in (Tensor, torch.nn.Parameter)

@@ -1,4 +1,4 @@
-"""Parameters elsewhere for a while: at the start of an update, or a part of it ahead."""
+"""Move parameters temporarily: to the start of an update, or along a part of it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from safestep.capture.unwinding import undone
 from safestep.measure.forward_ad import Written
 from safestep.parallel.shards import local
 
-# Fewest elements that are worth a call, and chunks of all: what is held of one at a time is little.
+# Fewest elements per chunk, and most chunks in total: one chunk at a time is copied.
 _CHUNK, _CHUNKS = 2**16, 64
 _Chunk = tuple[list[Tensor], list[Tensor]]
 
 
 @contextmanager
 def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[None]:
-    """Exchange the contents of `params` and `start` inside, bit for bit both ways.
+    """Swap the contents of `params` and `start` within the context, bit for bit both ways.
 
     Args:
         params: The parameters, after the step.
-        start: Their values before the step; holds those after it inside.
+        start: Their values before the step; within the context, those after it.
 
     Yields:
         Nothing.
@@ -40,12 +40,12 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
 def displaced_by(
     places: list[Tensor], tangents: Sequence[Tensor], eps: float = 1.0
 ) -> list[Tensor]:
-    """Return places + eps * tangents, and hold little else.
+    """Return places + eps * tangents with little extra memory.
 
     Args:
         places: Values of the parameters.
         tangents: A direction for each.
-        eps: How far to go.
+        eps: Factor of the tangents.
 
     Returns:
         New tensors.
@@ -62,7 +62,7 @@ def displaced_by(
 
 
 class _Exchange:
-    """Contents of tensors that change places, and return, however often they are interrupted.
+    """Swap the contents of tensors and swap them back, safely under repeated interrupts.
 
     Args:
         chunks: Pairs of lists of tensors.
@@ -70,18 +70,18 @@ class _Exchange:
 
     def __init__(self, chunks: Iterable[_Chunk]) -> None:
         self._chunks = list(chunks)
-        # How many chunks were exchanged, and of the next one the old contents of its first list and
-        # whether they are already overwritten. One attribute, so that the three change together.
+        # Number of chunks exchanged; for the next chunk, a copy of its first list and whether that
+        # list is already overwritten. One attribute, so that the three change together.
         self._state: tuple[int, list[Tensor] | None, bool] = 0, None, False
         self._return: _Exchange | None = None
 
     def run(self) -> None:
-        """Exchange all, from where an interruption left it."""
+        """Exchange all chunks; continue where an interrupt stopped."""
         while self._state[0] < len(self._chunks):
             self._exchange_one()
 
     def undo(self) -> None:
-        """Put everything back, from where an interruption left it."""
+        """Put everything back; continue where an interrupt stopped."""
         if self._return is None:
             if self._state[1] is not None:
                 self._exchange_one()
@@ -103,14 +103,14 @@ class _Exchange:
 
 
 def in_chunks(left: Sequence[Tensor], right: Iterable[Tensor]) -> Iterator[_Chunk]:
-    """Yield pairs a few at a time: as many as is worth it, and few enough to hold a copy of.
+    """Yield the pairs in chunks: large enough to be worth a call, small enough to copy.
 
     Args:
         left: Tensors.
-        right: One for each of them, of its shape.
+        right: A tensor of the same shape for each of them.
 
     Yields:
-        Tensors of both, whole or pieces of them.
+        A list of tensors of each side, whole or in pieces.
     """
     limit = max(_CHUNK, sum(map(Tensor.numel, left)) // _CHUNKS)
     ones, others, size = [], [], 0
@@ -137,7 +137,7 @@ def _pieces(
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor surely takes views: a subclass may not know what to do."""
+    """Return whether a tensor certainly supports views; a subclass may not."""
     return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 

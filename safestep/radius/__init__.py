@@ -1,1 +1,1 @@
-"""Turn logits and their tangent into a radius; imports nothing else of safestep."""
+"""Compute a radius from logits and their tangent; imports nothing else of safestep."""

@@ -18,11 +18,11 @@ class LogitTangent:
 
     Attributes:
         name: Which logits.
-        source: The logits before the update, ``[*B, C]``, or what computes them (see
+        source: The logits before the update, ``[*B, C]``, or a function that computes them (see
             ``ladder_radius``).
         tangent: Their directional derivative. Shape ``[*B, C]``, unit: logits.
         mask: True where a row counts, None if all do. Shape ``[*B]``.
-        error: How far the spread of each row may be off; None if that is not known. Shape ``[*B]``.
+        error: Error estimate of each row's spread, None if unknown. Shape ``[*B]``, unit: logits.
     """
 
     name: str
@@ -33,21 +33,21 @@ class LogitTangent:
 
     @property
     def logits(self) -> Tensor:
-        """The logits; computed anew each time where they are too many to hold."""
+        """The logits; computed at each access if they are too large to store."""
         source = self.source
         return source if isinstance(source, Tensor) else source().view_as(self.tangent)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRadius:
-    """The smallest radius of a batch, as numbers of the host.
+    """The smallest radius of a batch, as Python numbers.
 
     Attributes:
-        radius: In multiples of the update, NaN if any row's is.
+        radius: In multiples of the update, NaN if any row's radius is NaN.
         spread: Largest spread along the whole update, unit: logits.
         index: Index of the row that set the radius, counted over all sets of rows.
         head: Which set of logits that row belongs to, None if there is only one.
-        counts_every_row: Whether no row counted, so that all of them do.
+        counts_every_row: Whether the masks excluded every row, so that all rows were used.
     """
 
     radius: float
@@ -63,8 +63,8 @@ class BatchRule:
 
     Attributes:
         rung: Which radius of the ladder.
-        limit: The largest normalised step that is allowed; rows that a lower rung shows to be
-            within it do not climb further. None: every row climbs.
+        limit: Largest allowed normalised step; a row that a lower rung proves to be within it
+            climbs no further. None: every row climbs.
         quantile: Use this quantile of the rows' r in place of their maximum. Not certified.
     """
 
@@ -75,15 +75,14 @@ class BatchRule:
     def reduce(self, rows: Iterable[LogitTangent]) -> BatchRadius:
         """Return the smallest radius of the rows that count.
 
-        Where none counts, as with labels that are all ignored or advantages that are all zero, the
-        update is momentum alone; it moves the predictions of every row, so all of them count, by
-        their bound.
+        If no row counts (all labels ignored, all advantages zero), the update is momentum alone.
+        It still moves the predictions of every row, so all rows count, at their bound.
 
         Args:
-            rows: Logits and tangents, one set of rows after the other.
+            rows: Logits and tangents, one set of rows at a time.
 
         Returns:
-            The radius, and where it was found.
+            The radius and the row that set it.
 
         Raises:
             ValueError: If there are no rows.
@@ -114,15 +113,15 @@ def smallest_row(
     """Return the radius of a batch, its largest spread and the row that set the radius.
 
     Args:
-        rows: Logits and tangents, one set of rows after the other.
+        rows: Logits and tangents, one set of rows at a time.
         rung: Which radius of the ladder.
-        limit: The largest normalised step that is allowed: rows that a lower rung already shows to
-            be within it do not climb further. None: every row climbs.
+        limit: Largest allowed normalised step; a row that a lower rung proves to be within it
+            climbs no further. None: every row climbs.
         quantile: Use this quantile of the rows' r in place of their maximum. Not certified.
 
     Returns:
         A float64 tensor ``[radius, spread, index]`` on the device of the rows. Radius is in
-        multiples of the update, NaN if any row's is.
+        multiples of the update, NaN if any row's radius is NaN.
 
     Raises:
         ValueError: If there are no rows.
@@ -131,7 +130,7 @@ def smallest_row(
     for row in rows:
         spread = logit_spread(row.tangent, mask=row.mask)
         radius = math.pi / spread
-        # Logits that are too many to hold are computed only where the bound leaves a row open.
+        # Logits that are too large to store are computed only if the bound leaves a row undecided.
         if RUNGS[rung].needs_logits and not (limit and bool((radius >= 1 / limit).all())):
             radius = ladder_radius(
                 row.source, row.tangent, mask=row.mask, limit=limit, rung=rung,
@@ -141,7 +140,7 @@ def smallest_row(
                 limit = _raised(limit, float(radius.min()))
         radii.append(radius.flatten().double())
         spreads.append(spread.amax().double())
-        del row  # which may be large, before the next is made
+        del row  # frees its memory before the next one is computed
     if not radii:
         raise ValueError("smallest_row: expected at least one set of rows, got none.")
     radius, index = _lower_quantile(torch.cat(radii), quantile)
@@ -151,7 +150,7 @@ def smallest_row(
 def _lower_quantile(radii: Tensor, quantile: float | None) -> tuple[Tensor, Tensor]:
     if quantile is None:
         return radii.min(0)
-    # A masked row has an infinite radius and no say in what share of the rows is meant.
+    # A masked row has an infinite radius; it does not count in the quantile.
     live = int((radii != math.inf).sum())
     rank = 1 + math.floor((1.0 - quantile) * max(live - 1, 0))
     radius, index = radii.kthvalue(rank)
@@ -159,20 +158,20 @@ def _lower_quantile(radii: Tensor, quantile: float | None) -> tuple[Tensor, Tens
 
 
 def _raised(limit: float | None, smallest: float) -> float | None:
-    """Return the limit under which rows cannot have a smaller radius than one that was found."""
+    """Return the limit raised so that only rows below the smallest radius found so far climb."""
     return max(limit or 0.0, 1 / smallest) if 0 < smallest < math.inf else limit
 
 
 def _noting(
     rows: Iterable[LogitTangent], heads: list[tuple[str, int]], uncounted: list[Tensor]
 ) -> Iterator[LogitTangent]:
-    """Pass rows on; note their heads, and the spreads of sets in which no row counts."""
+    """Yield the rows unchanged; record their heads and the spreads of fully masked sets."""
     for row in rows:
         heads.append((row.name, row.tangent.shape[:-1].numel()))
         if row.mask is not None and not bool(row.mask.any()):
             uncounted.append(logit_spread(row.tangent).flatten().double())
         yield row
-        del row  # before the next is made
+        del row  # frees its memory before the next one is computed
 
 
 def _head_of(index: int, heads: Sequence[tuple[str, int]]) -> str | None:

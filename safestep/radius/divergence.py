@@ -1,4 +1,4 @@
-"""How far an update moves the predictions, in nats: the curved part of the linearised loss."""
+"""KL divergence between predictions before and after an update, for linearised logits."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from safestep.radius.rows import CHUNK_ELEMENTS, check_rows
 
-_SMALL = 0.1  # exponents below it take a series: exp(b) - 1 - b cancels there
+_SMALL = 0.1  # below it, exp(b) - 1 - b cancels and is computed by its series
 
 
 def linearized_divergence(
@@ -16,8 +16,8 @@ def linearized_divergence(
     """Return the divergence of the predictions from those after the whole update.
 
     divergence = KL(P || softmax(z + a)) = log sum_k P_k exp(a_k) - sum_k P_k a_k, P = softmax(z).
-    For a cross-entropy with labels that sum to 1, and linearised logits, the loss of the row
-    changes by its slope along the update plus this. It does not depend on the labels.
+    With linearised logits and labels that sum to 1, the cross-entropy of a row changes by its slope
+    along the update plus this divergence, which does not depend on the labels.
 
     Args:
         logits: Numbers that enter the softmax. Shape ``[*B, C]``.
@@ -60,13 +60,13 @@ def linearized_divergence(
 def _of_rows(logits: Tensor, tangent: Tensor, exists: Tensor) -> Tensor:
     is_broken = (exists & ~((logits < math.inf) & tangent.isfinite())).any(dim=-1)
     is_live = exists.any(dim=-1) & ~is_broken
-    # A row without classes becomes one of equal classes that do not move.
+    # A row without classes gets equal logits and a zero tangent.
     logits = logits.masked_fill(~exists, -math.inf).masked_fill(~is_live.unsqueeze(-1), 0.0)
     tangent = tangent.masked_fill(~exists | ~is_live.unsqueeze(-1), 0.0)
     log_share = logits.log_softmax(dim=-1)
     share = log_share.exp()
     offset = tangent - (share * tangent).sum(dim=-1, keepdim=True)
-    offset = offset.masked_fill(share == 0, 0.0)  # exp(offset) may overflow where nothing is
+    offset = offset.masked_fill(share == 0, 0.0)  # exp(offset) could overflow at share 0
     near = (share * _curved(offset)).sum(dim=-1).log1p()
     far = (log_share + offset).logsumexp(dim=-1)
     divergence = torch.where(offset.abs().amax(dim=-1) < 1.0, near, far).clamp(min=0.0)
@@ -74,6 +74,6 @@ def _of_rows(logits: Tensor, tangent: Tensor, exists: Tensor) -> Tensor:
 
 
 def _curved(x: Tensor) -> Tensor:
-    """Return exp(x) - 1 - x, by its series where that cancels."""
+    """Return exp(x) - 1 - x, by its series near 0, where the difference cancels."""
     series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
     return torch.where(x.abs() < _SMALL, series, torch.expm1(x) - x)

@@ -1,14 +1,14 @@
 """Rung 5, the modulus of the nearest complex zero, found by counting zeros in discs.
 
-F(t) = sum_k w_k exp(a_k t) with slopes a_k in [0, 1] is looked at as G(t) = F(t) exp(-t/2), which
-has the same zeros and slopes b_k = a_k - 1/2 in [-1/2, 1/2]. At t = u + iy, with q the weights
-w_k exp(a_k u) made to sum to 1,
+Let F(t) = sum_k w_k exp(a_k t) with slopes a_k in [0, 1]. The code uses G(t) = F(t) exp(-t/2),
+which has the same zeros and the slopes b_k = a_k - 1/2 in [-1/2, 1/2]. At t = u + iy, with q the
+weights w_k exp(a_k u) normalised to sum to 1,
 
     G(t) = (a positive number) * phi(t),  phi(t) = sum_k q_k exp(i y b_k),  |phi| <= 1.
 
-The number of zeros in a disc is the winding of G along its rim. On a piece of the rim the change of
-arg G is certain in two cases: G cannot vanish within 2 log(1 + |phi|) of a point, since it changes
-by less than its own size there; nor where one class outweighs all the others.
+The number of zeros in a disc is the winding number of G along its rim. The change of arg G along an
+arc is certain in two cases: the arc lies within 2 log(1 + |phi|) of a point, where G changes by
+less than its own size and so cannot vanish; or one class outweighs all others along the arc.
 """
 
 import math
@@ -20,11 +20,11 @@ from torch import Tensor
 from safestep.radius.ladder import certified_radius
 from safestep.radius.rows import CHUNK_ELEMENTS, climb_rows
 
-_TOLERANCE = 1e-6  # what the two counts, just inside and just outside, leave open
+_TOLERANCE = 1e-6  # relative gap between the two counting discs, just inside and just outside
 _MAX_ROUNDS = 60
-_MAX_FAILURES = 4  # counts that could not be made in one row
+_MAX_FAILURES = 4  # failed counts after which a row is given up
 _MAX_HALVINGS = 50
-_MAX_ARCS = 1 << 12  # open at one time in one row; more means a multiple zero nearby
+_MAX_ARCS = 1 << 12  # undecided arcs of a row at one time; more means a multiple zero nearby
 _NEWTON_STEPS = 30
 
 
@@ -57,7 +57,7 @@ def exact_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None =
 
 
 class _Point(NamedTuple):
-    """Points t = u + iy, one a row of weights; each field of shape ``[M]``."""
+    """Points t = u + iy, each with its own row of weights; each field has shape ``[M]``."""
 
     t: Tensor
     phi: Tensor
@@ -70,15 +70,15 @@ class _Point(NamedTuple):
 def _nearest_zero(log_weight: Tensor, slope: Tensor) -> Tensor:
     """Return the modulus of the nearest zero, shape ``[N]``; NaN where it cannot be verified.
 
-    [low, high] brackets it by counts of zeros. A round asks for the count in one more disc: just
-    inside or just outside the zero that Newton's iteration offers, else in between. Where the
-    iteration goes is a guess; the counts are not.
+    Counts of zeros bracket the modulus in [low, high]. Each round counts in one more disc: just
+    inside or just outside the zero that Newton's iteration found, else in between. The iteration
+    only guesses; the counts decide.
     """
     certified = certified_radius(log_weight, slope)
     low, high = certified * (1 - 1e-12), torch.full_like(certified, math.inf)
     result, guess = torch.full_like(low, math.nan), torch.full_like(low, math.nan)
     failures = torch.zeros_like(low)
-    # Zeros on one vertical line differ little in modulus where they are far out.
+    # Far from the origin, zeros on one vertical line differ little in modulus.
     tolerance = _TOLERANCE * math.pi / low
     rows = torch.arange(len(low), device=low.device)
     for number in range(_MAX_ROUNDS):
@@ -87,7 +87,7 @@ def _nearest_zero(log_weight: Tensor, slope: Tensor) -> Tensor:
         low, high = torch.where(count == 0, trial, low), torch.where(count > 0, trial, high)
         found = _newton(log_weight, slope, start).abs()
         guess = torch.where((guess >= low) & (guess <= high), guess, found)
-        # Where a count failed another one is taken in between, not the same again.
+        # After a failed count, the next disc lies in between; the same one would fail again.
         guess = guess.masked_fill(count.isnan(), math.nan)
         failures = failures + count.isnan()
         done = high <= low * (1 + 3 * tolerance)
@@ -116,7 +116,7 @@ def _next_radius(
 
 
 def _evaluate(log_weight: Tensor, slope: Tensor, rows: Tensor, t: Tensor) -> _Point:
-    """Return the points ``t`` of the given rows, in pieces that bound the memory."""
+    """Return the given rows evaluated at the points ``t``, in chunks that bound the memory."""
     size = max(1, CHUNK_ELEMENTS // slope.shape[-1])
     parts = []
     for row, at in zip(rows.split(size), t.split(size), strict=True):
@@ -132,7 +132,7 @@ def _evaluate(log_weight: Tensor, slope: Tensor, rows: Tensor, t: Tensor) -> _Po
 
 
 def _newton(log_weight: Tensor, slope: Tensor, start: Tensor) -> Tensor:
-    """Return where Newton's iteration for F leads from ``start`` ``[N]``, in steps of 1 at most."""
+    """Return the end of Newton's iteration for F from ``start`` ``[N]``; steps are at most 1."""
     rows = torch.arange(len(start), device=start.device)
     t = start
     for _ in range(_NEWTON_STEPS):
@@ -146,8 +146,8 @@ def _newton(log_weight: Tensor, slope: Tensor, start: Tensor) -> Tensor:
 def _zeros_inside(log_weight: Tensor, slope: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Return the number of zeros with |t| < radius and the point of the rim with the least |phi|.
 
-    Both ``[N]``. F is real on the real axis, so the upper half of the rim turns by pi a zero. Arcs
-    are halved until the turn along each is certain; NaN where that does not come to an end.
+    Both have shape ``[N]``. F is real on the real axis, so along the upper half of the rim arg G
+    changes by pi per zero. Arcs are halved until each change is certain; NaN if one stays open.
     """
     pieces = 8
     angle = torch.linspace(0, math.pi, pieces + 1, dtype=radius.dtype, device=radius.device)
@@ -195,10 +195,10 @@ def _turn(first: _Point, half: _Point, last: _Point, reach: Tensor) -> tuple[Ten
         first: Where the arc begins.
         half: Its middle.
         last: Where it ends.
-        reach: Upper limit of the distance from the middle to any point of the arc.
+        reach: Upper bound of the distance from the middle to any point of the arc.
     """
     close = reach < 2 * half.phi.abs().log1p() * (1 - 1e-9)
-    # One class outweighs the rest at both ends, hence (the odds are convex in u) in between too.
+    # A class that outweighs the rest at both ends does so in between: the odds are convex in u.
     floor = 0.5 + 1e-9
     ruled = (first.top == last.top) & (first.top_weight > floor) & (last.top_weight > floor)
     spin = torch.where(ruled, first.top_slope, 0.0)

@@ -1,7 +1,7 @@
-"""Rung 4 from below, at the cost of one look at a row of many classes.
+"""A lower bound of rung 4 from one pass over a row of many classes.
 
-A row in units of its spread (see ``safestep.radius.scan``) is replaced by a histogram: the classes
-whose slopes share a bin of width d become one class at its middle; the heaviest stays as it is.
+A histogram replaces a row in units of its spread (see ``safestep.radius.scan``): the classes whose
+slopes share a bin of width d become one class at its middle; the heaviest class stays as it is.
 With s and h the standard deviations of the slope in the row and in the histogram, both tilted by u,
 a bin's share of the row is at most exp(|u| d) times its share of the histogram; by Minkowski,
 
@@ -27,35 +27,35 @@ from safestep.radius.scan import gap_bounds, nodes_at
 Block = Callable[[slice], tuple[Tensor, Tensor]]
 
 BINS = 1024
-_SCALE = BINS * (1 - 1e-5)  # a slope of 1, and one a little over by rounding, is in the last bin
+_SCALE = BINS * (1 - 1e-5)  # a slope of 1, or slightly over by rounding, falls in the last bin
 _WIDTH = 1.01 / BINS  # d, with room for rounding and for vanished weights:
-# those under exp(-87) vanish in float32. Up to the last node a tilt cannot raise what they add to
-# the variance over 1e-10, and (d / 2)^2 is 2e-7.
+# those under exp(-87) vanish in float32. At every node they add at most 1e-10 to the variance,
+# and (d / 2)^2 is 2e-7.
 _LOG2_E = math.log2(math.e)
 _INDEX = torch.int32 if TorchVersion(torch.__version__) >= "2.8" else torch.int64
 BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32
 _REACH = 16.0
-_NODES = 129  # so near to each other that the bound of a gap is 0.1 % below its ends
-# Variance that raw moments in float64 may miss, and that below which their third one says nothing.
+_NODES = 129  # close enough that the bound of a gap is only 0.1 % below its ends
+# Rounding error of the variance from raw float64 moments; below the second, the skew is unusable.
 _ROUNDING, _TOO_SMALL = 1e-13, 1e-9
 
 
 def histogram(block: Block, classes: int, lowest: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights of the heaviest class and of bins of the others.
+    """Return the weight of the heaviest class and the binned weights of the others.
 
-    What is read of the rows are blocks of classes that stay in a cache. The heaviest class so far
-    is in no bin; weights are relative to its own, and shrink when a heavier one is found.
+    Reads the rows in blocks of classes that fit in a cache. The heaviest class so far is in no bin;
+    all weights are relative to it and shrink when a heavier class is found.
 
     Args:
         block: Returns logits and tangent of a slice of the classes, ``[N, size]`` each. A class
             that does not exist has the logit -inf, and a tangent in the range of the others.
-        classes: How many there are.
+        classes: Number of classes.
         lowest: The lowest tangent of each row. Shape ``[N]``.
-        spread: What the highest is above it, positive and finite. Shape ``[N]``.
+        spread: Highest minus lowest tangent, positive and finite. Shape ``[N]``.
 
     Returns:
-        Weights, that of the heaviest class first, ``[N, 1 + BINS]``; and its slope in units of the
-        spread, ``[N, 1]``. The weights of a row that holds NaN or a logit +inf have a NaN.
+        The weights, heaviest class first, ``[N, 1 + BINS]``; and the slope of the heaviest class in
+        units of the spread, ``[N, 1]``. A row with NaN or a logit +inf has a NaN weight.
     """
     lowest, spread = lowest.unsqueeze(-1), spread.unsqueeze(-1)
     scale = (_SCALE / spread).clamp(max=torch.finfo(spread.dtype).max)
@@ -71,13 +71,13 @@ def histogram(block: Block, classes: int, lowest: Tensor, spread: Tensor) -> tup
         rows = (highest > top).squeeze(-1).nonzero().squeeze(-1)
         found = logits[rows].argmax(dim=-1, keepdim=True)
         if len(rows) > 0:
-            # What was the heaviest joins the others.
+            # The class that was the heaviest so far goes into its bin.
             heavier = highest[rows]
             loss = (top[rows] - heavier).exp()
             shrunk = binned[rows].mul_(loss)
             binned[rows] = shrunk.scatter_add_(-1, top_place[rows].to(_INDEX), loss)
             top[rows], top_place[rows] = heavier, place[rows].gather(-1, found)
-        weight = (logits - top).mul_(_LOG2_E).exp2_()  # in half the time of exp on a CPU
+        weight = (logits - top).mul_(_LOG2_E).exp2_()  # takes half the time of exp on a CPU
         weight[rows, found.squeeze(-1)] = 0.0
         binned.scatter_add_(-1, place.to(_INDEX), weight)
     top_weight = torch.ones_like(top).masked_fill_(top.isinf(), math.nan)
@@ -87,8 +87,8 @@ def histogram(block: Block, classes: int, lowest: Tensor, spread: Tensor) -> tup
 def coarse_radius(weight: Tensor, top_slope: Tensor) -> Tensor:
     """Return a lower bound of rung 4 in units of 1 / spread.
 
-    The bins have the same slopes in every row, so that the moments of all rows at all nodes of a
-    fixed grid are one product of matrices. Gaps between nodes are bounded as in a scan.
+    The bins have the same slopes in every row, so one matrix product gives the moments of all rows
+    at all nodes of a fixed grid. Gaps between nodes are bounded as in a scan.
 
     Args:
         weight: From ``histogram``, ``[N, 1 + BINS]``.
@@ -123,10 +123,9 @@ def coarse_radius(weight: Tensor, top_slope: Tensor) -> Tensor:
 
 @cache
 def _grid(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return powers ``[4]``, nodes ``[M]`` and what sums all bins' moments, ``[BINS, 4 M]``.
+    """Return powers ``[4]``, nodes ``[M]`` and the matrix that sums the moments, ``[BINS, 4 M]``.
 
-    The moments are those of slopes from the middle of the row, so that little is lost in the
-    variance.
+    Slopes are measured from the middle of the row, which keeps cancellation in the variance small.
     """
     wide = {"dtype": torch.float64, "device": device}
     power = torch.arange(4, **wide)
@@ -137,9 +136,9 @@ def _grid(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _ruled(over_half: Tensor) -> Tensor:
-    """Return for each gap and the two rays, ``[N, M + 1]``, whether the class rules all of it.
+    """Return for each gap and the two rays, ``[N, M + 1]``, whether the class dominates all of it.
 
-    From 0 outwards; the logarithm of its odds is concave in x, so that both ends tell.
+    From 0 outwards. The log-odds of the class are concave in x, so the two ends of a gap decide.
     """
     middle = over_half.shape[-1] // 2
     left, right = over_half[:, : middle + 1], over_half[:, middle:]

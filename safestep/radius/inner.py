@@ -1,4 +1,4 @@
-"""Radii inside a model: of attention's softmax, and of units that switch at zero."""
+"""Radii inside a model: of the attention softmax and of activation units that switch at zero."""
 
 import math
 
@@ -19,10 +19,10 @@ def attention_radius(score_tangent: Tensor, *, mask: Tensor | None = None) -> Te
     Args:
         score_tangent: Directional derivative of the scores. Shape ``[*B, Q, K]``, keys last. Unit:
             scores (proposed update) or scores per parameter distance (unit tangent).
-        mask: True where a query may look at a key, bool. Shape ``[*B, Q, K]``.
+        mask: True where a query may attend to a key, bool. Shape ``[*B, Q, K]``.
 
     Returns:
-        A scalar in multiples of the tangent, infinite where no attention changes along it.
+        A scalar in multiples of the tangent, infinite if no attention changes along it.
 
     Raises:
         ValueError: If there is no key, or the mask has another shape.
@@ -39,21 +39,21 @@ def attention_radius(score_tangent: Tensor, *, mask: Tensor | None = None) -> Te
 
 
 def kink_radius(pre_activation: Tensor, tangent: Tensor, quantile: float = KINK_QUANTILE) -> Tensor:
-    """Return how far along the tangent the first units of an activation function switch.
+    """Return the distance along the tangent at which the first activation units switch.
 
-    A unit h(t) = h + t dh crosses zero at the distance |h| / |dh|, one way or the other; the
-    radius is a low quantile of it. There ReLU has a kink. GELU and SiLU are smooth: of them it
-    is the distance at which units switch, not that of a singularity.
+    A unit h(t) = h + t dh crosses zero at the distance |h| / |dh|, in one direction or the other;
+    the radius is a low quantile of these distances. ReLU has a kink there. GELU and SiLU are
+    smooth: for them it is the distance at which units switch, not that of a singularity.
 
     Args:
-        pre_activation: What enters the activation function, h. Any shape.
+        pre_activation: Input h of the activation function. Any shape.
         tangent: Its directional derivative dh, of the same shape.
-        quantile: Share of the units that switch within the radius. The value returned is that of
-            a unit, not an interpolation.
+        quantile: Share of the units that switch within the radius. The result is the distance of
+            one unit, not an interpolation.
 
     Returns:
-        A scalar in multiples of the tangent: infinite where no such share of the units moves, NaN
-        where a number is not finite.
+        A scalar in multiples of the tangent: infinite if fewer units than that share move, NaN if
+        an input is not finite.
 
     Raises:
         ValueError: If the shapes differ or are empty, or `quantile` is not within [0, 1].

@@ -1,11 +1,11 @@
-"""From the logits' tangent to the radius in which the loss has a convergent Taylor series.
+"""Lower bounds of the radius within which the Taylor series of the loss converges.
 
-The rungs of one ladder, each at least the one before and none above the exact radius:
+They form a ladder: each rung is at least the one before, and none exceeds the exact radius:
 bound <= closed form <= strip <= certified <= exact. All take ``[*B, C]`` and return ``[*B]`` in the
-inputs' common dtype, float32 for half precision. Their common conventions:
+inputs' common dtype, float32 for half precision. Conventions of all rungs:
 
 - ``mask`` is bool, True where a row counts ``[*B]`` or a class exists ``[*B, C]``. A row that is
-  masked or has fewer than two classes has spread 0 and radius inf, whatever numbers it holds.
+  masked or has fewer than two classes has spread 0 and radius inf, whatever its values.
 - A class with logit -inf does not exist either; its tangent is ignored.
 - NaN in the tangent or logits of a class that exists, an infinite tangent, a spread too large for
   the dtype and a logit +inf give NaN, never a number.
@@ -25,7 +25,7 @@ from safestep.radius.rows import check_rows, climb_rows, row_spread
 from safestep.radius.scan import dominated_interval, scan_minimum, tilted_moments
 from safestep.radius.sources import ComputedRows, HeldRows, Source
 
-_FEW = 16  # rows that are scanned before it is asked again which others may matter
+_FEW = 16  # rows scanned before the remaining candidates are checked again
 
 
 def logit_spread(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def logit_spread(logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor
 
     Returns:
         The spread. Shape ``[*B]``, never negative, in the input's unit; float32 for half precision.
-        Zero means the softmax does not change along this tangent. NaN where it is not finite.
+        Zero means the softmax does not change along this tangent. NaN if it is not finite.
 
     Raises:
         ValueError: If there is no class, or the mask has another shape.
@@ -112,11 +112,11 @@ def closed_form_radius(
 
 
 def strip_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Return rung 3, the nearest that the edge of the zero-free strip comes to the origin.
+    """Return rung 3, the distance from the origin to the edge of the zero-free region.
 
     radius = min over real u of sqrt(u^2 + pi^2 / (4 s(u)^2)), s(u)^2 the variance of the tangent a
     under softmax(logits + u a): no zero u + iy of the partition function has |y| < pi / (2 s(u)).
-    The minimum is found by a scan that never comes out above it, and at most 0.25 % below.
+    A scan finds the minimum; its result is never above it, and at most 0.25 % below.
 
     Args:
         logits: Numbers that enter the softmax, shape ``[*B, C]``.
@@ -137,11 +137,11 @@ def strip_radius(logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None =
 def certified_radius(
     logits: Tensor, logit_tangent: Tensor, *, mask: Tensor | None = None
 ) -> Tensor:
-    """Return rung 4, the largest radius that is still proven cheaply.
+    """Return rung 4, the largest radius that can be proven at low cost.
 
-    The minimum of ``strip_radius`` taken only over the u beyond those around 0 at which one class
-    holds more than half of softmax(logits + u a), where there can be no zero either. Exact for two
-    classes: sqrt((logits_1 - logits_2)^2 + pi^2) / spread.
+    The minimum of ``strip_radius``, but without the interval of u around 0 in which one class holds
+    more than half of softmax(logits + u a): there can be no zero there. Exact for two classes:
+    sqrt((logits_1 - logits_2)^2 + pi^2) / spread.
 
     Args:
         logits: Numbers that enter the softmax, shape ``[*B, C]``.
@@ -172,31 +172,31 @@ def ladder_radius(
     only_smallest: bool = False,
     spread: Tensor | None = None,
 ) -> Tensor:
-    """Return for each row the radius at the rung that settles whether 1 / radius <= limit.
+    """Return for each row the radius at the rung that decides whether 1 / radius <= limit.
 
-    Only rows that the bound leaves unsettled go to the closed form, only those that it leaves
-    unsettled are scanned; they are gathered, so that the cost is that of the few. Where the bound
-    settles all, the tangent is read once and the logits are not: a NaN among them goes unseen, a
-    class of logit -inf counts with its tangent. The only wait for the device is the question
-    whether any row is unsettled.
+    Rows that the bound leaves undecided go to the closed form, and rows that the closed form leaves
+    undecided are scanned; they are gathered, so only they cost time. If the bound decides all rows,
+    the tangent is read once and the logits are not read: a NaN among them is not seen, and a class
+    with logit -inf counts with its tangent. The only synchronization with the device is the check
+    whether any row is undecided.
 
     Args:
         logits: Numbers that enter the softmax, shape ``[*B, C]``; may be None for rung "bound". Or
-            what computes them where they are too many to hold: ``logits(rows, classes)`` of
-            indices of rows (of a flat tensor, None: all) and a slice of the classes.
+            a function that computes them, if they are too large to store: ``logits(rows, classes)``
+            with flat row indices (None: all rows) and a slice of the classes.
         logit_tangent: Their directional derivative, shape ``[*B, C]``.
-        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool; for logits that are
-            computed only rows.
+        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool; only
+            rows if `logits` is a function.
         limit: Largest normalised step (1 / radius) that passes. None takes all rows to ``rung``.
         rung: The highest rung, one of ``RUNGS`` that may be chosen: "bound" or "certified".
-        only_smallest: Whether just the smallest value of the result is wanted: rows that a lower
-            rung shows not to hold it do not climb either.
-        spread: ``logit_spread`` of the rows, where it is known already.
+        only_smallest: Whether only the smallest radius is needed: a row that a lower rung shows not
+            to hold it does not climb.
+        spread: ``logit_spread`` of the rows, if already known.
 
     Returns:
-        The radius. Shape ``[*B]``, in multiples of the tangent. Every value is a proven one; a row
-        over the limit has that of ``rung``, a row within it may have a smaller one. So may every
-        row but that of the smallest value with ``only_smallest``.
+        The radius. Shape ``[*B]``, in multiples of the tangent. Every value is proven. A row over
+        the limit has the radius at ``rung``; a row within the limit may have the smaller radius of
+        a lower rung. With ``only_smallest``, so may every row except the one with the smallest.
 
     Raises:
         ValueError: If the limit is not positive, logits are missing, or a mask does not fit them.
@@ -239,10 +239,10 @@ def ladder_radius(
 def _source_of(
     logits: Tensor | Source, logit_tangent: Tensor, mask: Tensor | None, spread: Tensor
 ) -> HeldRows | ComputedRows:
-    """Return the rows of a batch on one axis.
+    """Return the rows of a batch, flattened to one axis.
 
     Raises:
-        ValueError: If shapes do not fit, or logits that are computed have a mask of classes.
+        ValueError: If shapes do not fit, or computed logits come with a mask of classes.
     """
     classes = logit_tangent.shape[-1]
     of_classes = mask if mask is not None and mask.ndim == logit_tangent.ndim else None
@@ -266,7 +266,7 @@ def _climb_all(
     threshold: float,
     highest: Callable[..., Tensor],
 ) -> None:
-    """Take the rows below the threshold up the ladder, each as far as it needs."""
+    """Move the rows below the threshold up the ladder, each only as far as needed."""
     for rung in (_closed_form_rows, highest):
         rows = _unsettled(radius, threshold)
         if rows is not None:
@@ -279,14 +279,14 @@ def _climb_to_smallest(
     threshold: float,
     highest: Callable[..., Tensor],
 ) -> None:
-    """Take those rows below the threshold up that may hold the smallest radius of all."""
+    """Move up the rows below the threshold that may hold the smallest radius of all."""
     rows, smallest = _unsettled(radius, threshold), threshold
     if rows is None:
         return
     if source.tangent.shape[-1] >= 2 * BINS:
         radius[rows], count = source.coarse(rows), 1
     else:
-        # The first few give a value that most others can be seen not to fall below.
+        # The first few rows give a radius that most other rows provably do not undercut.
         first = radius[rows].nan_to_num(-math.inf).topk(min(_FEW, len(rows)), largest=False)
         first = rows[first.indices].sort().values
         radius[first] = source.climb(highest, first)
@@ -304,7 +304,7 @@ def _climb_to_smallest(
 
 
 def _unsettled(radius: Tensor, threshold: float) -> Tensor | None:
-    # NaN is not settled: it may come from a class that does not exist.
+    # NaN is undecided: it may come from a class that does not exist.
     below = ~(radius >= threshold)
     return below.nonzero().squeeze(-1) if below.any() else None
 
@@ -330,7 +330,7 @@ def _strip_rows(
 def _certified_rows(
     logits: Tensor, logit_tangent: Tensor, mask: Tensor | None, enough: float | None = None
 ) -> Tensor:
-    # A row that is seen to have no less than `enough` is left at what was seen.
+    # The search in a row stops once its radius is proven to be at least `enough`.
     return climb_rows("certified_radius", _certified, logits, logit_tangent, mask, enough)
 
 
@@ -338,7 +338,7 @@ def _closed_form(log_weight: Tensor, slope: Tensor) -> Tensor:
     """Return rung 2 in units of 1 / spread."""
     _, log_variance, _ = tilted_moments(log_weight, slope)
     log_kappa = (math.log(0.25) - log_variance).clamp(min=0)
-    # x + log x = total is solved by Newton; the first guess is good to 15 % where it is needed.
+    # Newton solves x + log x = total; the first guess is within 15 % where it is needed.
     total = math.log(math.pi**2 / 2) + log_kappa.clamp(min=math.pi**2 / 2)
     x = total - total.log()
     for _ in range(4):
@@ -355,7 +355,7 @@ def _certified(log_weight: Tensor, slope: Tensor, enough: Tensor | None = None) 
 
 
 def _strip(log_weight: Tensor, slope: Tensor) -> Tensor:
-    """Return rung 3: what rung 4 scans and what it leaves out, so that it is never over it."""
+    """Return rung 3: scan what rung 4 scans and what it omits, so it never exceeds rung 4."""
     left, right = dominated_interval(log_weight, slope)
     outside = scan_minimum(log_weight, slope, left, right, inside=False)
     inside = scan_minimum(log_weight, slope, left, right, inside=True)
@@ -367,10 +367,10 @@ class Rung:
     """One rung of the ladder.
 
     Attributes:
-        of_rows: Returns the radii ``[*B]`` of logits and tangents ``[*B, C]`` under a mask. Where
-            it is given ``enough``, a row seen to have no less may stay at what was seen.
-        needs_logits: Whether it reads the logits.
-        is_option: Whether a user may choose it as the radius that a step is held within.
+        of_rows: Returns the radii ``[*B]`` of logits and tangents ``[*B, C]`` under a mask. With
+            ``enough``, the search in a row may stop once its radius is proven to be at least that.
+        needs_logits: Whether the rung reads the logits.
+        is_option: Whether a user may choose it as the radius that limits a step.
     """
 
     of_rows: Callable[..., Tensor]
@@ -386,5 +386,5 @@ RUNGS = {
     "certified": Rung(_certified_rows, is_option=True),
 }
 RUNG_OPTIONS = tuple(name for name, rung in RUNGS.items() if rung.is_option)
-# For type checkers, which cannot read it from the entries: a test compares the two.
+# Type checkers cannot read the options from the entries; a test compares the two.
 RungOption = Literal["bound", "certified"]

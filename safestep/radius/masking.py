@@ -1,7 +1,7 @@
-"""Classes that a softmax gives no weight, as attention masks and forbidden actions do.
+"""Classes that a softmax gives no weight, such as masked keys and forbidden actions.
 
-One rule for all: a class is absent where its logit is -inf or 1000 below the largest of its row;
-its tangent then does not widen the row's range.
+One rule for all: a class is absent if its logit is -inf or more than 1000 below the largest of its
+row. The tangent of an absent class does not widen the range of its row.
 """
 
 import math
@@ -14,19 +14,19 @@ _ABSENCE = 1000.0
 
 
 def absent_classes(logits: Tensor) -> Tensor | None:
-    """Return True for the classes that have no weight in their row, None if all have some.
+    """Return a mask of the classes without weight in their row, None if there are none.
 
     Args:
         logits: Shape ``[*B, C]``.
 
     Returns:
-        The classes, ``[*B, C]``.
+        The mask, bool, ``[*B, C]``.
 
     Example:
         >>> absent_classes(torch.tensor([[0.0, 2.0, -1e9]]))
         tensor([[False, False,  True]])
     """
-    if not bool(logits.amin() < -_ABSENCE):  # one pass without a temporary, where nothing is masked
+    if not bool(logits.amin() < -_ABSENCE):  # common case: one pass, no temporary
         return None
     depth = logits.amax(dim=-1, keepdim=True).float() - logits
     return (depth > _ABSENCE) | (logits == -math.inf)
@@ -38,24 +38,24 @@ def stand_in(logit_tangent: Tensor, exists: Tensor) -> Tensor:
 
 
 def filled_in(logit_tangent: Tensor, exists: Tensor) -> Tensor:
-    """Return tangents where one class that exists stands in for those that do not."""
+    """Return the tangent with absent classes replaced by a class of the row that exists."""
     return torch.where(exists, logit_tangent, stand_in(logit_tangent, exists))
 
 
 def without_absent(logits: Tensor, logit_tangent: Tensor) -> Tensor:
-    """Return the tangent with absent classes moved to the range of the others, nearly.
+    """Return the tangent with absent classes moved nearly into the range of the others.
 
-    A class M logits below the others first counts in F(t) where |t| times its distance from the
-    range of the other tangents reaches M. 2 pi / M of that distance is left: no zero of F is nearer
-    than pi / (spread of what is returned), up to terms of size exp(-M / 2).
+    A class M logits below the others matters in F(t) only once |t| times its distance from the
+    range of the other tangents reaches M. The result keeps 2 pi / M of that distance, so no zero of
+    F is nearer than pi / (spread of the result), up to terms of size exp(-M / 2).
 
     Args:
         logits: Shape ``[*B, C]``.
         logit_tangent: Shape ``[*B, C]``.
 
     Returns:
-        A tangent of the same shape, the one given where no class is absent; 0 in rows where all
-        are.
+        A tangent of the same shape, the given one if no class is absent; 0 in rows whose classes
+        are all absent.
 
     Example:
         >>> logits = torch.tensor([[0.0, 2.0, -torch.inf]])
@@ -72,6 +72,6 @@ def without_absent(logits: Tensor, logit_tangent: Tensor) -> Tensor:
     depth = logits.amax(dim=-1, keepdim=True).float() - logits
     near = torch.clamp(logit_tangent, lowest, highest)
     near = near + (logit_tangent - near) * (2 * math.pi / depth)
-    # The tangent of a logit -inf may be anything, NaN in a difference.
+    # The tangent of a logit -inf is arbitrary; a finite difference makes it NaN.
     near = torch.where(logits == -math.inf, lowest, near)
     return torch.where(absent, near.to(logit_tangent), logit_tangent)

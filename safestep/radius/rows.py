@@ -1,4 +1,4 @@
-"""What the rungs share: checks, the spread, and rows brought to units of their spread."""
+"""Code that all rungs share: checks, the spread, and rows scaled to units of their spread."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from safestep.radius.masking import filled_in
 
-# From log-weights [N, C] (-inf: no such class), slopes [N, C] in [0, 1] and, where not every row
-# has to be known, the radius [N] that is enough, to radii [N].
+# Maps log-weights [N, C] (-inf: absent class) and slopes [N, C] in [0, 1] to radii [N]. An optional
+# third argument [N] is the radius at which the search in a row may stop.
 Rung = Callable[..., Tensor]
 
-# Elements of one [rows, classes] work array: bounds memory to some 16 MiB apiece in float32.
+# Elements of one [rows, classes] work array: 16 MiB in float32.
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -54,7 +54,7 @@ def row_spread(logit_tangent: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _range(logit_tangent: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lowest tangent of each row and the spread, NaN where that is not finite."""
+    """Return the lowest tangent of each row and the spread, NaN if it is not finite."""
     # Not aminmax, which takes twelve times as long on a CPU.
     lowest, highest = logit_tangent.amin(dim=-1), logit_tangent.amax(dim=-1)
     dtype = torch.promote_types(logit_tangent.dtype, torch.float32)
@@ -73,9 +73,9 @@ def climb_rows(
     *,
     is_raw: bool = False,
 ) -> Tensor:
-    """Return the larger of bound and rung, computed in chunks of rows.
+    """Return the larger of the bound and the rung, computed in chunks of rows.
 
-    A rung that is raw takes logits, tangents, lowest tangents ``[N]`` and spreads ``[N]``.
+    A raw rung takes logits, tangents, lowest tangents ``[N]`` and spreads ``[N]``.
     """
     check_rows(where, logit_tangent, mask, logits)
     classes = logits.shape[-1]
@@ -102,7 +102,7 @@ def _climb_chunk(
     enough: float | None,
     is_raw: bool,
 ) -> Tensor:
-    """Return the larger of bound and rung, which sees rows of positive, finite spread only."""
+    """Return the larger of the bound and the rung; the rung gets only rows of finite radius."""
     highest = logits.amax(dim=-1)
     if exists is not None or not ((logits.amin(dim=-1) > -math.inf) & (highest < math.inf)).all():
         is_class = logits != -math.inf

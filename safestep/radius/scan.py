@@ -1,4 +1,4 @@
-"""A rigorous minimum of the strip bound along the real line, for many rows at once.
+"""A rigorous lower bound of the strip's minimum along the real line, for many rows at once.
 
 A row is given in units of its spread: log-weights ``[N, C]`` (-inf for a dead class) and slopes
 ``[N, C]`` in [0, 1] that reach both ends. With q = softmax(log_weight + x slope) and s(x)^2 the
@@ -6,12 +6,13 @@ variance of the slope under q, every complex zero x + i y of sum_k exp(log_weigh
 
     |t|^2 >= f(x) = x^2 + pi^2 / (4 s(x)^2).
 
-What makes a scan of f rigorous is that w = log f bends down by a quarter at most, w'' >= -1/4.
+A scan of f is rigorous because the curvature of w = log f is bounded below: w'' >= -1/4.
 Proof: let l = log s^2 and let e = slope - mean. In an exponential family l' is the mean and
 l'' + 3 s^2 the variance of e under the weights q e^2 / s^2, so l'' <= 1/4 - 3 s^2 (Popoviciu). With
 v = pi^2 / (4 s^2) one finds w'' = -2/f - v l''/f + v (x l' + 2)^2 / f^2, hence
 w'' >= -v / (4 f) + (3 pi^2/4 - 2) / f >= -1/4.
-Two nodes thus hold w from below by two parabolas, which meet at one point of a linear equation.
+Between two nodes, a parabola from each bounds w from below; a linear equation gives where they
+meet.
 """
 
 import math
@@ -23,7 +24,7 @@ from torch.linalg import vecdot
 
 # The scan stops once its value is within 0.25 % of the true minimum (twice that in w = log f) ...
 _TOLERANCE = 5e-3
-# ... or after so many nodes; what it returns is a lower bound whenever it stops.
+# ... or after this many rounds; the result is a lower bound whenever it stops.
 _MAX_ROUNDS = 100
 _LOG_QUARTER_PI_SQUARED = math.log(math.pi**2 / 4)
 
@@ -41,15 +42,15 @@ class Nodes(NamedTuple):
 def tilted_moments(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, log-variance and d(log-variance)/dx of ``slope`` under softmax(log_weight).
 
-    Deviations are taken from the heaviest class. Classes of its slope are one class; the others are
-    weighed against the heaviest of them: those of probability exp(-10000) count in the variance,
-    and would be lost in 1 - p.
+    Deviations are taken from the heaviest class; classes with its slope count as one class. The
+    others are weighed relative to the heaviest among them: a probability of exp(-10000) then still
+    counts in the variance, where 1 - p would lose it.
     """
     log_probability = log_weight.log_softmax(dim=-1)
     heaviest = slope.gather(-1, log_probability.argmax(dim=-1, keepdim=True))
     offset = slope - heaviest
     weight = log_probability.masked_fill_(offset == 0, -math.inf)
-    unit = weight.amax(dim=-1, keepdim=True)  # log-probability of the heaviest of the others
+    unit = weight.amax(dim=-1, keepdim=True)  # largest log-probability of the others
     weight = weight.sub_(unit).exp_()
     log_rest = (unit.exp() * weight.sum(dim=-1, keepdim=True)).clamp(max=1).neg().log1p()
     mean_offset = unit.exp() * vecdot(weight, offset).unsqueeze(-1)
@@ -57,7 +58,7 @@ def tilted_moments(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
     weighted = weight.mul_(deviation)
     square = vecdot(weighted, deviation)
     cube = vecdot(weighted.mul_(deviation), deviation)
-    # Of the heaviest class, with its weight in the same unit.
+    # The term of the heaviest class, with its weight in the same unit.
     unit, log_ratio, mean_offset = (
         each.squeeze(-1) for each in (unit, log_rest - unit, mean_offset)
     )
@@ -70,8 +71,8 @@ def tilted_moments(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
 def dominated_interval(log_weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ends (left <= 0 <= right, ``[N]`` each) of the x at which one class is over half.
 
-    Only the class that is over half at x = 0 is followed. Both ends are 0 where there is none, an
-    end is infinite where the class stays over half. Rounding apart the interval is never too long.
+    Follows only the class that is over half at x = 0. Both ends are 0 if there is none; an end is
+    infinite if the class stays over half. Up to rounding, the interval is never too long.
     """
     top_log_weight, top = log_weight.max(dim=-1, keepdim=True)
     odds = (log_weight - top_log_weight).scatter(-1, top, -math.inf)
@@ -118,8 +119,8 @@ def scan_minimum(
 ) -> Tensor:
     """Return a lower bound ``[N]`` of sqrt(f) over the x outside (or inside) the interval.
 
-    Best first: each round puts a node where the lower bound of a row is lowest, until that is
-    within the tolerance of the lowest value seen. A ray beyond the last node is bounded by
+    Best first: each round adds a node where the lower bound of a row is smallest, until that bound
+    is within the tolerance of the smallest value seen. On a ray beyond the last node the bound is
     x^2 + pi^2, since s <= 1/2.
 
     Args:
@@ -127,11 +128,11 @@ def scan_minimum(
         slope: Shape ``[N, C]``, in [0, 1].
         left: Left end of the interval, shape ``[N]``, <= 0, may be -inf.
         right: Right end of the interval, shape ``[N]``, >= 0, may be inf.
-        inside: Whether the inside of the interval is searched, or the two rays outside.
+        inside: Whether to search inside the interval or on the two rays outside.
         enough: Bound of each row, ``[N]``, at which its search may end.
 
     Returns:
-        The lower bound, shape ``[N]``; inf where nothing is to be searched.
+        The lower bound, shape ``[N]``; inf if there is nothing to search.
     """
     ends = torch.stack([torch.nan_to_num(left, neginf=0.0), torch.nan_to_num(right, posinf=0.0)], 1)
     nodes = _evaluate(log_weight, slope, ends)
@@ -162,7 +163,7 @@ def scan_minimum(
 
 
 def _insert(old: Tensor, position: Tensor, new: Tensor) -> Tensor:
-    """Return ``old`` ``[N, M]`` with ``new`` ``[N, 1]`` put before column ``position``."""
+    """Return ``old`` ``[N, M]`` with ``new`` ``[N, 1]`` inserted before column ``position``."""
     column = torch.arange(old.shape[1] + 1, device=old.device)
     source = torch.where(column == position, old.shape[1], column - (column > position).long())
     return torch.cat([old, new], dim=1).gather(1, source)
@@ -183,7 +184,7 @@ def nodes_at(x: Tensor, mean: Tensor, log_variance: Tensor, skew: Tensor) -> Nod
         log_variance: log s^2.
         skew: d(log s^2)/dx.
     """
-    # More than it is where all weights but one vanish: the bound is lower, and stays a number.
+    # Where all weights but one vanish this overstates the variance: the bound is lower, but finite.
     log_variance = log_variance.clamp(min=-1e30)
     log_strip = _LOG_QUARTER_PI_SQUARED - log_variance
     value = torch.logaddexp(2 * x.abs().log(), log_strip)
@@ -197,7 +198,7 @@ def gap_bounds(nodes: Nodes, searched: Tensor) -> tuple[Tensor, Tensor]:
     The first and last gap are the rays; gaps that are not searched are bounded by inf.
     """
     near, far = Nodes(*(f[:, :-1] for f in nodes)), Nodes(*(f[:, 1:] for f in nodes))
-    # fmax: across a gap so wide that its square overflows only the tent stands.
+    # fmax: if the square of a wide gap overflows, only the tent bound remains.
     inner = torch.fmax(_parabola_bound(near, far), _tent_bound(near, far))
     ends = nodes.x[:, [0, -1]]
     rays = torch.logaddexp(2 * ends.abs().log(), torch.full_like(ends, 2 * math.log(math.pi)))

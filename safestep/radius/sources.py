@@ -1,4 +1,4 @@
-"""Where rows that climb the ladder get their logits from: held, or computed when asked."""
+"""Logits of the rows that climb the ladder: held in memory or computed on demand."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from torch import Tensor
 from safestep.radius.histogram import Block, coarse_radius, histogram
 from safestep.radius.rows import CHUNK_ELEMENTS, climb_rows
 
-# From indices of rows (None: all) and, where not all are wanted, a slice of the classes to logits.
+# Maps row indices (None: all) and, optionally, a slice of the classes to logits.
 Source = Callable[..., Tensor]
 
-# From logits, tangents ``[N, C]`` and, if there is one, a mask of them, to radii ``[N]``.
+# Maps logits and tangents ``[N, C]`` and their mask or None to radii ``[N]``.
 RowRung = Callable[..., Tensor]
 
 
@@ -33,7 +33,7 @@ class HeldRows:
 
     def climb(self, rung: RowRung, rows: Tensor) -> Tensor:
         """Return the radii of these rows, given in ascending order."""
-        # As many as there are is all of them: a copy takes as long as a scan.
+        # If all rows are asked for, skip the copy: it takes as long as a scan.
         is_part = len(rows) < len(self.logits)
         all_rows = (self.logits, self.tangent, self.mask)
         return rung(*(x[rows] if is_part and x is not None else x for x in all_rows))
@@ -45,10 +45,10 @@ class HeldRows:
 
 @dataclass(frozen=True, slots=True)
 class ComputedRows:
-    """Rows whose logits are too many to hold beside their tangent.
+    """Rows whose logits are too large to store beside their tangent.
 
     Attributes:
-        source: What computes them.
+        source: Function that computes the logits.
         tangent: Shape ``[N, C]``.
         spread: Of the tangent. Shape ``[N]``.
     """
@@ -64,7 +64,7 @@ class ComputedRows:
         return torch.cat(parts)
 
     def coarse(self, rows: Tensor) -> Tensor:
-        """Return the coarse radii of these rows; no more than a block of logits is computed."""
+        """Return the coarse radii of these rows; computes one block of logits at a time."""
         radius = math.pi / self.spread[rows]
         is_live = radius.isfinite()
         if is_live.any():

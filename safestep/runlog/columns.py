@@ -1,4 +1,4 @@
-"""Turn a stream of records into numpy columns, in memory in proportion to the file."""
+"""Turn a stream of records into numpy columns, with memory proportional to the file size."""
 
 from itertools import chain
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-# What safestep itself writes, and the type of each. Other keys take the type of their values.
+# The keys that safestep itself writes, with their types. Other keys take the type of their values.
 FIELDS: dict[str, Literal["number", "text", "list"]] = {
     **dict.fromkeys(("estimator", "status", "reason"), "text"),
     **dict.fromkeys(
@@ -19,7 +19,7 @@ FIELDS: dict[str, Literal["number", "text", "list"]] = {
 }  # fmt: skip
 MAX_FIELDS = 512  # a log is untrusted: no line may make the reader fill the memory
 _CHUNK_RECORDS = 512  # small enough that the records stay in the processor's cache
-_DENSE_RECORDS = 64  # as many records of the same keys become an array at once
+_DENSE_RECORDS = 64  # this many records with the same keys become an array at once
 _MIN_BYTES = 1 << 26  # columns of up to this size are always made
 _MAX_GROWTH = 4  # beyond it, columns take at most this multiple of the file's size
 
@@ -27,15 +27,14 @@ _MAX_GROWTH = 4  # beyond it, columns take at most this multiple of the file's s
 class ColumnBuilder:
     """Collect records of one kind; missing keys become NaN, or None in text columns.
 
-    Keys that few records have are left out where their columns would take more than four times
-    the file's size (and more than 64 MB), and so are lists that are far longer than the others.
-    ``left_out`` says so.
+    Rare keys are left out if the columns would take more than four times the file's size (and
+    more than 64 MB). So are lists that are far longer than the others. ``left_out`` names both.
 
     Args:
-        path: The file the records come from, for its size and for errors.
+        path: The file the records come from; used for its size and in errors.
 
     Attributes:
-        left_out: One sentence about each thing that `build` left out.
+        left_out: One sentence for each omission of `build`.
 
     Example:
         >>> builder = ColumnBuilder(Path("run.jsonl"))
@@ -53,10 +52,10 @@ class ColumnBuilder:
         self._num_rows = 0
         self._columns: dict[str, _Column] = {}
         self._segments: list[int] = []
-        self._texts: dict[str, str] = {}  # each text once in memory
+        self._texts: dict[str, str] = {}  # stores each distinct text once
 
     def add(self, record: dict[str, Any], line: int) -> None:
-        """Take one record, which came from the given line.
+        """Add a record that came from the given line.
 
         Args:
             record: The record, without its kind.
@@ -69,7 +68,7 @@ class ColumnBuilder:
             self._flush()
 
     def start_segment(self) -> None:
-        """Say that the run was resumed here: steps taken again supersede the earlier ones."""
+        """Mark that the run was resumed here: repeated steps replace the earlier ones."""
         self._flush()
         self._segments.append(self._num_rows)
 
@@ -86,7 +85,7 @@ class ColumnBuilder:
         return columns if keep.all() else {name: col[keep] for name, col in columns.items()}
 
     def _flush(self) -> None:
-        """Move the records into columns: all that have the same keys at once."""
+        """Move the records into columns; records with the same keys go together."""
         groups: dict[tuple[str, ...], list[int]] = {}
         for row, record in enumerate(self._records):
             groups.setdefault(tuple(record), []).append(row)
@@ -145,7 +144,7 @@ class ColumnBuilder:
         )
 
     def _affordable(self) -> list[str]:
-        """Return the columns to make: safestep's own, then the most frequent that fit."""
+        """Return the columns to build: safestep's own, then the most frequent that fit."""
         names = sorted(self._columns, key=lambda n: (n not in FIELDS, -self._columns[n].count))
         size = self._path.stat().st_size if self._path.is_file() else 0
         most = max(_MIN_BYTES, _MAX_GROWTH * size) // (8 * self._num_rows + 1)
@@ -182,7 +181,7 @@ class ColumnBuilder:
         return joined
 
     def _affordable_width(self, name: str, lengths: np.ndarray) -> int:
-        """Return the longest length at which padding stays in proportion to what is there."""
+        """Return the largest width at which padding stays in proportion to the data."""
         most = max(_MIN_BYTES // 8, _MAX_GROWTH * lengths.sum()) // max(self._num_rows, 1)
         is_fitting = lengths <= most
         if not is_fitting.all():
@@ -195,7 +194,7 @@ class ColumnBuilder:
 
 
 class _Column:
-    """The values of one key, with their rows; those of rare keys wait as Python objects."""
+    """The values of one key with their rows; those of rare keys wait as Python objects."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[np.ndarray, np.ndarray | _Lists]] = []
@@ -208,7 +207,7 @@ class _Column:
 
 
 class _Lists:
-    """Lists of numbers of any length, one after the other."""
+    """Lists of numbers of any length, stored back to back."""
 
     def __init__(self, lists: list[list[Any]]) -> None:
         self.lengths = np.array([len(item) for item in lists])
@@ -217,7 +216,7 @@ class _Lists:
             raise ValueError("a list of lists")
 
     def write(self, table: np.ndarray, rows: np.ndarray) -> None:
-        """Fill rows of a table from the left; lists that are wider stay out."""
+        """Fill rows of a table from the left; skip lists wider than the table."""
         ends = np.cumsum(self.lengths)
         for length in np.unique(self.lengths[self.lengths <= table.shape[1]]):
             chosen = np.flatnonzero(self.lengths == length)
@@ -235,7 +234,7 @@ def _objects(values: Any) -> np.ndarray:
 
 
 def _is_current(steps: np.ndarray, segments: list[int]) -> np.ndarray:
-    """Return which rows no later segment took again. Shape ``[T]``."""
+    """Return a mask of the rows that no later segment repeats. Shape ``[T]``."""
     keep = np.ones(len(steps), dtype=bool)
     first_retaken = np.inf
     end = len(steps)

@@ -1,4 +1,4 @@
-"""The radii inside a model over a run, as series to draw and to describe."""
+"""Series of the radii inside a model over a run."""
 
 import math
 from collections import Counter
@@ -15,11 +15,11 @@ def least_radii(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the smallest radius of each kind at every step, over layers and optimizers.
 
     Args:
-        run: A run that logged ``radii``; the log is not trusted to be one of ours.
+        run: A run that logged ``radii``; malformed values are tolerated.
 
     Returns:
-        The steps, shape ``[T]``, and by kind a parameter distance at each, NaN where there is none.
-        Empty where the run holds no radii. Kinds that it does not hold are left out.
+        The steps, shape ``[T]``, and for each kind a parameter distance per step, NaN where there
+        is none. Empty if the run has no radii. Kinds that the run does not have are left out.
 
     Example:
         >>> import tempfile
@@ -47,13 +47,13 @@ def least_radii(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def binding_shares(radii: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return at which share of the steps each radius is the smallest, the most frequent first.
+    """Return the share of the steps at which each radius is the smallest, most frequent first.
 
     Args:
         radii: What ``least_radii`` found.
 
     Returns:
-        Shares of the steps at which any radius is finite.
+        Shares, by kind, of the steps that have a finite radius.
 
     Example:
         >>> binding_shares({"output": np.array([2.0, 1.0]), "ffn": np.array([1.0, np.nan])})

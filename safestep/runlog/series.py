@@ -1,4 +1,4 @@
-"""What figures and words are made of: one value of each quantity a step."""
+"""The series behind figures and texts: one value of each quantity per step."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,10 +10,10 @@ from safestep.runlog.reader import Run
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepSeries:
-    """One value a step, in the order of the run, NaN where the log has none. All shape ``[T]``.
+    """One value per step, in the order of the run, NaN where the log has none. All shape ``[T]``.
 
-    With several optimizers a step has several records: their normalized steps add up (the spread
-    is a seminorm), their radii follow, and the step counts as clipped if one of them was.
+    With several optimizers a step has several records. Their normalized steps add up (the spread
+    is a seminorm), the joint radius follows, and the step counts as clipped if any of them was.
 
     Attributes:
         step: Step numbers.
@@ -23,8 +23,8 @@ class StepSeries:
         step_norm: Parameter distance that the optimizer proposed.
         scale: Factor applied to the step.
         learning_rate: Learning rate of the optimizer.
-        effective_learning_rate: Learning rate that the step taken amounts to.
-        loss: Training loss before the step; the workers' mean where the steps have none.
+        effective_learning_rate: Learning rate that corresponds to the step taken.
+        loss: Training loss before the step; the workers' mean if the step record has none.
         seconds: Cost of the guard at this step.
         clipped, skipped, unmeasured: Masks by status.
     """
@@ -49,9 +49,9 @@ class StepSeries:
         return self.clipped | self.skipped
 
 
-@lru_cache(maxsize=16)  # every figure of a report asks for it
+@lru_cache(maxsize=16)  # every figure of a report uses it
 def step_series(run: Run) -> StepSeries:
-    """Return the step records as one value a step.
+    """Return the step records as one value per step.
 
     Args:
         run: The run.
@@ -97,7 +97,7 @@ def drawable(run: Run) -> Run:
         run: The run.
 
     Returns:
-        The run; numbers over 1e100 are infinite in it, those under 1e-100 are 0.
+        The run, with magnitudes over 1e100 replaced by infinity and those under 1e-100 by 0.
     """
 
     def within(column: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ def drawable(run: Run) -> Run:
 
 
 def positive(values: np.ndarray) -> np.ndarray:
-    """Return the values, NaN where they have no logarithm.
+    """Return the values, NaN where they are not positive.
 
     Args:
         values: Any values. Shape ``[T]``.
@@ -127,7 +127,7 @@ def positive(values: np.ndarray) -> np.ndarray:
 
 
 def worker_noun(run: Run) -> str:
-    """Return what the log's workers are: "worker", or "micro-batch" in a single process.
+    """Return the word for the log's workers: "worker", or "micro-batch" in a single process.
 
     Args:
         run: The run.
@@ -161,7 +161,7 @@ def worker_mean(run: Run, name: str, steps: np.ndarray) -> np.ndarray:
     Args:
         run: The run.
         name: A per-worker column, "loss" or "grad_norm".
-        steps: Rising step numbers. Shape ``[T]``.
+        steps: Increasing step numbers. Shape ``[T]``.
 
     Returns:
         The means. Shape ``[T]``.
@@ -200,8 +200,8 @@ def step_share(run: Run) -> float:
         run: The run.
 
     Returns:
-        Mean seconds of the guard over those plus the mean seconds of the rest of a step. A rest
-        longer than ten times the median (a validation pass) counts as ten times the median.
+        guard / (guard + rest), in mean seconds per step; the rest is all time outside the guard. A
+        rest over ten times the median (a validation pass) counts as ten times the median.
     """
     steps, first = np.unique(run.steps["step"], return_index=True)
     time, seconds = _column(run, "time")[first], step_series(run).seconds
@@ -214,13 +214,13 @@ def step_share(run: Run) -> float:
 
 
 def loss_ratios(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:
-    """Return the r of steps taken, and the loss after over the loss before them.
+    """Return the r of steps taken, and the ratio of the loss after to the loss before each.
 
     Args:
         series: The steps.
 
     Returns:
-        r and ratio of the steps that have both, where the next step is in the log. Shape ``[K]``.
+        r and ratio of the steps that have both and whose next step is logged. Shape ``[K]`` each.
     """
     r, loss = series.taken[:-1], np.where(series.loss > 0, series.loss, np.nan)
     ratio = loss[1:] / loss[:-1]
@@ -229,18 +229,18 @@ def loss_ratios(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def thin(*values: np.ndarray, keep: np.ndarray | None = None, max_points: int = 1500) -> np.ndarray:
-    """Return indices that show all extremes of the values, and every point to keep.
+    """Return indices that keep all extremes of the values, and every point in `keep`.
 
-    The series is cut into equal stretches; of each, the points with the least and the largest
-    value are kept, of every quantity.
+    Cuts the series into equal stretches and keeps, for every quantity, the points with the smallest
+    and the largest value of each stretch.
 
     Args:
         *values: Quantities over one axis. Shape ``[T]`` each.
-        keep: Points that are shown whatever their value. Shape ``[T]``.
-        max_points: About how many points a quantity leaves.
+        keep: True for points to keep whatever their value. Shape ``[T]``.
+        max_points: Approximate number of points kept for a quantity.
 
     Returns:
-        Rising indices, the first and the last among them.
+        Increasing indices, including the first and the last.
 
     Example:
         >>> spike = np.zeros(100_000)
@@ -270,7 +270,7 @@ def thin(*values: np.ndarray, keep: np.ndarray | None = None, max_points: int = 
 
 
 def spans(mask: np.ndarray, max_gap: int = 1) -> list[tuple[int, int]]:
-    """Return first and last index of each run of true values.
+    """Return the first and last index of each run of true values.
 
     Args:
         mask: Truth values. Shape ``[T]``.

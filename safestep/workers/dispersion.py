@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# At most this share of calls with like workers (independent, Gaussian) names an outlier.
+# Share of calls that may name an outlier although the workers are alike (independent, Gaussian).
 _FALSE_OUTLIERS = 0.01
-# Workers that agree to a hundredth are alike, whatever the statistics of so few numbers say.
+# Workers that agree to 1 % count as alike, whatever the statistics of so few numbers say.
 _AGREEMENT = 0.01
-# Columns of a stacked gradient that are widened to float64 at once: 8 MiB a worker.
+# Columns of a stacked gradient converted to float64 at once: 8 MiB per worker.
 CHUNK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerDispersion:
-    """What N workers' losses and gradients say about each other. Tensors are float64.
+    """How far the losses and gradients of N workers disagree. Tensors are float64.
 
     Attributes:
         loss_std: Standard deviation of the losses over the workers (divided by N). Shape ``[]``.
@@ -24,12 +24,12 @@ class WorkerDispersion:
         grad_norm_std: Standard deviation of the gradients' 2-norms (divided by N). Shape ``[]``.
         grad_norm_cv: ``grad_norm_std`` over the mean norm; NaN if every gradient is zero.
         pairwise_cosine: Mean cosine between two different workers' gradients, in [-1, 1]; not the
-            mean of ``cosine_to_mean``. NaN with one worker or where it was not measured.
+            mean of ``cosine_to_mean``. NaN with one worker or if it was not measured.
         cosine_to_mean: Cosine of each worker's gradient with the mean gradient. Shape ``[N]``.
         noise_scale: Gradient noise scale tr(S) / |G|^2 in examples: the batch size at which noise
-            and gradient are of one size. Infinite where the noise hides the gradient from N
-            workers, NaN with one worker.
-        outlier: Rank of the one worker that stands out at this step alone, else None.
+            and gradient are equally large. Infinite if the noise of N workers hides the gradient,
+            NaN with one worker.
+        outlier: Rank of the worker that stands out at this step by itself, else None.
     """
 
     loss_std: Tensor
@@ -44,15 +44,15 @@ class WorkerDispersion:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSums:
-    """The sums from which every metric follows; g_i is worker i's gradient, g their mean.
+    """The sums that determine every gradient metric; g_i is worker i's gradient, g their mean.
 
-    The first three are additive over parts of the gradient. Tensors are float64.
+    The first three add up over parts of the gradient. Tensors are float64.
 
     Attributes:
         squared_norms: ||g_i||^2. Shape ``[N]``.
         mean_products: <g_i, g>. Shape ``[N]``.
         mean_squared_norm: ||g||^2. Shape ``[]``.
-        unit_squared_norm: ||sum_i g_i / ||g_i|| ||^2, or NaN: not measured. Shape ``[]``.
+        unit_squared_norm: ||sum_i g_i / ||g_i|| ||^2, NaN if not measured. Shape ``[]``.
     """
 
     squared_norms: Tensor
@@ -67,16 +67,16 @@ def worker_dispersion(
     *,
     num_examples: int = 1,
 ) -> WorkerDispersion:
-    """Return how far N workers' losses and gradients lie apart, and who stands out.
+    """Return how far the losses and gradients of N workers disagree, and which worker stands out.
 
-    A NaN or infinite value makes every number it enters NaN or infinite; nothing is left out.
+    A NaN or infinite value makes every metric that uses it NaN or infinite; nothing is left out.
 
     Args:
         losses: Each worker's own mean loss. Shape ``[N]``.
-        gradients: Each worker's gradient of that loss, un-scaled and un-clipped, not yet averaged:
+        gradients: Each worker's gradient of that loss, unscaled, unclipped and not yet averaged:
             shape ``[N, P]``, or N dicts with the same parameter names.
-        num_examples: Examples a worker's gradient averages over. It only sets the unit of the
-            noise scale; 1 gives it in workers' batches.
+        num_examples: Number of examples that a worker's gradient averages over. It only sets the
+            unit of the noise scale; 1 gives it in workers' batches.
 
     Returns:
         The metrics, on the gradients' device.
@@ -108,7 +108,7 @@ def worker_dispersion(
 
 
 def worker_sums(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> WorkerSums:
-    """Return the sums of gradients that are all at hand.
+    """Return the sums of gradients that are all on this process.
 
     Args:
         gradients: As for `worker_dispersion`.
@@ -122,7 +122,7 @@ def worker_sums(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> WorkerSum
 def dispersion_from_sums(
     losses: Tensor, sums: WorkerSums, *, num_examples: int = 1
 ) -> WorkerDispersion:
-    """Return the metrics of `worker_dispersion` from sums that a few floats per worker hold.
+    """Return the metrics of `worker_dispersion` from sums, a few floats per worker.
 
     Args:
         losses: Each worker's own mean loss, float64. Shape ``[N]``.
@@ -148,7 +148,7 @@ def dispersion_from_sums(
 
 
 def add_to_gram(gram: Tensor | None, parts: Tensor, factor: float = 1.0) -> Tensor:
-    """Return inner products of gradients to which one more part of the gradients is added.
+    """Return the inner products of gradients, extended by one more part of the gradients.
 
     Args:
         gram: The sum so far, None at the beginning. Shape ``[N, N]``.
@@ -166,7 +166,7 @@ def add_to_gram(gram: Tensor | None, parts: Tensor, factor: float = 1.0) -> Tens
 
 
 def sums_of_gram(gram: Tensor) -> WorkerSums:
-    """Return the sums that follow from the inner products of all pairs of gradients.
+    """Return the sums from the inner products of all pairs of gradients.
 
     Args:
         gram: The products, float64. Shape ``[N, N]``.
@@ -186,14 +186,14 @@ def sums_of_gram(gram: Tensor) -> WorkerSums:
 def unit_squared_norm_of_two(squared_norms: Tensor, mean_products: Tensor) -> Tensor:
     """Return ||g_1 / ||g_1|| + g_2 / ||g_2|| ||^2 where g is exactly the mean of the two.
 
-    <g_1, g_2> = 2 <g_1, g> - ||g_1||^2, so that two workers need not exchange their gradients.
+    <g_1, g_2> = 2 <g_1, g> - ||g_1||^2, so two workers need not exchange their gradients.
 
     Args:
         squared_norms: ||g_i||^2. Shape ``[2]``.
         mean_products: <g_i, g>. Shape ``[2]``.
 
     Returns:
-        What `WorkerSums` holds. Shape ``[]``.
+        The ``unit_squared_norm`` of `WorkerSums`. Shape ``[]``.
     """
     products = 2 * mean_products - squared_norms
     return 2 + 2 * products.mean() / squared_norms.prod().sqrt()
@@ -217,7 +217,7 @@ def _gram(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 
 def _chunks(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Iterator[Tensor]:
-    """Yield pieces ``[N, p]`` that together are all the gradients.
+    """Yield parts ``[N, p]`` that together make up the gradients.
 
     Raises:
         ValueError: If the workers' gradients are not alike in shape or names.
@@ -243,7 +243,7 @@ def _chunks(gradients: Tensor | Sequence[Mapping[str, Tensor]]) -> Iterator[Tens
 def _pairwise_cosine(sums: WorkerSums) -> Tensor:
     """Return (||sum_i g_i/||g_i|| ||^2 - N) / (N (N - 1))."""
     num_workers = len(sums.squared_norms)
-    if num_workers == 1:  # no pair; 0 / 0 would hang on the rounding of the numerator
+    if num_workers == 1:  # no pair; 0 / 0 would depend on the rounding of the numerator
         return torch.full_like(sums.unit_squared_norm, torch.nan)
     pairs = num_workers * (num_workers - 1.0)
     return ((sums.unit_squared_norm - num_workers) / pairs).clamp(-1, 1)
@@ -265,10 +265,10 @@ def _outlier(losses: Tensor, norms: Tensor, cosine_to_mean: Tensor) -> int | Non
     """Return the first non-finite worker, else the one too far from all others, else None."""
     finite = losses.isfinite() & norms.isfinite()
     if not finite.all():
-        # Where nobody is finite nobody stands out.
+        # If no worker is finite, none stands out.
         return int(finite.int().argmin()) if finite.any() else None
     if len(losses) < 3:
-        return None  # of two that differ either may be the odd one
+        return None  # of two that differ, either may be the outlier
     log_norms = norms.clamp_min(1e-12 * norms.max()).clamp_min(1e-150).log()
     deviations = torch.stack(
         [
@@ -283,10 +283,10 @@ def _outlier(losses: Tensor, norms: Tensor, cosine_to_mean: Tensor) -> int | Non
 
 
 def _leave_one_out_z(values: Tensor, agreement: Tensor) -> Tensor:
-    """Return how improbable each worker is beside the others, in standard deviations.
+    """Return each worker's deviation from the others, as an equivalent normal deviate.
 
-    The distance to the others' mean over their standard deviation follows Student's t with
-    N - 2 degrees of freedom; Wallace (1959) turns that into a normal deviate in one line.
+    The distance to the others' mean over their standard deviation, suitably scaled, follows
+    Student's t with N - 2 degrees of freedom; Wallace (1959) converts it to a normal deviate.
     """
     count = len(values)
     others = values.expand(count, count)[~torch.eye(count, dtype=torch.bool, device=values.device)]

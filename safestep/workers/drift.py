@@ -1,8 +1,8 @@
-"""Which worker is off? Evidence over ranks and time from the workers' logged numbers.
+"""Detect a deviating worker from the workers' logged numbers, over ranks and time.
 
-Workers that draw from the same data are exchangeable: at each step their order, by loss or by
-gradient norm, is a random permutation, however those numbers are distributed and however training
-drifts. So the order needs no model of the noise, and the chance of a false alarm has a bound.
+Workers that draw from the same data are exchangeable: at each step their order by loss or gradient
+norm is a random permutation, whatever the distribution and however training drifts. A test of the
+order therefore needs no model of the noise, and its false-alarm rate is bounded.
 """
 
 import math
@@ -16,14 +16,14 @@ Array = NDArray[np.float64]
 
 QUANTITIES = ("loss", "gradient norm", "cosine to the mean")
 _NORM = 1
-# A gradient norm this many MADs and this factor above the others is an alarm by itself. The order
-# says nothing in one step; both limits are far outside what mini-batches do (heavy tails: factor
-# 30 seen on a fitted classifier).
+# A gradient norm that exceeds the others by both this many MADs and this factor is an event at
+# once; the order needs many steps. Mini-batches stay far below both limits (heavy tails: factor 30
+# was seen on a fitted classifier).
 _SPIKE_MADS = 20.0
 _SPIKE_FACTOR = 100.0
-# Where the others are all equal there is no scale; no distance counts as more than this.
+# Largest deviation that counts, for workers whose values are all equal and give no scale.
 _FAR_MADS = 1000.0
-# The scale of ordinary deviations is a mean over about this many steps.
+# The scale of ordinary deviations is averaged over about this many steps.
 _MEMORY = 50
 
 
@@ -32,14 +32,14 @@ class WorkerEvent:
     """One worker departs from the others.
 
     Attributes:
-        step: Step at which there was enough evidence.
-        rank: The worker; of two workers, the one with the larger value. The first one of several
-            replicas that differ.
+        step: Step at which the evidence sufficed.
+        rank: The worker. With two workers, the one with the larger value; if several replicas
+            differ, the first.
         quantity: One of `QUANTITIES`, or what differs between replicas.
         deviation: Mean signed distance from the workers' median since ``since``, in MADs (median
-            absolute deviations of the workers); NaN for a non-finite worker. Of update norms, their
-            relative difference; of checksums, NaN.
-        since: Step at which the evidence began to grow: the estimated onset.
+            absolute deviations of the workers); NaN for a non-finite worker. For update norms,
+            their relative difference; for checksums, NaN.
+        since: Estimated onset: the step at which the evidence began to grow.
         message: The event in a sentence.
     """
 
@@ -52,23 +52,25 @@ class WorkerEvent:
 
 
 class WorkerWatch:
-    """Tell a worker that is off from the usual spread among workers.
+    """Distinguish a deviating worker from the usual spread among workers.
 
-    For each quantity and side, place k of N (0 = most extreme) is worth the likelihood ratio
-    N 2^-k / (2 - 2^(1-N)) of "often among the extremes" against "every order alike". Its logs
-    are summed from the step that makes the sum largest (CUSUM); at log(6 N / false_alarms) the
-    worker is named. By Ville's inequality exchangeable workers give at most ``false_alarms``
-    events a step in the mean. A worker always at the extreme is named after 57, 31, 23, 13 steps
-    for N = 2, 3, 4, 8; a non-finite one, or a gradient norm a hundred times the others', at once.
+    For each quantity and side, place k of N (0 = most extreme) has the likelihood ratio
+    N 2^-k / (2 - 2^(1-N)) of "often among the extremes" against "all orders equally likely". Its
+    logarithms are summed from the step that makes the sum largest (CUSUM); at log(6 N /
+    false_alarms) the worker is named. By Ville's inequality, exchangeable workers cause on average
+    at most ``false_alarms`` events per step. A worker that is always the extreme is named after 57,
+    31, 23, 13 steps for N = 2, 3, 4, 8. A non-finite value, or a gradient norm a hundred times the
+    others', is named at once.
 
-    A named worker is left out of the others' comparisons until its evidence is gone, so one fault
-    makes one event. Workers with different data are not exchangeable and are rightly named.
+    The others are not compared with a named worker until its evidence has faded, so one fault
+    causes one event. Workers with different data are not exchangeable and are rightly named.
 
     Args:
         num_workers: Number of workers.
-        false_alarms: Expected false events per step of like workers, order evidence.
-        non_finite_patience: Consecutive steps that a gradient may be non-finite while the loss is
-            finite; a loss scale in float16 overflows now and then by design.
+        false_alarms: Largest expected number of false events per step from the order of
+            exchangeable workers.
+        non_finite_patience: Number of consecutive steps for which a gradient may be non-finite
+            while the loss is finite; with float16 loss scaling, overflows occur by design.
 
     Example:
         >>> watch = WorkerWatch(4)
@@ -95,7 +97,7 @@ class WorkerWatch:
     def update(
         self, step: int, losses: ArrayLike, grad_norms: ArrayLike, cosines_to_mean: ArrayLike
     ) -> list[WorkerEvent]:
-        """Take one step's numbers and return what they newly show, most often nothing.
+        """Add one step's numbers and return the new events, usually none.
 
         Args:
             step: The step's number.
@@ -111,7 +113,7 @@ class WorkerWatch:
                 [np.asarray(v, np.float64) for v in (losses, grad_norms, cosines_to_mean)]
             )
             events = self._non_finite_events(step, np.isfinite(values))
-            values[_NORM] = np.log(values[_NORM])  # norms differ by factors
+            values[_NORM] = np.log(values[_NORM])  # norms are compared by ratio
             deviations = values - np.median(values, axis=1, keepdims=True)
             events += self._spike_events(step, deviations)
             self._gather_evidence(step, values, deviations)
@@ -119,14 +121,14 @@ class WorkerWatch:
         return events + self._evidence_events(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the evidence so far, as JSON-like values."""
+        """Return the evidence so far, as lists of numbers."""
         return {name: getattr(self, name).tolist() for name in self._state_names()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the evidence that `state_dict` gave.
+        """Load the evidence that `state_dict` returned.
 
         Args:
-            state: From a watch over as many workers.
+            state: The state of a watch over the same number of workers.
 
         Raises:
             ValueError: If the number of workers differs.
@@ -156,7 +158,7 @@ class WorkerWatch:
         return events
 
     def _spike_events(self, step: int, deviations: Array) -> list[WorkerEvent]:
-        # One gradient far beyond all that was seen, as a bit flip makes it.
+        # One gradient norm far beyond all others, such as a bit flip causes.
         if len(self._named) < 3 or not np.isfinite(self._scale[_NORM]):
             return []
         mads = deviations[_NORM] / self._scale[_NORM]
@@ -184,7 +186,7 @@ class WorkerWatch:
         scale = np.where(np.isfinite(self._scale), self._scale, _mad(deviations))
         mads = np.nan_to_num(deviations / scale[:, None])
         self._deviation_sum += mads.clip(-_FAR_MADS, _FAR_MADS)
-        # What named a worker fades from the threshold to zero; that clears the worker.
+        # A named worker's evidence is capped at the threshold; at zero the worker is cleared.
         fading = np.where(self._evidence > 0, np.minimum(evidence, self._threshold), 0)
         self._evidence = np.maximum(np.where(self._named, fading, evidence), 0)
         self._named &= (self._evidence > 0).any((0, 1))
@@ -192,11 +194,11 @@ class WorkerWatch:
     def _evidence_events(self, step: int) -> list[WorkerEvent]:
         evidence = np.where(self._named, 0, self._evidence)
         if len(self._named) == 2:
-            evidence[1] = 0  # both stand out alike: the upper one speaks for the pair
+            evidence[1] = 0  # both deviate equally: report only the upper one
         has_crossed = (evidence >= self._threshold).any((0, 1))
         if not has_crossed.any():
             return []
-        # What crossed first may not be what shows most.
+        # Report the quantity with the largest deviation, not the one that crossed first.
         shows = has_crossed & (evidence >= self._threshold / 2)
         deviations = self._deviation_sum / np.maximum(self._count, 1)
         order = np.where(shows, np.abs(deviations), -1)
@@ -214,7 +216,7 @@ class WorkerWatch:
         return [WorkerEvent(step, rank, QUANTITIES[quantity], deviation, since, message)]
 
     def _name(self, rank: int, side: int, quantity: int) -> None:
-        """Leave the worker out of the comparisons; the others' evidence was against its values."""
+        """Stop comparing with the worker; reset the others, whose evidence relied on its values."""
         self._named[rank] = True
         self._evidence[..., ~self._named] = 0
         self._evidence[..., rank] = 0
@@ -233,9 +235,9 @@ def _mad(deviations: Array) -> Array:
 
 
 def _log_likelihood_ratio(values: Array, is_like: NDArray[np.bool_]) -> Array:
-    """Return each worker's evidence of one step; ties share, non-finite quantities have none.
+    """Return each worker's evidence from one step; ties share, non-finite quantities give none.
 
-    Each worker is placed among itself and the other like workers, largest value first.
+    Each worker is ranked against the others that are like it (not named), largest value first.
     """
     count = len(is_like)
     others = is_like & ~np.eye(count, dtype=bool)  # [worker, other]

@@ -21,12 +21,12 @@ from safestep.workers.replicas import ReplicaWatch
 
 _logger = logging.getLogger("safestep")
 
-# A loss scale of 2^16 can halve 16 times before it is 1: overflow up to there is its search.
+# A loss scale of 2^16 can halve 16 times before it is 1: overflows in that search are normal.
 _SCALER_PATIENCE = 20
 
 
 class Scaler(Protocol):
-    """What is used of ``torch.amp.GradScaler``."""
+    """The part of ``torch.amp.GradScaler`` that is used."""
 
     def get_scale(self) -> float:
         """Return the factor on the loss, 1 when disabled."""
@@ -38,7 +38,7 @@ class WorkerReport:
     """One step's numbers, the same on every rank. Per-worker values are in rank order.
 
     ``loss``, ``grad_norm`` and ``cosine_to_mean`` are per worker; the other numbers, and
-    ``outlier``, are those of `WorkerDispersion`. ``events`` is what the watch newly found.
+    ``outlier``, are those of `WorkerDispersion`. ``events`` holds the new events.
     """
 
     step: int
@@ -62,38 +62,38 @@ class WorkerReport:
 
 
 class WorkerMetrics:
-    """Measure each worker's loss and gradient before they are averaged, and say who is off.
+    """Measure each worker's loss and gradient before they are averaged, and name deviating workers.
 
-    Also say when a replica's parameters differ from the others' in any bit: their checksums travel
-    with the other numbers.
+    Under DDP, also report replicas whose parameters differ in any bit, found by checksums that are
+    exchanged with the other numbers.
 
     Workers are the ranks of a `DistributedDataParallel` model or of one that ``fully_shard``
     distributed over a mesh of one dimension, or the micro-batches of gradient accumulation in a
     single process. Call `record` right after each backward, before gradients
-    are clipped or unscaled. It does not change training, not even by a bit.
+    are clipped or unscaled. Training stays bitwise the same.
 
-    The mean gradient is the one that DDP delivers. A comm hook that compresses changes
+    The mean gradient is the one that DDP computes. A comm hook that compresses changes
     ``cosine_to_mean`` and adds to ``noise_scale``; the other numbers do not change.
 
-    Under DDP every rank must record, since every rank runs backward; so not inside
-    ``ddp.join()``. Zero the gradients after each reduction: a second reduction on top of the
-    first mixes the mean into the workers' own gradients.
+    Under DDP every rank must call `record`, so it does not work inside ``ddp.join()``. Zero the
+    gradients after each reduction: a second reduction on top of the first mixes the mean into the
+    workers' own gradients.
 
     Args:
         model: A DDP model, compiled or not, a model of ``fully_shard``, or any other module for
             micro-batches.
-        every: Measure at one in so many optimizer steps.
-        pairwise_every: Measure the pairwise cosine at one in so many measured steps, and report NaN
-            at the others; it takes an all-reduce of the size of the gradients. Micro-batches,
-            shards, and two workers without a comm hook need no all-reduce and always have it.
-        micro_batches: Without DDP, the number of backwards in a step.
-        num_examples: Examples in a worker's batch, the unit of the noise scale.
+        every: Number of optimizer steps from one measurement to the next.
+        pairwise_every: Number of measured steps from one pairwise cosine to the next; the steps in
+            between report NaN. It takes an all-reduce of the size of the gradients. Micro-batches,
+            shards, and two workers without a comm hook need no all-reduce and always report it.
+        micro_batches: Number of backward passes in a step, if the model is not distributed.
+        num_examples: Number of examples in a worker's batch, the unit of the noise scale.
         scaler: The loss scaler, if the loss is scaled.
         run_dir: Directory of ``run.jsonl``, written by rank 0.
 
     Raises:
-        ValueError: If an interval is not positive, or if the model is distributed, but not by DDP
-            or by ``fully_shard`` over one mesh.
+        ValueError: If a count is less than 1, or if the model is distributed by something other
+            than DDP or ``fully_shard`` over one mesh.
 
     Example:
         >>> import torch
@@ -131,7 +131,7 @@ class WorkerMetrics:
         self._every, self._pairwise_every, self._num_examples = every, pairwise_every, num_examples
         self._scaler = scaler
         self._workers = _workers_of(model, micro_batches)
-        # A micro-batch's place in the step says nothing over time: only ranks are watched.
+        # Only ranks are watched: the index of a micro-batch within a step means nothing over time.
         self._watch = (
             WorkerWatch(
                 self._workers.num_workers,
@@ -151,13 +151,13 @@ class WorkerMetrics:
             )
 
     def record(self, loss: Tensor, *, is_last: bool | None = None) -> WorkerReport | None:
-        """Take one backward's loss and gradient; return a report at the end of a measured step.
+        """Add the loss and gradient of one backward; return a report at the end of a measured step.
 
         Args:
             loss: The mean loss of this worker's (micro-)batch, not scaled and not divided by the
                 number of micro-batches. Shape ``[]``.
-            is_last: Whether this backward ended the step. By default a backward that DDP reduced,
-                or the last of ``micro_batches``, does.
+            is_last: Whether this backward ended the step. By default, a backward that DDP reduced
+                or the last of ``micro_batches`` ends it.
 
         Returns:
             The step's report, the same on every rank; None within a step and after a step that was
@@ -181,10 +181,10 @@ class WorkerMetrics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; without the evidence if the number of workers changed.
+        """Load a state; drop the evidence if the number of workers changed.
 
         Args:
-            state: The state; it is not changed.
+            state: A result of `state_dict`; it is not changed.
         """
         if self._log:
             self._log.resume(state.get("run"))
@@ -252,10 +252,10 @@ def _workers_of(model: Module, micro_batches: int) -> Workers:
     Raises:
         ValueError: If the model is distributed, but not by DDP or fully_shard over one mesh.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # unwraps torch.compile
     if isinstance(model, DistributedDataParallel):
         return DdpWorkers(model)
-    # Importing DTensor to ask for it takes over a second.
+    # Checks an attribute because importing DTensor takes over a second.
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         return FsdpWorkers(model)
     if any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
