@@ -84,9 +84,10 @@ class Surroundings:
                 undos[-1]()
             undos.pop()
         while forward_ad._current_level > self._level:
-            forward_ad.exit_dual_level()
+            _leave_level(forward_ad._current_level)
+            forward_ad._current_level -= 1
         if self._level < 0:
-            _leave_unknown_level()
+            _leave_level(0)  # torch enters a level before it counts it
         torch.set_grad_enabled(self._has_graph)
 
 
@@ -110,9 +111,9 @@ def completed(action: Callable[[], None]) -> None:
         raise interrupt
 
 
-def _leave_unknown_level() -> None:
-    # torch enters a level first and counts it then; an interrupt may come between.
+def _leave_level(level: int) -> None:
+    # torch also leaves a level before it stops counting it; an interrupt may come between.
     try:
-        exit_dual_level(level=0)
+        exit_dual_level(level=level)
     except RuntimeError:
-        return  # the usual case: there is none
+        return  # it was left already
