@@ -303,14 +303,16 @@ def test_logits_of_a_large_vocabulary_are_never_held():
     script = Path(__file__).parents[1] / "benchmarks" / "bench_vocabulary.py"
 
     least = [math.inf] * 3
-    for _ in range(3):  # holes in the heap differ from process to process: what is held does not
+    # Holes in the heap, each as large as the weights, differ from process to process: what is held
+    # does not. With 16 features the weights take 8 MiB.
+    for _ in range(3):
         output = subprocess.run(
-            [sys.executable, script, "--rows", "256", "--repeats", "1"],
+            [sys.executable, script, "--rows", "256", "--features", "16", "--repeats", "1"],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         extra = [float(found) for found in re.findall(r"([\d.]+) MiB extra", output)]
         least = [min(pair) for pair in zip(least, extra, strict=True)]
-        if max(least) < 64:
+        if max(least) < 96:
             break
 
-    assert max(least) < 64, output
+    assert max(least) < 96, output
