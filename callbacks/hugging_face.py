@@ -28,9 +28,10 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
     when training begins. Trainers built on it (TRL's, for instance) take the callback as well.
 
     The Trainer's logs, and the trackers that it reports to, get ``safestep/normalized_step``,
-    ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and ``safestep/effective_lr`` of
-    the latest step, and ``safestep/clipped``, ``safestep/skipped`` and ``safestep/unmeasured``, the
-    numbers of such steps since the log before. The guard's state is in the Trainer's checkpoints;
+    ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale``, ``safestep/effective_lr``
+    and, where it was measured, ``safestep/gradient_ratio`` of the latest step, and
+    ``safestep/clipped``, ``safestep/skipped`` and ``safestep/unmeasured``, the numbers of such
+    steps since the log before. The guard's state is in the Trainer's checkpoints;
     ``trainer.train(resume_from_checkpoint=...)`` goes on from it.
 
     ``run.jsonl`` has the loss as the model returns it. Where the Trainer computes the loss itself
@@ -52,6 +53,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             an error.
         copy: False copies neither parameters nor optimizer state; see SafeStep.
         replica_check_interval: Number of steps between checksums of all replicas; see SafeStep.
+        audit_interval: Audit the gradient at least at one in so many steps; see SafeStep.
 
     Attributes:
         guard: The SafeStep while the Trainer trains, else None.
@@ -84,6 +86,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         max_consecutive_skips: int = 25,
         copy: bool = True,
         replica_check_interval: int | None = None,
+        audit_interval: int | None = None,
     ) -> None:
         self.guard: SafeStep | None = None
         self.last: StepReport | None = None
@@ -99,6 +102,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             "max_consecutive_skips": max_consecutive_skips,
             "copy": copy,
             "replica_check_interval": replica_check_interval,
+            "audit_interval": audit_interval,
         }
         self._has_logits = logits is not None
         self._state: dict[str, Any] | None = None
@@ -155,6 +159,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             "safestep/step_norm": self.last.step_norm,
             "safestep/scale": self.last.scale,
             "safestep/effective_lr": self.last.effective_learning_rate,
+            "safestep/gradient_ratio": self.last.gradient_ratio,
         }
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {f"safestep/{status}": count for status, count in self._counts.items()}

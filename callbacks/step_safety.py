@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ class StepSafety(Callback):
     ``step_safety.record(0, self.generator_loss, noise)`` just before the loss is computed.
 
     Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
-    bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and
-    ``safestep/effective_lr``. With several optimizers each name ends in the optimizer's index, and
+    bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale``,
+    ``safestep/effective_lr`` and, where it was measured, ``safestep/gradient_ratio``. With several
+    optimizers each name ends in the optimizer's index, and
     ``safestep/normalized_step`` is the sum, which bounds the r of their joint step.
 
     Args:
@@ -54,6 +56,7 @@ class StepSafety(Callback):
             an error.
         copy: False copies neither parameters nor optimizer state; see SafeStep.
         replica_check_interval: Number of steps between checksums of all replicas; see SafeStep.
+        audit_interval: Audit the gradient at least at one in so many steps; see SafeStep.
 
     Attributes:
         guards: One SafeStep for each optimizer during training, else empty.
@@ -85,6 +88,7 @@ class StepSafety(Callback):
         max_consecutive_skips: int = 25,
         copy: bool = True,
         replica_check_interval: int | None = None,
+        audit_interval: int | None = None,
     ) -> None:
         self.guards: list[SafeStep] = []
         self.last: list[StepReport | None] = []
@@ -100,6 +104,7 @@ class StepSafety(Callback):
             "max_consecutive_skips": max_consecutive_skips,
             "copy": copy,
             "replica_check_interval": replica_check_interval,
+            "audit_interval": audit_interval,
         }
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0
@@ -233,6 +238,8 @@ class StepSafety(Callback):
             metrics[f"safestep/step_norm{ending}"] = report.step_norm
             metrics[f"safestep/scale{ending}"] = report.scale
             metrics[f"safestep/effective_lr{ending}"] = report.effective_learning_rate
+            if not math.isnan(report.gradient_ratio):
+                metrics[f"safestep/gradient_ratio{ending}"] = report.gradient_ratio
             if ending:
                 metrics[f"safestep/normalized_step{ending}"] = report.normalized_step
         return metrics

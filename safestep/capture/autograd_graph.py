@@ -71,16 +71,24 @@ def view_chain(node: Node, through: Collection[str] = ()) -> Iterator[Node]:
 
 def is_behind(node: Node, target: Node) -> bool:
     """Return whether `target` is `node` or one of the nodes that it was computed from."""
+    return any(current is target for current in _walk(node))
+
+
+def nodes_behind(node: Node) -> set[Node]:
+    """Return `node` and all nodes that it was computed from."""
+    return set(_walk(node))
+
+
+def _walk(node: Node) -> Iterator[Node]:
+    """Yield `node` and all nodes that it was computed from, each once."""
     seen: set[Node] = set()
     queue = [node]
     while queue:
         current = queue.pop()
-        if current is target:
-            return True
         if current is not None and current not in seen:
             seen.add(current)
+            yield current
             queue.extend(following for following, _ in current.next_functions)
-    return False
 
 
 def trains_any(params: Iterable[Tensor]) -> bool:

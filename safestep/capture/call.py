@@ -15,6 +15,7 @@ from safestep.capture.attributes import Modes
 from safestep.capture.autograd_functions import visible_functions
 from safestep.capture.effects import Start
 from safestep.capture.gradient import GradientEvidence, zero_sum_axis
+from safestep.capture.output_gradients import OutputGradients
 from safestep.capture.random_state import CallConditions, RandomState
 
 _LOOKED_AT = 4  # rows of a gradient that show whether it sums to zero over classes
@@ -38,6 +39,7 @@ class Call:
         unread: By output name, a function for each backward pass that reads what its gradient
             shows; run when asked.
         samples: By output name, the latest gradient that is not read yet.
+        kept: The gradients at the outputs, to audit that of the parameters.
         empty: Names of outputs that have a gradient and no element.
         opened: Number of the call, in the order in which calls began.
         queued: Number of the call that was the latest to begin when a gradient first came back.
@@ -60,6 +62,7 @@ class Call:
     lacks: list[str] = field(default_factory=list)
     unread: dict[str, list[Callable[[], GradientEvidence]]] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
+    kept: OutputGradients = field(default_factory=OutputGradients)
     empty: list[str] = field(default_factory=list)
     signals: list[Tensor] = field(default_factory=list)
     is_fresh: Tensor | None = None

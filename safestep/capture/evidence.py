@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safestep.capture.gradient import GradientEvidence
+from safestep.capture.output_gradients import ROOM
 
 if TYPE_CHECKING:
     from safestep.capture.call import Call
@@ -39,9 +40,14 @@ class OutputValues:
 
 
 class EvidenceKeeper:
-    """Keep the gradients of outputs, and remember what earlier ones showed."""
+    """Keep the gradients of outputs, and remember what earlier ones showed.
+
+    Attributes:
+        room: Elements of large gradients that may still be kept whole before the next step.
+    """
 
     def __init__(self) -> None:
+        self.room: float = ROOM
         self._class_axes: dict[str, int] = {}
         self._masked: set[str] = set()  # names of outputs of which single classes have no gradient
         self._changed: set[str] = set()  # names of outputs that were seen to change in place
@@ -69,6 +75,7 @@ class EvidenceKeeper:
         unread = call.unread.setdefault(name, [])
         if not is_readable(gradient):
             unread.append(_nothing)
+            call.kept.missing.add(name)
             return gradient
         is_changed = values is not None and values.is_changed
         if is_changed:
@@ -80,13 +87,22 @@ class EvidenceKeeper:
             has_zeros = None if axis is None else name in self._masked
             evidence = self._read(name, gradient, output, has_zeros)
             unread.append(lambda: evidence)
+            self._keep_whole(call, name, gradient)
             return gradient
         gradient = call.samples[name] = gradient.clone()
+        call.kept.add(name, gradient)
         output = None if output is None else output.clone()
         unread.append(partial(self._read, name, gradient, output))
         if len(unread) >= _MANY:
             call.read_gradients()
         return gradient
+
+    def _keep_whole(self, call: Call, name: str, gradient: Tensor) -> None:
+        if gradient.numel() > self.room:
+            call.kept.missing.add(name)
+            return
+        self.room -= gradient.numel()
+        call.kept.add(name, gradient)
 
     def _read(
         self,

@@ -71,12 +71,14 @@ class LogitFinder:
             None before the first call.
         warning: Assumptions about the logits that could not be checked, None if there are none.
         dtypes: Floating-point types that the calls were seen to compute in.
+        show: Given each call that runs again, its output and what was seen in it; None for none.
     """
 
     def __init__(self, logits: LogitsFn | None = None) -> None:
         self.description: str | None = None
         self.warning: str | None = None
         self.dtypes: set[torch.dtype] = set()
+        self.show: Callable[[Call, Any, LossWatch], None] | None = None
         self._logits = logits
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._latest: Plan | None = None
@@ -96,14 +98,13 @@ class LogitFinder:
             TypeError: If the user's function returns something other than logits.
         """
         if self._logits is not None:
-            output, watch = _watched(call, frozenset())
-            self.dtypes |= watch.dtypes
+            output, watch = self._first_run(call, frozenset())
             found = _as_told(self._logits(output), call.gradients)
             if self.description is None:
                 self.description = describe(found)
             return found
-        output, watch = _watched(call, None if self._latest is None else self._latest.events)
-        self.dtypes |= watch.dtypes
+        keep = None if self._latest is None else self._latest.events
+        output, watch = self._first_run(call, keep)
         key = (*sorted(call.gradients), "", *watch.names)
         known = self._plans.get(key)
         plan = None if known is None else known.refreshed(output, call.gradients)
@@ -120,6 +121,13 @@ class LogitFinder:
             self.description = describe(found)
             self.warning = "; ".join(filter(None, (plan.doubts(), self.warning))) or None
         return found
+
+    def _first_run(self, call: Call, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
+        output, watch = _watched(call, keep)
+        self.dtypes |= watch.dtypes
+        if self.show is not None:
+            self.show(call, output, watch)
+        return output, watch
 
     def _weighed(self, plan: Plan, call: Call) -> Plan:
         """Return the plan with the events whose rows must be weighed at each step."""

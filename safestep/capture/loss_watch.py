@@ -55,6 +55,7 @@ class LossWatch(TorchFunctionMode):
         seen: The recorded calls, by their index.
         dtypes: Floating point types of all results, since a function may cast or enter an
             autocast region of its own.
+        cut: Name of a function that passes no tangent on, None if there was none.
 
     Example:
         >>> logits, target = torch.zeros(2, 3), torch.tensor([0, 2])
@@ -70,6 +71,7 @@ class LossWatch(TorchFunctionMode):
         self.names: list[str] = []
         self.seen: dict[int, LossInput] = {}
         self.dtypes: set[torch.dtype] = set()
+        self.cut: str | None = None
 
     def __enter__(self) -> LossWatch:
         super().__enter__()
@@ -96,6 +98,7 @@ class LossWatch(TorchFunctionMode):
             result = func(*args, **kwargs)
         else:
             result = func(*tree_map(tiles.primal, args), **tree_map(tiles.primal, kwargs))
+            self.cut = entry.name
         if self.keep is None or len(self.names) in self.keep:
             first = result[0] if isinstance(result, tuple) else result
             self.seen[len(self.names)] = _loss_input(entry, first, args, kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from safestep.capture.evidence import SMALL, EvidenceKeeper, OutputValues
 from safestep.capture.failures import Failures
 from safestep.capture.hooks import ModuleHooks, kept_out
 from safestep.capture.idle import IdleWatch
+from safestep.capture.output_gradients import ROOM, OutputOrder
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
 from safestep.capture.wrappers import calls_under_way, eager_module, without_data_parallel
@@ -66,6 +68,7 @@ class Recorder:
         self._backward = -1  # torch's number of the backward pass that queued the latest call
         self._step_start: tuple[int, ...] | None = None
         self._evidence = EvidenceKeeper()
+        self._order = OutputOrder()
         self._conditions = CallConditions(self.module)
         self._idle = IdleWatch(params, self.module.parameters)
         self.failures = Failures()
@@ -126,8 +129,13 @@ class Recorder:
         self._told.clear()
         self._idle.stepped()
         self._step_start = None
+        self._evidence.room = ROOM
         self._conditions.effects.end_step()
         return calls
+
+    def keep_gradients(self) -> None:
+        """Keep the gradients at the outputs whole until the next step, however large they are."""
+        self._evidence.room = inf
 
     def detach(self) -> None:
         """Remove the hooks and forget the queue."""
@@ -163,13 +171,14 @@ class Recorder:
             return
         call.notice_effects()
         self._idle.after_call()
-        for name, tensor in named_tensors(output):
-            if not tensor.is_leaf:
-                values = self._evidence.values(name, tensor)
-                failed = partial(self.failures.note, f"reading the gradient of {name}")
-                tensor.register_hook(kept_out(self._on_gradient(call, name, values), failed))
-                if self._watches:
-                    call.signals += self._ends(name, tensor.detach())
+        outputs = [(name, tensor) for name, tensor in named_tensors(output) if not tensor.is_leaf]
+        call.kept.inside = self._order.of(outputs)
+        for name, tensor in outputs:
+            values = self._evidence.values(name, tensor)
+            failed = partial(self.failures.note, f"reading the gradient of {name}")
+            tensor.register_hook(kept_out(self._on_gradient(call, name, values), failed))
+            if self._watches:
+                call.signals += self._ends(name, tensor.detach())
 
     def _on_gradient(
         self, call: Call, name: str, values: OutputValues | None

@@ -16,6 +16,7 @@ from safestep.guard.optimizer_state import OptimizerState
 from safestep.guard.options import check_replica_interval
 from safestep.guard.predictor import Measure, Predicted
 from safestep.guard.setup import demand_same_setup, names_and_shapes
+from safestep.measure.slopes import over_ranks
 from safestep.measure.update import Finding, Measurement
 from safestep.parallel.checksum import checksum
 from safestep.parallel.ranks import ABSENT, Ranks
@@ -139,10 +140,15 @@ class Agreement:
             return mine
         row = (
             mine.finding, mine.radius, mine.spread, mine.bottleneck, mine.step_norm, fingerprint,
+            mine.slopes.outputs, mine.slopes.gradient, mine.slopes.size,
         )  # fmt: skip
         rows = self.ranks.gather(row, "its measurement")
-        findings, radii, _, _, step_norms, _ = rows.unbind(1)
-        self._compare(self._updates, rows[:, 4:])
+        findings, radii, _, _, step_norms = rows[:, :5].unbind(1)
+        self._compare(self._updates, rows[:, 4:6])
+        slopes = over_ranks(
+            mine.slopes, rows[:, 6:].tolist(), are_parts=mine.is_partial,
+            is_whole=not (findings == ABSENT).any(),
+        )  # fmt: skip
         if not findings.any():  # all measured: thousands of ranks are not looked at one by one
             worst = _of_row(mine, rows[radii.argmin()].tolist())
         else:
@@ -154,7 +160,7 @@ class Agreement:
             worst = worst_of(everyone)
         if mine.is_partial:
             worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
-        return worst
+        return replace(worst, slopes=slopes)
 
     def end_step(self) -> None:
         """Compare replicas where it is time to, and let ranks without data go on."""
@@ -207,7 +213,7 @@ def worst_of(measurements: Sequence[Measurement | None]) -> Measurement:
 
 
 def _of_row(mine: Measurement, row: Sequence[float]) -> Measurement:
-    finding, radius, spread, bottleneck, step_norm, _ = row
+    finding, radius, spread, bottleneck, step_norm, *_ = row
     return replace(
         mine, finding=Finding(int(finding)), radius=radius, spread=spread,
         bottleneck=int(bottleneck), step_norm=step_norm, is_partial=False,

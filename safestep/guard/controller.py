@@ -37,6 +37,10 @@ class StepReport:
         bottleneck: Index of the row that set the radius, counted over the rows of all calls.
         reason: Why the step was skipped or not measured, or which rows it was measured on where
             that is not as usual; else None.
+        gradient_ratio: Slope of the loss along the update from the gradient that the optimizer
+            used, over the slope from forward mode: 1 where that gradient is the loss's; where it
+            was clipped, the factor. NaN where the step was not measured exactly.
+        gradient_reason: Why an exactly measured step has no `gradient_ratio`, else None.
     """
 
     step: int
@@ -52,6 +56,8 @@ class StepReport:
     seconds: float
     bottleneck: int | None
     reason: str | None = None
+    gradient_ratio: float = math.nan
+    gradient_reason: str | None = None
 
 
 class TooManySkipsError(RaisedOnPurpose, RuntimeError):
@@ -122,6 +128,8 @@ class StepController:
             seconds=0.0,
             bottleneck=measurement.bottleneck if measurement.bottleneck >= 0 else None,
             reason=measurement.reason,
+            gradient_ratio=measurement.slopes.ratio,
+            gradient_reason=measurement.slopes.reason if measurement.is_exact else None,
         )
         self.step += 1
         self.skips_in_a_row = self.skips_in_a_row + 1 if status == "skipped" else 0

@@ -70,6 +70,19 @@ def check_arguments(model: Any, estimator: str, logits: Any, max_consecutive_ski
         )
 
 
+def check_audit_interval(interval: Any) -> None:
+    """Check the interval at which steps are measured exactly to audit their gradient.
+
+    Raises:
+        ValueError: If it is not a positive integer or None.
+    """
+    if interval is not None and not (isinstance(interval, int) and interval > 0):
+        raise ValueError(
+            "SafeStep: expected `audit_interval` to be a positive integer or None, got "
+            f"{interval!r}. 100 costs about a hundredth of a step."
+        )
+
+
 def check_replica_interval(interval: Any, has_replicas: bool) -> None:
     """Check the interval at which replicas are compared.
 

@@ -20,14 +20,12 @@ from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import Agreement
 from safestep.guard.attach import check_optimizer, hooked_optimizer, is_within_backward
 from safestep.guard.controller import StepController, StepReport
+from safestep.guard.gradient_watch import GradientWatch
 from safestep.guard.guarded_step import GuardedStep, own_failure
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
 from safestep.guard.lookahead import Lookahead
-from safestep.guard.options import (
-    Action,
-    check_arguments,
-)
+from safestep.guard.options import Action, check_arguments
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
 from safestep.guard.retries import Retries
 from safestep.guard.snapshot import Snapshot
@@ -88,6 +86,9 @@ class SafeStep(GuardedStep):
         replica_check_interval: Compare checksums of parameters and optimizer state over the ranks
             at one in so many steps; None compares the update norms alone, at every step for free.
             A replica that differs is named in a warning and an event of the log.
+        audit_interval: Measure at least one in so many steps exactly, to audit the gradient; see
+            ``safestep.guard.gradient_watch``. None: only where r is measured exactly anyway, and
+            the outputs' gradients are below 16 MiB.
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
@@ -135,6 +136,7 @@ class SafeStep(GuardedStep):
         part: nn.Module | None = None,
         copy: bool = True,
         replica_check_interval: int | None = None,
+        audit_interval: int | None = None,
     ) -> None:
         optimizer = hooked_optimizer(optimizer)
         check_optimizer(optimizer)
@@ -155,7 +157,8 @@ class SafeStep(GuardedStep):
             "max_normalized_step": max_normalized_step, "radius": radius, "estimator": estimator,
             "action": action, "quantile": quantile, "radii": sorted(radii), "copy": copy,
             "max_consecutive_skips": max_consecutive_skips,
-            "replica_check_interval": replica_check_interval, **given,
+            "replica_check_interval": replica_check_interval, "audit_interval": audit_interval,
+            **given,
         }  # fmt: skip
         self._journal = Journal(run_dir, self._settings, process_group, owners=model.parameters())
         ranks = Ranks(self._trained(), process_group, model)
@@ -170,6 +173,7 @@ class SafeStep(GuardedStep):
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
         self._estimator = CheckedEstimator(module, controller.rule, first, logits, self._inside)
         self._retries = Retries()
+        self._gradient_watch = GradientWatch(audit_interval)
         self._handles = self._attach()
 
     def log(self, **values: Any) -> None:
@@ -265,6 +269,8 @@ class SafeStep(GuardedStep):
 
     def _end(self, report: StepReport | None) -> None:
         self._agreement.end_step()
+        if self._gradient_watch.is_due(self._controller.step):
+            self._recorder.keep_gradients()
         if report is not None:
             self._journal.publish(report)
 
@@ -293,7 +299,8 @@ class SafeStep(GuardedStep):
         options = direction_options(self.optimizer.param_groups, len(update.params))
         answer = self._predictor.predict(health.step_norm, signals, options)
         is_untrusted = answer is Measure.QUICKLY and not self._estimator.trusts_secants
-        if not update.calls or is_untrusted or self._obstacle is not None:
+        is_due = self._gradient_watch.is_due(self._controller.step)
+        if not update.calls or is_untrusted or is_due or self._obstacle is not None:
             answer = Measure.EXACTLY
         answer = self._agreement.answer(answer)
         if isinstance(answer, Predicted):

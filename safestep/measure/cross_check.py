@@ -19,6 +19,7 @@ from safestep.measure.estimators import (
     MissingTangentError,
     is_repeatable,
 )
+from safestep.measure.gradient_audit import GradientAudit
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.precision import coarsest, is_half
 from safestep.measure.update import Estimator, Measurement, Update
@@ -112,20 +113,31 @@ class CheckedEstimator:
                 found = self._difference(update)  # once: a second one is each rank's own decision
                 remarks = () if found.is_sure or not isfinite(found.r) else (str(found),)
                 return _measurement(self.estimator, found.smallest, remarks=remarks)
-            return _measurement(self.estimator, self._smallest(self.estimator, update))
+            return self._measured(update)
         if self._has_fallen_back and self._retries.is_due():
             self.estimator = Estimator.JVP
         if self.estimator is Estimator.DIFFERENCE:
             return self._by_difference(update)
         try:
-            smallest = self._smallest(self.estimator, update)
+            found = self._measured(update)
         except RuntimeError as error:
             if isinstance(error, _OTHER_REASONS) or self.estimator is not Estimator.JVP:
                 raise
             return self._fall_back(error, update)
         self._has_fallen_back = False
-        found = _measurement(self.estimator, smallest)
         return self._check(found, update) if self._checks.is_due() else found
+
+    def _measured(self, update: Update) -> Measurement:
+        """Return what the estimator in use measures, and the slopes of the loss if it is exact."""
+        if self.estimator is not Estimator.JVP:
+            return _measurement(self.estimator, self._smallest(self.estimator, update))
+        audit = GradientAudit(update)
+        self.finder.show = audit.see
+        try:
+            smallest = self._smallest(self.estimator, update)
+        finally:
+            self.finder.show = None
+        return _measurement(self.estimator, smallest, slopes=audit.compared())
 
     def _smallest(self, estimator: Estimator, update: Update) -> BatchRadius:
         """Return the smallest radius of the batch."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from safestep.capture.call import Call
 from safestep.measure.perturb import moved_back
 from safestep.measure.registry import Estimator
+from safestep.measure.slopes import UNSEEN, Slopes
 from safestep.parallel.shards import counted_here
 
 
@@ -89,6 +90,7 @@ class Measurement:
         remarks: What the report adds to the estimator's name, each in parentheses.
         warning: What the user should be told once, else None.
         is_partial: Whether `step_norm` is that of this worker's shard alone.
+        slopes: The loss's slope along the update, by forward mode and from the gradient.
     """
 
     estimator: Estimator
@@ -102,6 +104,7 @@ class Measurement:
     remarks: tuple[str, ...] = ()
     warning: str | None = None
     is_partial: bool = False
+    slopes: Slopes = UNSEEN
 
     @classmethod
     def predicted(cls, normalized_step: float, step_norm: float) -> Measurement:
@@ -120,6 +123,12 @@ class Measurement:
     def normalized_step(self) -> float:
         """R of the update: the reciprocal of its radius."""
         return 1.0 / self.radius if self.radius else inf
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether r is measured, by the exact estimator or by one that stands in for it."""
+        is_cheap = self.estimator in {Estimator.PREDICTED, Estimator.SECANT}
+        return self.finding is Finding.MEASURED and not is_cheap
 
     @property
     def method(self) -> str:

@@ -42,12 +42,15 @@ def test_step_safety_logs_its_names_and_the_run(fit, tmp_path):
 
     trainer = fit(Classifier(), safety, logger=logger)
 
-    names = {"normalized_step", "radius", "step_norm", "scale", "effective_lr"}
+    names = {
+        "normalized_step", "radius", "step_norm", "scale", "effective_lr", "gradient_ratio",
+    }  # fmt: skip
     assert {f"safestep/{name}" for name in names} <= set(trainer.logged_metrics)
     assert "r" in trainer.progress_bar_metrics
     assert "r" not in trainer.logged_metrics
     run = read_run(trainer.log_dir)
     assert len(run.steps["normalized_step"]) == 8
+    assert run.steps["gradient_ratio"] == pytest.approx([1.0] * 8, rel=1e-4)
     last = safety.last[0].normalized_step
     assert run.steps["normalized_step"][-1] == last
     assert float(trainer.logged_metrics["safestep/normalized_step"]) == pytest.approx(last)
@@ -82,6 +85,27 @@ def test_step_safety_writes_the_mean_loss_of_accumulated_batches(fit, tmp_path, 
     first, second, third, fourth = Remembering.losses
     expected = [first + second, third + fourth]
     assert written == pytest.approx(expected, rel=1e-3)  # float16 autocast: the loss is rounded
+
+
+@pytest.mark.parametrize("plugins", [None, scaler], ids=["float32", "scaled"])
+def test_the_audited_gradient_is_that_of_the_mean_loss_and_clipped_as_lightning_clips(fit, plugins):
+    norms = []
+
+    class Clipped(Classifier):
+        def configure_gradient_clipping(self, *_, **__):
+            norms.append(float(nn.utils.clip_grad_norm_(self.parameters(), 0.05)))
+
+    ratios = []
+
+    class Noting(StepSafety):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            ratios.append(self.last[0] and self.last[0].gradient_ratio)
+
+    plugins = plugins() if plugins else None
+    fit(Clipped(), Noting(), accumulate_grad_batches=2, max_epochs=1, plugins=plugins)
+
+    assert ratios[1::2] == pytest.approx([0.05 / norm for norm in norms], rel=5e-3)
 
 
 def test_step_safety_writes_no_run_log_without_a_logger(fit, tmp_path):

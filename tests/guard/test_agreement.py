@@ -183,6 +183,13 @@ def test_ranks_that_are_all_blind_step_as_without_a_guard(ranks):
     assert {report.status for report in ranks[0]["blind"]["reports"]} == {"unmeasured"}
 
 
+@pytest.mark.parametrize("scenario", ["plain", "find_unused_parameters", "static_graph"])
+def test_the_audited_gradient_is_that_of_the_mean_loss_of_all_ranks(ranks, scenario):
+    for found in ranks:
+        audited = [report.gradient_ratio for report in found[scenario]["reports"]]
+        assert audited == pytest.approx([1.0] * len(audited), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "scenario", ["plain", "find_unused_parameters", "static_graph", "bucket views", "accumulated"]
 )

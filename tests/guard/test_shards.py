@@ -59,6 +59,13 @@ def test_shards_are_measured_like_whole_parameters(
         assert measured == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("scenario", ["watched", "replicated", "accumulated", "ahead"])
+def test_the_audited_gradient_of_shards_is_that_of_the_mean_loss_of_all_ranks(ranks, scenario):
+    for found in ranks:
+        audited = [report["gradient_ratio"] for report in found[scenario]["reports"]]
+        assert audited == pytest.approx([1.0] * len(audited), rel=1e-4)
+
+
 def test_ranks_predict_together_and_measure_together(ranks, dense_normalized_step):
     """A rank that ran again alone would wait for shards that no other rank gathers."""
     reports = [found["predicted"]["reports"] for found in ranks]
