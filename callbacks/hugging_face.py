@@ -28,10 +28,11 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
     when training begins. Trainers built on it (TRL's, for instance) take the callback as well.
 
     The Trainer's logs, and the trackers that it reports to, get ``safestep/normalized_step``,
-    ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale``, ``safestep/effective_lr``
-    and, where it was measured, ``safestep/gradient_ratio`` of the latest step, and
-    ``safestep/clipped``, ``safestep/skipped`` and ``safestep/unmeasured``, the numbers of such
-    steps since the log before. The guard's state is in the Trainer's checkpoints;
+    ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale`` and ``safestep/effective_lr`` of
+    the latest step; where it was measured, ``safestep/divergence``, ``safestep/loss_slope``, their
+    sum ``safestep/predicted_change`` and ``safestep/gradient_ratio``; and ``safestep/clipped``,
+    ``safestep/skipped`` and ``safestep/unmeasured``, the numbers of such steps since the log
+    before. The guard's state is in the Trainer's checkpoints;
     ``trainer.train(resume_from_checkpoint=...)`` goes on from it.
 
     ``run.jsonl`` has the loss as the model returns it. Where the Trainer computes the loss itself
@@ -160,6 +161,9 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             "safestep/scale": self.last.scale,
             "safestep/effective_lr": self.last.effective_learning_rate,
             "safestep/gradient_ratio": self.last.gradient_ratio,
+            "safestep/divergence": self.last.divergence,
+            "safestep/loss_slope": self.last.loss_slope,
+            "safestep/predicted_change": self.last.predicted_change,
         }
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         values |= {f"safestep/{status}": count for status, count in self._counts.items()}

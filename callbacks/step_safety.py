@@ -36,9 +36,10 @@ class StepSafety(Callback):
 
     Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
     bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale``,
-    ``safestep/effective_lr`` and, where it was measured, ``safestep/gradient_ratio``. With several
-    optimizers each name ends in the optimizer's index, and
-    ``safestep/normalized_step`` is the sum, which bounds the r of their joint step.
+    ``safestep/effective_lr`` and, of measured steps, ``safestep/divergence``,
+    ``safestep/loss_slope``, their sum ``safestep/predicted_change`` and
+    ``safestep/gradient_ratio``. With several optimizers each name ends in the optimizer's index,
+    and ``safestep/normalized_step`` is the sum, which bounds the r of their joint step.
 
     Args:
         max_normalized_step: Largest allowed r. 1.0 is the radius itself.
@@ -240,6 +241,9 @@ class StepSafety(Callback):
             metrics[f"safestep/effective_lr{ending}"] = report.effective_learning_rate
             if not math.isnan(report.gradient_ratio):
                 metrics[f"safestep/gradient_ratio{ending}"] = report.gradient_ratio
+            metrics[f"safestep/divergence{ending}"] = report.divergence
+            metrics[f"safestep/loss_slope{ending}"] = report.loss_slope
+            metrics[f"safestep/predicted_change{ending}"] = report.predicted_change
             if ending:
                 metrics[f"safestep/normalized_step{ending}"] = report.normalized_step
         return metrics

@@ -15,6 +15,7 @@ from safestep.capture.fused_logits import LinearTile
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.loss_watch import LossWatch
 from safestep.capture.losses import Part
+from safestep.capture.output_weights import of_logits
 from safestep.capture.outputs import named_tensors
 from safestep.capture.plan import (
     LogitsNotFoundError,
@@ -23,7 +24,9 @@ from safestep.capture.plan import (
     plan_of_losses,
     plan_of_outputs,
 )
-from safestep.capture.row_weights import weighted_rows
+from safestep.capture.row_losses import UNWEIGHED
+from safestep.capture.row_weights import EventGradient, row_losses, weighted_rows
+from safestep.radius.loss_change import RowLoss
 
 if TYPE_CHECKING:
     from safestep.capture.call import Call
@@ -41,11 +44,13 @@ class Logits:
         name: Where they were found, in words for the user.
         source: The logits, classes last, ``[*B, C]``, or a tile that computes them.
         mask: True where a row counts, None if all do. Shape ``[*B]``.
+        loss: Weights and labels of the rows in the loss, or why they are not known.
     """
 
     name: str
     source: Tensor | LinearTile
     mask: Tensor | None = None
+    loss: RowLoss | str = UNWEIGHED
 
     @property
     def values(self) -> Tensor:
@@ -116,7 +121,10 @@ class LogitFinder:
         self._latest = plan
         if watch.keep is not None and not plan.events <= watch.keep:
             output, watch = _watched(call, plan.events)
-        found = _planned(plan, call, output, watch, self._weights(call, plan.weighed))
+        # The weight of one loss among several shows only in the gradients of all.
+        is_single = len(plan.events) + len(plan.outputs) == 1
+        weights = self._weights(call, plan.weighed if is_single else plan.events)
+        found = _planned(plan, call, output, watch, weights, is_single=is_single)
         if is_new:
             self.description = describe(found)
             self.warning = "; ".join(filter(None, (plan.doubts(), self.warning))) or None
@@ -135,10 +143,10 @@ class LogitFinder:
             return plan
         # One of several losses may currently have weight 0.
         weights = self._weights(call, plan.events)
-        idle = {index for index, flags in weights.items() if not bool(flags.any())}
+        idle = {index for index, each in weights.items() if not bool(each.flags.any())}
         return replace(plan, weighed=plan.weighed | idle)
 
-    def _weights(self, call: Call, events: frozenset[int]) -> dict[int, Tensor]:
+    def _weights(self, call: Call, events: frozenset[int]) -> dict[int, EventGradient]:
         if not events or self._cannot_weigh:
             return {}
         try:
@@ -246,18 +254,32 @@ def _graph_alone() -> Iterator[None]:
 
 
 def _planned(
-    plan: Plan, call: Call, output: Any, watch: LossWatch, weights: Mapping[int, Tensor]
+    plan: Plan,
+    call: Call,
+    output: Any,
+    watch: LossWatch,
+    weights: Mapping[int, EventGradient],
+    *,
+    is_single: bool,
 ) -> list[Logits]:
     found = []
     for index in sorted(plan.events):
         seen = watch.seen[index]
         count = watch.names[:index].count(seen.entry.name)
         name = f"input of {seen.entry.name}" + (f" (call {count + 1})" if count else "")
-        parts = seen.parts if index not in weights else _masked(seen.parts, weights[index])
-        found += [Logits(name, source, mask) for source, mask in parts]
+        weight = weights.get(index)
+        is_masked = weight is not None and index in plan.weighed
+        parts = _masked(seen.parts, weight.flags) if weight and is_masked else seen.parts
+        losses = row_losses(seen, weight, None if is_single else weights, call.gradients)
+        found += [
+            Logits(name, source, mask, loss)
+            for (source, mask), loss in zip(parts, losses, strict=True)
+        ]
     tensors = dict(named_tensors(output))
     for name, form in plan.outputs.items():
-        found.append(Logits(form.describe(name), *form.read(tensors[name], call.gradients[name])))
+        values, mask = form.read(tensors[name], call.gradients[name])
+        loss = form.row_loss(values, call.gradients[name])
+        found.append(Logits(form.describe(name), values, mask, loss))
     return found
 
 
@@ -296,12 +318,20 @@ def _as_told(told: Any, gradients: Mapping[str, GradientEvidence]) -> list[Logit
                 "SafeStep: expected `logits` to return a tensor with the classes on its last axis, "
                 "got a single number. It is given what the recorded function returns."
             )
-        found.append(Logits(name, values, _mask_of(values, gradients) if mask is None else mask))
+        evidence = _evidence_of(values, gradients)
+        # Of several heads, each may be the output divided by another temperature.
+        loss = UNWEIGHED
+        if evidence is not None and len(heads) == 1:
+            loss = of_logits(values, evidence)
+        mask = evidence.counted if mask is None and evidence is not None else mask
+        found.append(Logits(name, values, mask, loss))
     return found
 
 
-def _mask_of(logits: Tensor, gradients: Mapping[str, GradientEvidence]) -> Tensor | None:
-    """Return the rows with a gradient, if exactly one output tensor has the rows of `logits`."""
-    masks = [evidence.counted for evidence in gradients.values() if evidence.class_axis is not None]
-    fitting = [mask for mask in masks if mask.shape == logits.shape[:-1]]
+def _evidence_of(
+    logits: Tensor, gradients: Mapping[str, GradientEvidence]
+) -> GradientEvidence | None:
+    """Return the gradient at the one output tensor that has the rows of `logits`, if it is one."""
+    rows = [evidence for evidence in gradients.values() if evidence.class_axis is not None]
+    fitting = [each for each in rows if each.counted.shape == logits.shape[:-1]]
     return fitting[0] if len(fitting) == 1 else None

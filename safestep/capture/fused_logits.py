@@ -116,6 +116,21 @@ def _blocks(tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield block, tile[..., block]
 
 
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows, each with as many logits as a tile holds.
+
+    Args:
+        rows: Number of rows.
+        columns: Logits of a row, over all positions.
+
+    Yields:
+        The slices.
+    """
+    size = max(1, TILE_ELEMENTS // columns)
+    for begin in range(0, rows, size):
+        yield slice(begin, begin + size)
+
+
 def primal(value: Any) -> Any:
     """Return a tensor without its tangent, and anything else as it is."""
     return forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value

@@ -71,10 +71,9 @@ def linear_cross_entropy(
 def _tiles(
     rows: Tensor, matrix: Tensor, bias: Tensor | None, layout: tuple[int, ...], mask: Tensor | None
 ) -> Iterator[Part]:
-    size = max(1, tiles.TILE_ELEMENTS // len(matrix))
-    for begin in range(0, len(rows), size):
-        tile = tiles.LinearTile(rows[begin : begin + size], matrix, bias, layout)
-        yield tile, None if mask is None else mask[begin : begin + size]
+    for part in tiles.row_slices(len(rows), len(matrix)):
+        tile = tiles.LinearTile(rows[part], matrix, bias, layout)
+        yield tile, None if mask is None else mask[part]
 
 
 def chunked_logprob(

@@ -36,6 +36,9 @@ class GradientEvidence:
         zeros: True where the gradient of a single class is zero, ``[*B, C]``; None if there is no
             such class in a row that counts.
         largest: The largest absolute gradient of each row, ``[*B]``, where `zeros` is given.
+        labels: The class with the lowest gradient of each row, ``[*B]``; None without a class axis
+            or of several gradients.
+        pulls: Minus that gradient, ``[*B]``.
     """
 
     class_axis: int | None
@@ -46,6 +49,8 @@ class GradientEvidence:
     is_changed: bool = False
     zeros: Tensor | None = None
     largest: Tensor | None = None
+    labels: Tensor | None = None
+    pulls: Tensor | None = None
 
     @classmethod
     def of(
@@ -76,7 +81,9 @@ class GradientEvidence:
             return cls(None, gradient.ne(0), None, gradient, output, is_changed)
         by_row = gradient.movedim(class_axis, -1)
         # No temporary of the gradient's size; aminmax along an axis is slow on a CPU.
-        largest = torch.maximum(-by_row.amin(dim=-1), by_row.amax(dim=-1))
+        lowest, labels = by_row.min(dim=-1)
+        pulls = -lowest
+        largest = torch.maximum(pulls, by_row.amax(dim=-1))
         rows = largest.flatten().topk(min(_SAMPLED_ROWS, largest.numel())).indices
         sample = by_row.flatten(0, -2)[rows]
         if output is not None:
@@ -85,10 +92,10 @@ class GradientEvidence:
         if has_zeros is None:
             has_zeros = bool(sample.eq(0).any())
         counted = largest.ne(0)
-        if not has_zeros:
-            return cls(class_axis, counted, rows, sample, output, is_changed)
-        zeros = by_row.eq(0)
-        return cls(class_axis, counted, rows, sample, output, is_changed, zeros, largest)
+        zeros, size = (by_row.eq(0), largest) if has_zeros else (None, None)
+        return cls(
+            class_axis, counted, rows, sample, output, is_changed, zeros, size, labels, pulls
+        )
 
     @property
     def is_live(self) -> bool:
@@ -122,7 +129,10 @@ class GradientEvidence:
             )
         if two.rows is None:
             counted = one.counted | two.counted.any(one.class_axis)
-            return replace(one, counted=counted, zeros=None, largest=None, is_changed=is_changed)
+            return replace(
+                one, counted=counted, zeros=None, largest=None, is_changed=is_changed,
+                labels=None, pulls=None,
+            )  # fmt: skip
         assert one.rows is not None
         has_values = one.values is not None and two.values is not None
         return GradientEvidence(

@@ -15,6 +15,11 @@ from safestep.capture import fused_logits as tiles
 from safestep.capture.autograd_graph import Node
 from safestep.capture.losses import LossFunction, Part, class_axis, loss_function
 from safestep.capture.vmap import all_examples, held, is_batched
+from safestep.radius.loss_change import RowLoss
+
+
+def _no_losses(gradient: Tensor | None) -> list[RowLoss | str]:
+    return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,8 @@ class LossInput:
         result: Node of the result.
         is_reduced: Whether the result is a sum over rows, so that all have the same weight.
         dim: Axis of the classes, of a softmax.
+        row_losses: From the gradient at the result, None if it is the same for all rows, to
+            weights and labels of the rows of each part; empty where they do not follow.
     """
 
     entry: LossFunction
@@ -39,6 +46,7 @@ class LossInput:
     result: Node | None
     is_reduced: bool
     dim: int | None = None
+    row_losses: Callable[[Tensor | None], list[RowLoss | str]] = _no_losses
 
 
 class LossWatch(TorchFunctionMode):
@@ -118,7 +126,17 @@ def _loss_input(
         result=held(result).grad_fn,
         is_reduced=is_batched(result) or (entry.is_loss and result.ndim == 0),
         dim=class_axis(*args, **kwargs) if "softmax" in entry.kind else None,
+        row_losses=_no_losses
+        if is_batched(result)
+        else lambda gradient: list(map(_of_rows, entry.row_losses(gradient, *args, **kwargs))),
     )
+
+
+def _of_rows(loss: RowLoss | str) -> RowLoss | str:
+    """Return the loss with an axis of rows, also where it is a single row."""
+    if isinstance(loss, str) or loss.weight.ndim:
+        return loss
+    return RowLoss(loss.weight.reshape(1), loss.labels.unsqueeze(0), loss.smoothing)
 
 
 def _with_rows(part: Part) -> Part:

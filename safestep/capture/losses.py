@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from safestep.capture import row_losses as weights
 from safestep.capture.fused_readers import Part, chunked_logprob, labelled, linear_cross_entropy
+from safestep.capture.output_weights import of_log_probabilities
+from safestep.radius.loss_change import RowLoss
 
 
 def _unchanged(flags: Tensor, *_: object, **__: object) -> Tensor:
@@ -44,6 +47,8 @@ class LossFunction:
             every logit.
         rows: From flags of elements of the result, and the arguments, to flags of rows of logits:
             shape ``[*B]``, or ``[]`` where the result is one number.
+        row_reader: From the gradient at the result, or None, and the arguments, to weights and
+            labels of the rows of each part that `reader` yields; None where they do not follow.
     """
 
     name: str
@@ -57,6 +62,7 @@ class LossFunction:
     combines: bool = False
     has_forward_mode: bool = True
     rows: Callable[..., Tensor] = _unchanged
+    row_reader: weights.RowLossReader | None = None
 
     @property
     def is_loss(self) -> bool:
@@ -75,6 +81,19 @@ class LossFunction:
             True for rows. Shape ``[*B]``, or ``[]`` where the result is one number.
         """
         return self.rows(flags, *args, **kwargs) if flags.ndim else flags
+
+    def row_losses(self, gradient: Tensor | None, *args: Any, **kwargs: Any) -> list[RowLoss | str]:
+        """Return weights and labels of the rows of each part, or why they are not known.
+
+        Args:
+            gradient: The gradient of the loss at the result; None: the same for all rows.
+            *args: What the function was called with.
+            **kwargs: Likewise.
+
+        Returns:
+            One entry a part; empty where the function says nothing about them.
+        """
+        return [] if self.row_reader is None else list(self.row_reader(gradient, *args, **kwargs))
 
 
 def binary_rows(logit: Tensor) -> Tensor:
@@ -202,6 +221,33 @@ def _rows_of_divergence(flags: Tensor, *_: object, **__: object) -> Tensor:
     return flags.any(-1)
 
 
+def _of_log_softmax(gradient: Tensor | None, *args: Any, **kwargs: Any) -> Iterator[RowLoss | str]:
+    """Read the gradient at log-probabilities, -w y."""
+    if gradient is None:
+        yield weights.UNWEIGHED
+        return
+    kwargs = {key: value for key, value in kwargs.items() if key != "input"}
+    yield of_log_probabilities(classes_last(gradient, *args[1:], **kwargs))
+
+
+def _of_log_sigmoid(gradient: Tensor | None, *_: object, **__: object) -> Iterator[RowLoss | str]:
+    """Read the gradient at the log-probability of label 1, -w."""
+    if gradient is None:
+        yield weights.UNWEIGHED
+        return
+    yield RowLoss(-gradient, torch.ones_like(gradient, dtype=torch.long))
+
+
+def _of_softplus(
+    gradient: Tensor | None, input: Tensor, beta: float = 1.0, *_: object, **__: object
+) -> Iterator[RowLoss | str]:
+    """Read the gradient at minus the log-probability of label 0, divided by beta."""
+    if gradient is None:
+        yield weights.UNWEIGHED
+        return
+    yield RowLoss(gradient / beta, torch.zeros_like(gradient, dtype=torch.long))
+
+
 def _picked(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, labels.unsqueeze(-1)).mean()
 
@@ -216,6 +262,7 @@ _LOSSES = (
         reader=_cross_entropy,
         example=lambda z, y: functional.cross_entropy(z, y),
         is_last_word=True,
+        row_reader=weights.of_cross_entropy,
     ),
     LossFunction(
         name="linear_cross_entropy",
@@ -223,6 +270,7 @@ _LOSSES = (
         example=lambda z, y: functional.linear_cross_entropy(z, torch.eye(4).to(z), y),
         is_fused=True,
         has_forward_mode=False,
+        row_reader=weights.of_linear_cross_entropy,
     ),
     LossFunction(
         name="trl.kernels.chunked_logprob.ChunkedLogProbFunction",
@@ -230,6 +278,7 @@ _LOSSES = (
         example=None,
         is_fused=True,
         has_forward_mode=False,
+        row_reader=weights.of_chunked_logprob,
     ),
     LossFunction(
         # Log-probabilities are logits up to a shift of each row, which changes no spread.
@@ -237,12 +286,14 @@ _LOSSES = (
         reader=_cross_entropy,
         example=lambda z, y: functional.nll_loss(z.log_softmax(-1), y),
         outranks_softmax="always",
+        row_reader=weights.of_cross_entropy,
     ),
     LossFunction(
         name="binary_cross_entropy_with_logits",
         reader=_binary_cross_entropy_with_logits,
         example=lambda z, y: functional.binary_cross_entropy_with_logits(z, _one_hot(z, y)),
         is_last_word=True,
+        row_reader=weights.of_binary_cross_entropy_with_logits,
     ),
     LossFunction(
         # Its argument is rounded by the sigmoid, so the sigmoid's own argument is preferred.
@@ -257,6 +308,7 @@ _LOSSES = (
         example=lambda z, y: functional.kl_div(z.log_softmax(-1), _one_hot(z, y), reduction="sum"),
         outranks_softmax="same shape",
         rows=_rows_of_divergence,
+        row_reader=weights.of_kl_div,
     ),
     LossFunction(
         name="ctc_loss",
@@ -284,6 +336,7 @@ _PARTS = (
         example=lambda z, y: _picked(z.log_softmax(-1), y),
         kind="log-softmax",
         rows=_rows_of_softmax,
+        row_reader=_of_log_softmax,
     ),
     LossFunction(
         name="logsumexp",
@@ -303,12 +356,14 @@ _PARTS = (
         reader=_sigmoid,
         example=lambda z, y: -functional.logsigmoid(z * (2 * _one_hot(z, y) - 1)).sum(),
         kind="sigmoid",
+        row_reader=_of_log_sigmoid,
     ),
     LossFunction(
         name="softplus",
         reader=_softplus,
         example=lambda z, y: functional.softplus(z * (1 - 2 * _one_hot(z, y))).sum(),
         kind="sigmoid",
+        row_reader=_of_softplus,
     ),
 )
 LOSS_FUNCTIONS = {entry.name: entry for entry in (*_LOSSES, *_PARTS)}

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from safestep.capture import output_weights
 from safestep.capture.gradient import (
     GradientEvidence,
     is_blind_to_scale,
@@ -23,6 +24,7 @@ from safestep.capture.temperature import (
     hard_label_temperature,
     label_temperature,
 )
+from safestep.radius.loss_change import RowLoss
 
 Kind = Literal[
     "logits",
@@ -115,6 +117,29 @@ class OutputForm:
             dtype = evidence.sample.dtype
             logits = _without_masked(logits, evidence.zeros, evidence.largest, dtype)
         return logits, _with_fitted(counted, logits)
+
+    def row_loss(self, logits: Tensor, evidence: GradientEvidence) -> RowLoss | str:
+        """Return weights and labels of the rows in the loss.
+
+        Args:
+            logits: What `read` returned.
+            evidence: What the gradient showed about the output.
+
+        Returns:
+            Weights and labels, or why they are not known.
+        """
+        gradient, scale = evidence.sample, self.temperature
+        if self.kind == "logits" and not self.lowers_labels:
+            return output_weights.of_logits(logits, evidence, scale)
+        if self.kind == "log-probabilities" and self.class_axis is not None:
+            return output_weights.of_log_probabilities(gradient.movedim(self.class_axis, -1))
+        if self.kind == "sigmoid logits":
+            return output_weights.of_sigmoid_logits(logits[..., 1], gradient, scale)
+        if self.kind == "sigmoid probabilities":
+            share = logits[..., 1].detach().sigmoid()
+            gradient = gradient * share * (1 - share)
+            return output_weights.of_sigmoid_logits(logits[..., 1], gradient)
+        return "the gradient at the output does not show the rows' weights in the loss"
 
 
 def _without_masked(logits: Tensor, zeros: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:

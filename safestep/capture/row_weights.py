@@ -1,25 +1,41 @@
-"""Rows of a loss that weigh nothing in it, which only its own backward pass shows."""
+"""Weights of the rows of a loss, which only its own backward pass shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from safestep._torch import forward_mode_enabled
+from safestep.capture.gradient import GradientEvidence
 from safestep.capture.isolation import without_side_effects
+from safestep.capture.loss_watch import LossInput
 from safestep.capture.losses import loss_function
 from safestep.capture.outputs import named_tensors, traced_loss
+from safestep.capture.row_losses import UNWEIGHED
 from safestep.capture.vmap import is_batched
+from safestep.radius.loss_change import RowLoss
 
 if TYPE_CHECKING:
     from safestep.capture.call import Call
 
 
-def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
+class EventGradient(NamedTuple):
+    """The gradient of a loss at the result of a loss function.
+
+    Attributes:
+        gradient: The gradient, in the shape of the result.
+        flags: True where a row has one: shape ``[*B]``, or ``[]`` where all rows share one.
+    """
+
+    gradient: Tensor
+    flags: Tensor
+
+
+def weighted_rows(call: Call, events: Collection[int]) -> dict[int, EventGradient]:
     """Run a call again and return which rows of its loss functions have a gradient.
 
     The result of ``cross_entropy(..., reduction="none")`` may be multiplied by a mask, and so may
@@ -31,8 +47,7 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
         events: Indices of calls of loss functions, softmaxes and sigmoids.
 
     Returns:
-        By index, True where a row has a gradient: shape ``[*B]``, or ``[]`` where all rows share
-        one. An event without a gradient is left out.
+        By index. An event without a gradient is left out.
     """
     children, _ = call.modes
     root = children[0] if children else torch.nn.Module()
@@ -46,10 +61,45 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, Tensor]:
             return {}
         found = torch.autograd.grad(roots, results, seeds, allow_unused=True)
     return {
-        index: watch.flags[index](gradient.ne(0))
+        index: EventGradient(gradient, watch.flags[index](gradient.ne(0)))
         for index, gradient in zip(watch.results, found, strict=True)
         if gradient is not None
     }
+
+
+def row_losses(
+    seen: LossInput,
+    weight: EventGradient | None,
+    others: Mapping[int, EventGradient] | None,
+    gradients: Mapping[str, GradientEvidence],
+) -> list[RowLoss | str]:
+    """Return weights and labels of the rows of each part of an event.
+
+    Args:
+        seen: The event.
+        weight: The gradient at its result, if it is known.
+        others: The known gradients of all events; None if there is only this one.
+        gradients: What the gradients at the outputs of the call show.
+
+    Returns:
+        One entry a part.
+    """
+    losses: list[RowLoss | str] = [UNWEIGHED for _ in seen.parts]
+    if weight is not None:
+        losses = seen.row_losses(weight.gradient)
+    elif others is None and seen.is_reduced:
+        losses = seen.row_losses(_outer_gradient(gradients))
+    elif others:  # an event without a gradient
+        rows = [torch.zeros(source.shape[:-1]) for source, _ in seen.parts]
+        losses = [RowLoss(row, row.long()) for row in rows]
+    unknown = f"{seen.entry.name} does not tell the rows' weights and labels in the loss"
+    return losses or [unknown for _ in seen.parts]
+
+
+def _outer_gradient(gradients: Mapping[str, GradientEvidence]) -> Tensor | None:
+    """Return the gradient at the loss that a model returned, None if the call is the whole step."""
+    scalars = [seen.sample for seen in gradients.values() if seen.sample.numel() == 1]
+    return scalars[0].reshape(()) if len(scalars) == 1 else None
 
 
 def _roots(call: Call, output: Any) -> tuple[list[Tensor], list[Tensor]]:

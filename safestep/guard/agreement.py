@@ -21,6 +21,7 @@ from safestep.measure.update import Finding, Measurement
 from safestep.parallel.checksum import checksum
 from safestep.parallel.ranks import ABSENT, Ranks
 from safestep.parallel.shards import are_sharded
+from safestep.radius.loss_change import mean_change
 from safestep.workers.drift import WorkerEvent
 from safestep.workers.replicas import ReplicaWatch
 
@@ -141,12 +142,13 @@ class Agreement:
         row = (
             mine.finding, mine.radius, mine.spread, mine.bottleneck, mine.step_norm, fingerprint,
             mine.slopes.outputs, mine.slopes.gradient, mine.slopes.size,
+            mine.loss.divergence, mine.loss.slope, mine.loss.weight,
         )  # fmt: skip
         rows = self.ranks.gather(row, "its measurement")
         findings, radii, _, _, step_norms = rows[:, :5].unbind(1)
         self._compare(self._updates, rows[:, 4:6])
         slopes = over_ranks(
-            mine.slopes, rows[:, 6:].tolist(), are_parts=mine.is_partial,
+            mine.slopes, rows[:, 6:9].tolist(), are_parts=mine.is_partial,
             is_whole=not (findings == ABSENT).any(),
         )  # fmt: skip
         if not findings.any():  # all measured: thousands of ranks are not looked at one by one
@@ -158,6 +160,7 @@ class Agreement:
                 for row, reason in zip(rows.tolist(), reasons, strict=True)
             ]
             worst = worst_of(everyone)
+        worst = replace(worst, loss=mean_change(mine.loss, rows[findings != ABSENT, 9:]))
         if mine.is_partial:
             worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
         return replace(worst, slopes=slopes)

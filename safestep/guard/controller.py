@@ -41,6 +41,12 @@ class StepReport:
             used, over the slope from forward mode: 1 where that gradient is the loss's; where it
             was clipped, the factor. NaN where the step was not measured exactly.
         gradient_reason: Why an exactly measured step has no `gradient_ratio`, else None.
+        divergence: KL divergence of the predictions from those after the proposed update, under
+            linearised logits, in nats: the mean over the rows with their weights in the loss. NaN
+            where r was predicted or not measured.
+        loss_slope: Derivative of the mean loss of a row along the proposed update. NaN where that
+            is not known.
+        loss_reason: Why `loss_slope` of a measured step is NaN, else None.
     """
 
     step: int
@@ -58,6 +64,14 @@ class StepReport:
     reason: str | None = None
     gradient_ratio: float = math.nan
     gradient_reason: str | None = None
+    divergence: float = math.nan
+    loss_slope: float = math.nan
+    loss_reason: str | None = None
+
+    @property
+    def predicted_change(self) -> float:
+        """Change of the mean loss of a row that linearised logits predict of the whole update."""
+        return self.loss_slope + self.divergence
 
 
 class TooManySkipsError(RaisedOnPurpose, RuntimeError):
@@ -130,6 +144,9 @@ class StepController:
             reason=measurement.reason,
             gradient_ratio=measurement.slopes.ratio,
             gradient_reason=measurement.slopes.reason if measurement.is_exact else None,
+            divergence=measurement.loss.divergence,
+            loss_slope=measurement.loss.slope,
+            loss_reason=measurement.loss.reason,
         )
         self.step += 1
         self.skips_in_a_row = self.skips_in_a_row + 1 if status == "skipped" else 0

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ _REPORT_FIELDS = tuple(field.name for field in fields(StepReport))
 _RESERVED = {
     *_REPORT_FIELDS, "kind", "run", "time", "head", "radii", "binding", "radii_reason",
 }  # fmt: skip
+_SELDOM = ("divergence", "loss_slope", "gradient_ratio")
 _CHANGING = re.compile(r"0x[0-9a-f]+|\d+")  # addresses and numbers in the texts of errors
 _MAX_WARNINGS = 20
 
@@ -107,6 +109,8 @@ class Journal:
         values, self._values = self._values, {}
         if self._log is not None:
             own = {name: getattr(report, name) for name in _REPORT_FIELDS}
+            for name in _SELDOM:  # NaN at most steps, where null is written faster
+                own[name] = None if isnan(own[name]) else own[name]
             self._log.write("step", {**own, "time": time.time(), **values})
         if report.status == "unmeasured":
             self.warn_once(f"a step was not measured and left alone: {report.reason}")

@@ -266,7 +266,8 @@ def _of_a_difference(estimator: Estimator, r: float, second: Difference) -> str:
 def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> Measurement:
     return Measurement(
         estimator, radius=smallest.radius, spread=smallest.spread, bottleneck=smallest.index,
-        head=smallest.head, reason=_EVERY_ROW if smallest.counts_every_row else None, **others,
+        head=smallest.head, reason=_EVERY_ROW if smallest.counts_every_row else None,
+        loss=smallest.change, **others,
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def jvp(
                     tangent = without_absent(values, tangent)
                 else:
                     values, tangent = found.source, _demanded(found.source.tangent())
-                yield LogitTangent(found.name, values, tangent, found.mask)
+                yield LogitTangent(found.name, values, tangent, found.mask, loss=found.loss)
                 del tangent  # frees a tile of a large vocabulary before the next one is computed
 
 
@@ -202,7 +202,7 @@ def difference(
                     error = row_spread(a - b, None) / 2 + _rounding(values, dtype, eps)
                     tangent = a.add_(b).div_(2)
                     has_changed |= bool(tangent.any())
-                    yield LogitTangent(old.name, values, tangent, old.mask, error)
+                    yield LogitTangent(old.name, values, tangent, old.mask, error, old.loss)
     _demand_change(has_changed)
 
 
@@ -265,7 +265,7 @@ def secant(
                 values = _values(old, partial(moved_back, params, start))
                 tangent = _quotient(values, _values(new), 1.0)
                 has_changed |= bool(tangent.any())
-                yield LogitTangent(old.name, values, tangent, old.mask)
+                yield LogitTangent(old.name, values, tangent, old.mask, loss=old.loss)
     _demand_change(has_changed)
 
 

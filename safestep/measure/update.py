@@ -16,6 +16,7 @@ from safestep.measure.perturb import moved_back
 from safestep.measure.registry import Estimator
 from safestep.measure.slopes import UNSEEN, Slopes
 from safestep.parallel.shards import counted_here
+from safestep.radius.loss_change import NO_CHANGE, LossChange
 
 
 @dataclass(slots=True)
@@ -91,6 +92,7 @@ class Measurement:
         warning: What the user should be told once, else None.
         is_partial: Whether `step_norm` is that of this worker's shard alone.
         slopes: The loss's slope along the update, by forward mode and from the gradient.
+        loss: What linearised logits predict of the loss.
     """
 
     estimator: Estimator
@@ -105,6 +107,7 @@ class Measurement:
     warning: str | None = None
     is_partial: bool = False
     slopes: Slopes = UNSEEN
+    loss: LossChange = NO_CHANGE
 
     @classmethod
     def predicted(cls, normalized_step: float, step_norm: float) -> Measurement:

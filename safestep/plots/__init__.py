@@ -4,9 +4,10 @@ Each figure of the report is one entry: a plot function under ``@figure`` of ``r
 the modules below. The order of the modules is the order of the figures.
 """
 
-from safestep.plots import ladder, loss, steps, rates, radii, worker_heatmap, workers
+from safestep.plots import ladder, loss, loss_change, steps, rates, radii, worker_heatmap, workers
 from safestep.plots.ladder import *
 from safestep.plots.loss import *
+from safestep.plots.loss_change import *
 from safestep.plots.steps import *
 from safestep.plots.rates import *
 from safestep.plots.radii import *
@@ -16,6 +17,7 @@ from safestep.plots.workers import *
 __all__: list[str] = []
 __all__ += ladder.__all__
 __all__ += loss.__all__
+__all__ += loss_change.__all__
 __all__ += steps.__all__
 __all__ += rates.__all__
 __all__ += radii.__all__

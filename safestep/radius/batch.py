@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safestep.radius.ladder import RUNGS, RungOption, ladder_radius, logit_spread
+from safestep.radius.loss_change import NO_CHANGE, LossChange, LossChangeSum, RowLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class LogitTangent:
         tangent: Their directional derivative. Shape ``[*B, C]``, unit: logits.
         mask: True where a row counts, None if all do. Shape ``[*B]``.
         error: Error estimate of each row's spread, None if unknown. Shape ``[*B]``, unit: logits.
+        loss: Weights and labels of the rows in the loss, or why they are not known.
     """
 
     name: str
@@ -30,6 +32,7 @@ class LogitTangent:
     tangent: Tensor
     mask: Tensor | None = None
     error: Tensor | None = None
+    loss: RowLoss | str = "nothing tells the rows' weights"
 
     @property
     def logits(self) -> Tensor:
@@ -48,6 +51,7 @@ class BatchRadius:
         index: Index of the row that set the radius, counted over all sets of rows.
         head: Which set of logits that row belongs to, None if there is only one.
         counts_every_row: Whether the masks excluded every row, so that all rows were used.
+        change: What linearised logits predict of the loss.
     """
 
     radius: float
@@ -55,6 +59,7 @@ class BatchRadius:
     index: int
     head: str | None
     counts_every_row: bool = False
+    change: LossChange = NO_CHANGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +94,20 @@ class BatchRule:
         """
         heads: list[tuple[str, int]] = []
         uncounted: list[Tensor] = []
+        change = LossChangeSum()
         row = smallest_row(
-            _noting(rows, heads, uncounted),
+            _noting(rows, heads, uncounted, change),
             rung=self.rung, limit=self.limit, quantile=self.quantile,
         )  # fmt: skip
-        radius, spread, index = row.tolist()
+        radius, spread, index, *total = torch.cat((row, change.total.to(row.device))).tolist()
         counts_every_row = len(uncounted) == len(heads)
         if counts_every_row:
             spreads = torch.cat(uncounted)
             spread, index = float(spreads.max()), int(spreads.argmax())
             radius = math.pi / spread if spread else math.inf
         head = _head_of(int(index), heads)
-        return BatchRadius(radius, spread, int(index), head, counts_every_row)
+        found = change.of(total)
+        return BatchRadius(radius, spread, int(index), head, counts_every_row, found)
 
 
 def smallest_row(
@@ -163,10 +170,14 @@ def _raised(limit: float | None, smallest: float) -> float | None:
 
 
 def _noting(
-    rows: Iterable[LogitTangent], heads: list[tuple[str, int]], uncounted: list[Tensor]
+    rows: Iterable[LogitTangent],
+    heads: list[tuple[str, int]],
+    uncounted: list[Tensor],
+    change: LossChangeSum,
 ) -> Iterator[LogitTangent]:
-    """Yield the rows unchanged; record their heads and the spreads of fully masked sets."""
+    """Yield the rows unchanged; note heads, spreads of fully masked sets and the loss's change."""
     for row in rows:
+        change.add(row.logits, row.tangent, row.mask, row.loss)
         heads.append((row.name, row.tangent.shape[:-1].numel()))
         if row.mask is not None and not bool(row.mask.any()):
             uncounted.append(logit_spread(row.tangent).flatten().double())

@@ -8,12 +8,12 @@ import numpy as np
 
 # The keys that safestep itself writes, with their types. Other keys take the type of their values.
 FIELDS: dict[str, Literal["number", "text", "list"]] = {
-    **dict.fromkeys(("estimator", "status", "reason", "gradient_reason"), "text"),
+    **dict.fromkeys(("estimator", "status", "reason", "gradient_reason", "loss_reason"), "text"),
     **dict.fromkeys(
         ("step", "normalized_step", "radius", "step_norm", "spread", "scale", "learning_rate",
-         "effective_learning_rate", "seconds", "time", "bottleneck", "gradient_ratio", "loss_std",
-         "loss_range", "grad_norm_std", "grad_norm_cv", "pairwise_cosine", "noise_scale",
-         "outlier"),
+         "effective_learning_rate", "seconds", "time", "bottleneck", "gradient_ratio",
+         "divergence", "loss_slope", "loss_std", "loss_range", "grad_norm_std", "grad_norm_cv",
+         "pairwise_cosine", "noise_scale", "outlier"),
         "number",
     ),
     **dict.fromkeys(("grad_norm", "cosine_to_mean"), "list"),  # "loss" is a list only of workers

@@ -25,6 +25,8 @@ class StepSeries:
         learning_rate: Learning rate of the optimizer.
         effective_learning_rate: Learning rate that corresponds to the step taken.
         loss: Training loss before the step; the workers' mean if the step record has none.
+        predicted_change: Change of the loss that linearised logits predicted of the proposed step;
+            NaN where it was not measured, and with several optimizers.
         seconds: Cost of the guard at this step.
         clipped, skipped, unmeasured: Masks by status.
     """
@@ -38,6 +40,7 @@ class StepSeries:
     learning_rate: np.ndarray
     effective_learning_rate: np.ndarray
     loss: np.ndarray
+    predicted_change: np.ndarray
     seconds: np.ndarray
     clipped: np.ndarray
     skipped: np.ndarray
@@ -73,6 +76,8 @@ def step_series(run: Run) -> StepSeries:
         step_norm = np.where(is_joint, joint_norm, step_norm[first])
         joint_radius = step_norm / proposed
     loss = _column(run, "loss")[first]
+    with np.errstate(invalid="ignore"):  # inf - inf
+        predicted_change = (_column(run, "divergence") + _column(run, "loss_slope"))[first]
     return StepSeries(
         step=steps,
         proposed=proposed,
@@ -83,6 +88,7 @@ def step_series(run: Run) -> StepSeries:
         learning_rate=_column(run, "learning_rate")[first],
         effective_learning_rate=_column(run, "effective_learning_rate")[first],
         loss=np.where(np.isnan(loss), worker_mean(run, "loss", steps), loss),
+        predicted_change=np.where(is_joint, np.nan, predicted_change),
         seconds=np.bincount(groups, _column(run, "seconds"), len(steps)),
         clipped=np.bincount(groups, status == "clipped", len(steps)) > 0,
         skipped=np.bincount(groups, skipped_record, len(steps)) > 0,
@@ -226,6 +232,23 @@ def loss_ratios(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:
     ratio = loss[1:] / loss[:-1]
     is_known = np.isfinite(ratio) & (r > 0) & np.isfinite(r) & (np.diff(series.step) == 1)
     return r[is_known], ratio[is_known]
+
+
+def change_pairs(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:
+    """Return the predicted and the observed change of the loss, of steps that were left alone.
+
+    Args:
+        series: The steps.
+
+    Returns:
+        Predicted change, and the next loss minus this one. Shape ``[K]`` each.
+    """
+    predicted = series.predicted_change[:-1]
+    with np.errstate(invalid="ignore", over="ignore"):  # both losses infinite
+        observed = np.diff(series.loss)
+    is_known = np.isfinite(predicted) & np.isfinite(observed) & (series.scale[:-1] == 1)
+    is_known &= np.diff(series.step) == 1
+    return predicted[is_known], observed[is_known]
 
 
 def thin(*values: np.ndarray, keep: np.ndarray | None = None, max_points: int = 1500) -> np.ndarray:
