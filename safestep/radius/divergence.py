@@ -44,22 +44,6 @@ def linearized_divergence(
         tensor([0.4338])
     """
     check_rows("linearized_divergence", logit_tangent, mask, logits)
-    return divergence_and_mean(logits, logit_tangent, mask)[0]
-
-
-def divergence_and_mean(
-    logits: Tensor, logit_tangent: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return what ``linearized_divergence`` does, and the mean tangent sum_k P_k a_k of each row.
-
-    Args:
-        logits: Numbers that enter the softmax. Shape ``[*B, C]``.
-        logit_tangent: Their tangent along the whole update. Shape ``[*B, C]``.
-        mask: Rows that count ``[*B]`` or classes that exist ``[*B, C]``, bool.
-
-    Returns:
-        Divergence and mean, ``[*B]`` each; both are 0 where no class counts.
-    """
     classes = logits.shape[-1]
     exists = logits != -math.inf
     if mask is not None:
@@ -70,11 +54,10 @@ def divergence_and_mean(
     size = max(1, CHUNK_ELEMENTS // classes)
     parts = (each.reshape(-1, classes).split(size) for each in (logits, logit_tangent, exists))
     rows = [_of_rows(z.to(dtype), a.to(dtype), e) for z, a, e in zip(*parts, strict=True)]
-    divergence, mean = map(torch.cat, zip(*rows, strict=True))
-    return divergence.reshape(logits.shape[:-1]), mean.reshape(logits.shape[:-1])
+    return torch.cat(rows).reshape(logits.shape[:-1])
 
 
-def _of_rows(logits: Tensor, tangent: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+def _of_rows(logits: Tensor, tangent: Tensor, exists: Tensor) -> Tensor:
     is_broken = (exists & ~((logits < math.inf) & tangent.isfinite())).any(dim=-1)
     is_live = exists.any(dim=-1) & ~is_broken
     # A row without classes gets equal logits and a zero tangent.
@@ -82,13 +65,12 @@ def _of_rows(logits: Tensor, tangent: Tensor, exists: Tensor) -> tuple[Tensor, T
     tangent = tangent.masked_fill(~exists | ~is_live.unsqueeze(-1), 0.0)
     log_share = logits.log_softmax(dim=-1)
     share = log_share.exp()
-    mean = (share * tangent).sum(dim=-1, keepdim=True)
-    offset = tangent - mean
+    offset = tangent - (share * tangent).sum(dim=-1, keepdim=True)
     offset = offset.masked_fill(share == 0, 0.0)  # exp(offset) could overflow at share 0
     near = (share * _curved(offset)).sum(dim=-1).log1p()
     far = (log_share + offset).logsumexp(dim=-1)
     divergence = torch.where(offset.abs().amax(dim=-1) < 1.0, near, far).clamp(min=0.0)
-    return divergence.masked_fill(is_broken, math.nan), mean.squeeze(-1)
+    return divergence.masked_fill(is_broken, math.nan)
 
 
 def _curved(x: Tensor) -> Tensor:

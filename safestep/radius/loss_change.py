@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safestep.radius.divergence import divergence_and_mean
+# Elements of one [rows, classes] work array: 1 MiB in float64 stays in a processor's cache.
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_DEVICE = 1 << 17, 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +85,18 @@ class LossChangeSum:
             mask: True where a row counts, None if all do. Shape ``[*B]``.
             loss: Weights and labels of the rows, or why they are not known.
         """
-        divergence, mean = divergence_and_mean(logits, tangent, mask)
-        counted = torch.ones_like(divergence) if mask is None else mask.to(divergence)
+        divergence, slope = _divergence_and_mean(logits.detach(), tangent)
         if isinstance(loss, str):
             self._reason = self._reason or loss
-            weight = slope = torch.full_like(divergence, math.nan)
+            weight = torch.full_like(divergence, math.nan)
         else:
-            weight = loss.weight.to(divergence) * counted
-            slope = mean - loss.label_tangent(tangent.to(mean.dtype)).to(mean)
-        is_counted = weight != 0  # what does not count may be infinite
-        slope = torch.where(is_counted, weight * slope, 0.0)
-        terms = (divergence, counted, weight * divergence, slope, weight, weight < 0)
-        self._sums.append(torch.stack([term.sum(dtype=torch.float64) for term in terms]))
+            weight = loss.weight.to(divergence)
+            slope = slope - loss.label_tangent(tangent)
+        count = torch.ones_like(divergence)
+        rows = [divergence, count, weight * divergence, weight * slope, weight, weight < 0]
+        if mask is not None:
+            rows = [row.where(mask, 0) for row in rows]
+        self._sums.append(torch.stack([row.sum(dtype=torch.float64) for row in rows]))
 
     @property
     def total(self) -> Tensor:
@@ -142,3 +143,23 @@ def mean_change(mine: LossChange, rows: Tensor) -> LossChange:
     total = weight.sum()
     divergence, slope = ((each * weight).sum() / total for each in (divergence, slope))
     return LossChange(float(divergence), float(slope), float(total))
+
+
+def _divergence_and_mean(logits: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log sum_k P_k exp(a_k) - m and m = sum_k P_k a_k of each row, ``[*B]`` in float64.
+
+    In float64 the difference needs no series for small tangents: it is right to 1e-15.
+    """
+    classes = logits.shape[-1]
+    elements = _CHUNK_ELEMENTS if logits.device.type == "cpu" else _CHUNK_ELEMENTS_DEVICE
+    size = max(1, elements // classes)
+    divergences, means = [], []
+    for z, a in zip(
+        logits.reshape(-1, classes).split(size), tangent.reshape(-1, classes).split(size),
+        strict=True,
+    ):  # fmt: skip
+        log_share, a = z.double().log_softmax(dim=-1), a.double()
+        means.append((log_share.exp() * a).sum(dim=-1))
+        divergences.append(((log_share + a).logsumexp(dim=-1) - means[-1]).clamp(min=0.0))
+    rows = logits.shape[:-1]
+    return torch.cat(divergences).reshape(rows), torch.cat(means).reshape(rows)

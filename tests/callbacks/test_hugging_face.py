@@ -207,6 +207,8 @@ def test_trackers_that_the_trainer_put_first_see_r(tmp_path):
         assert logs["safestep/scale"] == 1
         assert logs["safestep/unmeasured"] == 0
         assert logs["safestep/gradient_ratio"] == pytest.approx(1.0, rel=1e-3)
+        change = logs["safestep/divergence"] + logs["safestep/loss_slope"]
+        assert logs["safestep/predicted_change"] == change < 0
 
 
 def test_a_resumed_trainer_goes_on_bitwise(tmp_path):

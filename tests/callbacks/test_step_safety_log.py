@@ -44,6 +44,7 @@ def test_step_safety_logs_its_names_and_the_run(fit, tmp_path):
 
     names = {
         "normalized_step", "radius", "step_norm", "scale", "effective_lr", "gradient_ratio",
+        "divergence", "loss_slope", "predicted_change",
     }  # fmt: skip
     assert {f"safestep/{name}" for name in names} <= set(trainer.logged_metrics)
     assert "r" in trainer.progress_bar_metrics
@@ -51,6 +52,8 @@ def test_step_safety_logs_its_names_and_the_run(fit, tmp_path):
     run = read_run(trainer.log_dir)
     assert len(run.steps["normalized_step"]) == 8
     assert run.steps["gradient_ratio"] == pytest.approx([1.0] * 8, rel=1e-4)
+    assert (run.steps["divergence"] > 0).all()
+    assert (run.steps["loss_slope"] < 0).all()
     last = safety.last[0].normalized_step
     assert run.steps["normalized_step"][-1] == last
     assert float(trainer.logged_metrics["safestep/normalized_step"]) == pytest.approx(last)

@@ -1,6 +1,7 @@
 """SafeStep over the ranks of real gloo processes: one decision, the same bits everywhere."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -188,6 +189,43 @@ def test_the_audited_gradient_is_that_of_the_mean_loss_of_all_ranks(ranks, scena
     for found in ranks:
         audited = [report.gradient_ratio for report in found[scenario]["reports"]]
         assert audited == pytest.approx([1.0] * len(audited), rel=1e-4)
+
+
+def loss_change(before, after, inputs):
+    """Return slope and divergence of one rank's loss along the update, in float64."""
+    model = network(before).double()
+    start = {name: p.detach() for name, p in model.named_parameters()}
+
+    def logits(share):
+        params = {n: p + share * (after[n].double() - p) for n, p in start.items()}
+        return torch.func.functional_call(model, params, (inputs.double(),)).detach()
+
+    def loss(z):
+        return nn.functional.cross_entropy(z, torch.arange(8) % 4)
+
+    z, a = logits(0.0), (logits(1e-5) - logits(-1e-5)) / 2e-5
+    slope = (loss(z + 1e-5 * a) - loss(z - 1e-5 * a)) / 2e-5
+    return torch.stack((slope, loss(z + a) - loss(z) - slope))
+
+
+def test_the_predicted_change_is_that_of_the_mean_loss_of_all_ranks(ranks):
+    for step in range(16):
+        seen = [found["secants"]["reports"][step] for found in ranks]
+        if seen[0].estimator != "jvp" or seen[0].scale != 1:
+            continue
+        each = [loss_change(*found["secants"]["steps"][step]) for found in ranks]
+        slope, divergence = torch.stack(each).mean(0).tolist()
+
+        for report in seen:
+            assert report.loss_slope == pytest.approx(slope, rel=1e-3)
+            assert report.divergence == pytest.approx(divergence, rel=1e-3)
+
+
+def test_a_rank_that_does_not_measure_leaves_the_change_of_the_loss_unknown(ranks):
+    for found in ranks:
+        for report in found["raises"]["reports"]:
+            assert math.isnan(report.loss_slope)
+            assert report.loss_reason is not None
 
 
 @pytest.mark.parametrize(

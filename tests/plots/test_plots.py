@@ -12,7 +12,7 @@ from safestep.plots.loss import rank_correlation
 from safestep.plots.registry import FIGURES
 from safestep.plots.style import COLORS
 from safestep.runlog.reader import read_run
-from safestep.runlog.series import removed_area, spans, step_series, step_share, thin
+from safestep.runlog.series import change_pairs, removed_area, spans, step_series, step_share, thin
 from safestep.runlog.writer import RunLog
 
 STEP_PLOTS = [
@@ -22,6 +22,7 @@ STEP_PLOTS = [
     plots.plot_learning_rate,
     plots.plot_distribution,
     plots.plot_prediction,
+    plots.plot_loss_change,
     plots.plot_cost,
 ]
 WORKER_PLOTS = [
@@ -306,3 +307,38 @@ def test_spans_join_neighbours_within_the_gap():
     assert spans(mask) == [(0, 0), (2, 3), (7, 7)]
     assert spans(mask, max_gap=2) == [(0, 3), (7, 7)]
     assert spans(np.zeros(3, dtype=bool)) == []
+
+
+def test_loss_change_pairs_leave_out_what_was_scaled_or_not_measured(tmp_path):
+    measured = {"scale": 1.0, "divergence": 0.01, "loss_slope": -0.03}
+    records = [
+        measured | {"loss": 2.0},
+        measured | {"loss": 1.9, "scale": 0.5},
+        measured | {"loss": 1.8, "divergence": None},
+        measured | {"loss": 1.7, "loss_slope": -0.05},
+        measured | {"loss": 1.5},
+    ]
+    predicted, observed = change_pairs(step_series(run_of(tmp_path, *records)))
+
+    assert predicted == pytest.approx([-0.02, -0.04])
+    assert observed == pytest.approx([-0.1, -0.2])
+
+
+def test_loss_change_says_means_and_their_agreement(tmp_path):
+    slopes = np.linspace(-0.2, -0.02, 12)
+    losses = 3 + np.cumsum([0, *slopes])
+    records = [
+        {"loss": loss, "scale": 1.0, "divergence": 0.01, "loss_slope": slope - 0.01}
+        for loss, slope in zip(losses, [*slopes, 0], strict=True)
+    ]
+    run = run_of(tmp_path, *records)
+    kind = next(kind for kind in FIGURES if kind.name == "loss_change")
+
+    assert kind.has_data(run)
+    assert kind.says(run) == (
+        "Mean change of the loss over 12 measured steps: predicted -0.11, observed -0.11 nats; "
+        "rank correlation 1.00."
+    )
+    ax = plots.plot_loss_change(run, new_axes())
+    render(ax)
+    assert "rank correlation 1.00" in texts(ax)
