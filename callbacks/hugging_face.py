@@ -55,6 +55,8 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         copy: False copies neither parameters nor optimizer state; see SafeStep.
         replica_check_interval: Number of steps between checksums of all replicas; see SafeStep.
         audit_interval: Audit the gradient at least at one in so many steps; see SafeStep.
+        sufficient_decrease: Leave steps over the limit alone whose linearised loss falls by this
+            share of what its slope promises; see SafeStep.
 
     Attributes:
         guard: The SafeStep while the Trainer trains, else None.
@@ -88,6 +90,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         copy: bool = True,
         replica_check_interval: int | None = None,
         audit_interval: int | None = None,
+        sufficient_decrease: float | None = None,
     ) -> None:
         self.guard: SafeStep | None = None
         self.last: StepReport | None = None
@@ -104,6 +107,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             "copy": copy,
             "replica_check_interval": replica_check_interval,
             "audit_interval": audit_interval,
+            "sufficient_decrease": sufficient_decrease,
         }
         self._has_logits = logits is not None
         self._state: dict[str, Any] | None = None

@@ -58,6 +58,8 @@ class StepSafety(Callback):
         copy: False copies neither parameters nor optimizer state; see SafeStep.
         replica_check_interval: Number of steps between checksums of all replicas; see SafeStep.
         audit_interval: Audit the gradient at least at one in so many steps; see SafeStep.
+        sufficient_decrease: Leave steps over the limit alone whose linearised loss falls by this
+            share of what its slope promises; see SafeStep.
 
     Attributes:
         guards: One SafeStep for each optimizer during training, else empty.
@@ -90,6 +92,7 @@ class StepSafety(Callback):
         copy: bool = True,
         replica_check_interval: int | None = None,
         audit_interval: int | None = None,
+        sufficient_decrease: float | None = None,
     ) -> None:
         self.guards: list[SafeStep] = []
         self.last: list[StepReport | None] = []
@@ -106,6 +109,7 @@ class StepSafety(Callback):
             "copy": copy,
             "replica_check_interval": replica_check_interval,
             "audit_interval": audit_interval,
+            "sufficient_decrease": sufficient_decrease,
         }
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from safestep._warn import RaisedOnPurpose
+from safestep.guard.decrease import SufficientDecrease
 from safestep.guard.options import Action, check_limits
 from safestep.measure.update import Finding, Measurement
 from safestep.radius.batch import BatchRule
@@ -36,7 +37,8 @@ class StepReport:
         seconds: Wall-clock time that the guard took in this step.
         bottleneck: Index of the row that set the radius, counted over the rows of all calls.
         reason: Why the step was skipped or not measured, or which rows it was measured on where
-            that is not as usual; else None.
+            that is not as usual; with `sufficient_decrease`, also why a step over the limit was
+            shortened or left alone; else None.
         gradient_ratio: Slope of the loss along the update from the gradient that the optimizer
             used, over the slope from forward mode: 1 where that gradient is the loss's; where it
             was clipped, the factor. NaN where the step was not measured exactly.
@@ -88,6 +90,11 @@ class StepController:
             or down; "monitor" changes nothing.
         quantile: Quantile of the rows' r that the limit applies to; None for their maximum.
         max_consecutive_skips: Number of consecutive skipped steps that end the run.
+        sufficient_decrease: Share of the promised decrease of the loss at which a step over the
+            limit is left alone; None for no such rule.
+
+    Raises:
+        ValueError: If an option has a value that it may not have.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class StepController:
         action: Action = "clip",
         quantile: float | None = None,
         max_consecutive_skips: int = 25,
+        sufficient_decrease: float | None = None,
     ) -> None:
         check_limits(max_normalized_step, radius, action, quantile)
         self.max_normalized_step = max_normalized_step
@@ -104,6 +112,12 @@ class StepController:
         self.action: Action = action
         self.quantile = quantile
         self.max_consecutive_skips = max_consecutive_skips
+        if sufficient_decrease is not None and action == "set":
+            raise ValueError(
+                "SafeStep: expected `sufficient_decrease` to be None with action 'set', got "
+                f"{sufficient_decrease!r}. 'set' makes every step r = the limit; choose 'clip'."
+            )
+        self._decrease = SufficientDecrease(sufficient_decrease)
         self.step = 0
         self.skips_in_a_row = 0
 
@@ -123,7 +137,7 @@ class StepController:
         Returns:
             The report; ``seconds`` is left at 0 for the caller to fill in.
         """
-        scale, status = self._scale(measurement)
+        scale, status, reason = self._scale(measurement)
         estimator = measurement.method
         if self.quantile is not None:
             estimator = f"{estimator} ({self.quantile:g} quantile, uncertified)"
@@ -141,7 +155,7 @@ class StepController:
             status=status,
             seconds=0.0,
             bottleneck=measurement.bottleneck if measurement.bottleneck >= 0 else None,
-            reason=measurement.reason,
+            reason=reason,
             gradient_ratio=measurement.slopes.ratio,
             gradient_reason=measurement.slopes.reason if measurement.is_exact else None,
             divergence=measurement.loss.divergence,
@@ -171,7 +185,8 @@ class StepController:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on counting."""
-        return {"step": self.step, "skips_in_a_row": self.skips_in_a_row}
+        counts = {"step": self.step, "skips_in_a_row": self.skips_in_a_row}
+        return counts | self._decrease.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned.
@@ -181,18 +196,22 @@ class StepController:
         """
         self.step = state["step"]
         self.skips_in_a_row = state["skips_in_a_row"]
+        self._decrease.load_state_dict(state)
 
-    def _scale(self, measurement: Measurement) -> tuple[float, Status]:
+    def _scale(self, measurement: Measurement) -> tuple[float, Status, str | None]:
+        """Return the scale, the status and the reason of a step."""
+        reason = measurement.reason
         if measurement.finding.forbids_step and self.action != "monitor":
-            return 0.0, "skipped"
+            return 0.0, "skipped", reason
         is_whole = measurement.finding is Finding.MEASURED
+        left_alone: Status = "ok" if is_whole else "unmeasured"
         if self.action == "monitor" or not math.isfinite(measurement.radius):
-            return 1.0, "ok" if is_whole else "unmeasured"
+            return 1.0, left_alone, reason
         scale = self.max_normalized_step * measurement.radius
         if scale < 1.0:
-            return scale, "clipped"
+            is_shortened = self._decrease.shortens(self.step, measurement.loss)
+            reason = "; ".join(filter(None, (reason, self._decrease.reason))) or None
+            return (scale, "clipped", reason) if is_shortened else (1.0, left_alone, reason)
         # Growing a step asks for every worker's radius; shrinking it is safe without.
-        return (
-            scale if self.action == "set" and is_whole else 1.0,
-            "ok" if is_whole else "unmeasured",
-        )
+        scale = scale if self.action == "set" and is_whole else 1.0
+        return scale, left_alone, reason

@@ -70,6 +70,21 @@ def check_arguments(model: Any, estimator: str, logits: Any, max_consecutive_ski
         )
 
 
+def check_sufficient_decrease(share: Any) -> None:
+    """Check the share of the promised decrease at which a step over the limit is left alone.
+
+    Raises:
+        ValueError: If it is not None or a number in [0, 1).
+    """
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if share is not None and not (is_number and 0 <= share < 1):
+        raise ValueError(
+            "SafeStep: expected `sufficient_decrease` to be None or a number in [0, 1), got "
+            f"{share!r}. 0 leaves a step over the limit alone if its linearised loss does not "
+            "rise, 0.5 if it falls by half of what its slope promises; None shortens every one."
+        )
+
+
 def check_audit_interval(interval: Any) -> None:
     """Check the interval at which steps are measured exactly to audit their gradient.
 

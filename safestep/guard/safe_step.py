@@ -71,21 +71,20 @@ class SafeStep(GuardedStep):
             and "ffn", the distance at which ReLU-like units switch, by layer, with the name of the
             smallest. The decision rests on the output's alone. They need an exact measurement, so
             "auto" measures every step. See ``safestep.measure.inner_radii``.
+        sufficient_decrease: c in [0, 1) leaves a step over the limit alone if its linearised loss
+            falls by c times what its slope promises, unless one of the 16 before was shortened
+            because it did not. None shortens all. See ``safestep.guard.decrease``.
         run_dir: Directory for ``run.jsonl``, the input of ``safestep report``. None writes none.
-        process_group: The workers that must take the same step; by default all of them, if
-            ``torch.distributed`` is initialized.
-        max_consecutive_skips: Number of consecutive skipped steps after which ``step()`` raises
-            RuntimeError.
-        part: The submodule whose forward calls are recorded and run again; by default `model`
-            itself. A re-run leaves no trace on any part of `model`.
+        process_group: The workers that must take the same step; by default all that there are.
+        max_consecutive_skips: Skipped steps in a row at which ``step()`` raises RuntimeError.
+        part: The submodule whose forward calls are recorded and run again; by default `model`.
         copy: Whether parameters and optimizer state are copied while the optimizer steps. False
-            needs no copy: the update is computed just before the step, which is then scaled by its
-            learning rate or does not happen. For SGD, Adam, AdamW and Muon of torch, whose
-            gradients must be final when they step (or when the closure returns). See
-            ``safestep.guard.lookahead``.
+            computes the update just before the step, which is then scaled by its learning rate or
+            does not happen: for SGD, Adam, AdamW and Muon of torch, whose gradients must be final
+            when they step (or when the closure returns). See ``safestep.guard.lookahead``.
         replica_check_interval: Compare checksums of parameters and optimizer state over the ranks
-            at one in so many steps; None compares the update norms alone, at every step for free.
-            A replica that differs is named in a warning and an event of the log.
+            at one in so many steps; None compares update norms alone, at every step for free. A
+            replica that differs is named in a warning and the log.
         audit_interval: Measure at least one in so many steps exactly, to audit the gradient; see
             ``safestep.guard.gradient_watch``. None: only where r is measured exactly anyway, and
             the outputs' gradients are below 16 MiB.
@@ -94,8 +93,7 @@ class SafeStep(GuardedStep):
         last: The StepReport of the latest step, None before the first.
         last_radii: What `radii` asked for, of the latest step: see
             ``safestep.measure.binding_radius``.
-        enabled: False leaves steps alone without measuring them, for instance in a search for a
-            learning rate.
+        enabled: False leaves steps alone without measuring them, as in a learning-rate search.
 
     Raises:
         TypeError: If `optimizer` is not a torch.optim.Optimizer or `model` is not an nn.Module.
@@ -137,12 +135,18 @@ class SafeStep(GuardedStep):
         copy: bool = True,
         replica_check_interval: int | None = None,
         audit_interval: int | None = None,
+        sufficient_decrease: float | None = None,
     ) -> None:
         optimizer = hooked_optimizer(optimizer)
         check_optimizer(optimizer)
         check_arguments(model, estimator, logits, max_consecutive_skips)
         controller = StepController(
-            max_normalized_step, radius, action, quantile, max_consecutive_skips
+            max_normalized_step,
+            radius,
+            action,
+            quantile,
+            max_consecutive_skips,
+            sufficient_decrease,
         )
         undo: Undo = Snapshot(optimizer) if copy else Lookahead(optimizer)
         # "set" needs the exact r at every step, and so do radii inside the model.
@@ -156,9 +160,9 @@ class SafeStep(GuardedStep):
             "parameters": sum(param.numel() for param in self._trained()),
             "max_normalized_step": max_normalized_step, "radius": radius, "estimator": estimator,
             "action": action, "quantile": quantile, "radii": sorted(radii), "copy": copy,
-            "max_consecutive_skips": max_consecutive_skips,
-            "replica_check_interval": replica_check_interval, "audit_interval": audit_interval,
-            **given,
+            "max_consecutive_skips": max_consecutive_skips, "audit_interval": audit_interval,
+            "replica_check_interval": replica_check_interval,
+            "sufficient_decrease": sufficient_decrease, **given,
         }  # fmt: skip
         self._journal = Journal(run_dir, self._settings, process_group, owners=model.parameters())
         ranks = Ranks(self._trained(), process_group, model)

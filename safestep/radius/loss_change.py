@@ -63,6 +63,18 @@ class LossChange(NamedTuple):
     weight: float = math.nan
     reason: str | None = None
 
+    def falls_enough(self, share: float, floor: float) -> bool:
+        """Return whether the loss falls by a share of what its slope promises.
+
+        Args:
+            share: The share, c in slope + divergence <= c * slope.
+            floor: A divergence that is too small to matter, in nats.
+
+        Returns:
+            Whether it does; False where that is not known.
+        """
+        return self.divergence <= max(floor, (share - 1) * self.slope)
+
 
 NO_CHANGE = LossChange()
 

@@ -62,7 +62,9 @@ def network(state):
     return model
 
 
-@pytest.mark.parametrize("scenario", ["clipped", "raises while clipped", "skipped", "subgroup"])
+@pytest.mark.parametrize(
+    "scenario", ["clipped", "held", "raises while clipped", "skipped", "subgroup"]
+)
 def test_ranks_stay_bitwise_equal_after_an_intervention(ranks, scenario):
     for other in ranks[1:]:
         assert_same_bits(
@@ -82,7 +84,8 @@ def test_ranks_clip_to_the_limit_of_the_tightest_rank(ranks, scenario, dense_nor
 
 
 @pytest.mark.parametrize(
-    "scenario", ["clipped", "skipped", "raises", "raises while clipped", "not finite", "blind"]
+    "scenario",
+    ["clipped", "held", "skipped", "raises", "raises while clipped", "not finite", "blind"],
 )
 def test_ranks_report_the_same(ranks, scenario):
     fields = ("status", "scale", "normalized_step", "radius", "step_norm", "reason")
@@ -219,6 +222,16 @@ def test_the_predicted_change_is_that_of_the_mean_loss_of_all_ranks(ranks):
         for report in seen:
             assert report.loss_slope == pytest.approx(slope, rel=1e-3)
             assert report.divergence == pytest.approx(divergence, rel=1e-3)
+
+
+def test_ranks_remember_together_that_a_step_was_shortened(ranks):
+    for found in ranks:
+        reports = found["held"]["reports"]
+        assert {report.status for report in reports} == {"clipped"}
+        rising = [report for report in reports if report.predicted_change > 0]
+        assert rising
+        for report in rising:
+            assert "slope promises" in report.reason
 
 
 def test_a_rank_that_does_not_measure_leaves_the_change_of_the_loss_unknown(ranks):

@@ -230,6 +230,14 @@ def test_state_makes_a_round_trip_and_is_not_changed():
         ({"action": "stop"}, "`action` to be one of 'clip', 'set', 'monitor', got 'stop'"),
         ({"quantile": 0.0}, r"`quantile` to be None or a float in \(0, 1\], got 0.0"),
         ({"quantile": 99}, r"`quantile` to be None or a float in \(0, 1\], got 99"),
+        ({"sufficient_decrease": 1.0}, r"`sufficient_decrease` to be None or a .* \[0, 1\), got 1"),
+        ({"sufficient_decrease": -0.1}, "`sufficient_decrease` to be None or a number.*got -0.1"),
+        ({"sufficient_decrease": True}, "`sufficient_decrease` to be None or a number.*got True"),
+        ({"sufficient_decrease": "0"}, "`sufficient_decrease` to be None or a number.*got '0'"),
+        (
+            {"sufficient_decrease": 0.5, "action": "set"},
+            "`sufficient_decrease` to be None with action 'set', got 0.5",
+        ),
     ],
     ids=str,
 )

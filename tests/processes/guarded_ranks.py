@@ -43,6 +43,7 @@ class Net(nn.Module):
 def main(rank, output):
     found = {
         "clipped": train(rank, lr=5.0),
+        "held": train(rank, lr=5.0, num_steps=6, sufficient_decrease=0.0),
         "skipped": train(rank, lr=0.01, spoiled=1),
         "raises": train(rank, lr=0.01, faulty=1, fault="raises"),
         "raises while clipped": train(rank, lr=5.0, faulty=1, fault="raises"),
@@ -76,11 +77,16 @@ def train(rank, *, faulty=None, fault=None, dropout=0.0, **options):
 
 def _train(
     rank, model, *, lr, action="clip", is_guarded=True, group=None, accumulated=1, spoiled=None,
-    use_branch=True, num_steps=STEPS, quiet=None, **ddp,
+    use_branch=True, num_steps=STEPS, quiet=None, sufficient_decrease=None, **ddp,
 ):  # fmt: skip
     wrapped = DistributedDataParallel(model, process_group=group, **ddp)
     optimizer = torch.optim.Adam(wrapped.parameters(), lr=lr)
-    guard = SafeStep(optimizer, wrapped, action=action, process_group=group) if is_guarded else None
+    guard = None
+    if is_guarded:
+        guard = SafeStep(
+            optimizer, wrapped, action=action, process_group=group,
+            sufficient_decrease=sufficient_decrease,
+        )  # fmt: skip
     reports, steps = [], []
     for step in range(num_steps):
         optimizer.zero_grad()
