@@ -1,7 +1,8 @@
 """How often does a run of equal replicas raise an alarm? ``replica_alarms.py [STEPS]``, two ranks.
 
-Prints a line for each setting: its steps, and the events about replicas of the guard (update norms
-at every step, checksums of parameters and optimizer state at every 50th) and of WorkerMetrics.
+Prints a table row for each setting: its steps, and the events about replicas of the guard (update
+norms at every step, checksums of parameters and optimizer state at every 50th) and of
+WorkerMetrics. The last setting moves one layer of one replica by 0.01 % halfway: it must be seen.
 """
 
 import contextlib
@@ -31,19 +32,22 @@ SETTINGS = {
     "bfloat16 autocast": {"is_half": True},
     "bfloat16 parameters": {"dtype": torch.bfloat16},
     "clipped gradients": {"is_clipped": True},
+    "one layer moved by 0.01 %": {"is_moved": True},
 }
 
 
 def main(rank, steps, output):
+    if rank == 0:
+        print("| setting | steps | events |\n|---|---|---|", flush=True)
     for name, options in SETTINGS.items():
         found = count(rank, name, steps, output, **options)
         if rank == 0:
-            print(f"{name:20} {steps:6} steps: {found} events", flush=True)
+            print(f"| {name} | {steps:,} | {found} |", flush=True)
 
 
 def count(
     rank, name, steps, output, *, hook=None, num_batches=1, is_half=False, dtype=torch.float32,
-    is_clipped=False, **ddp,
+    is_clipped=False, is_moved=False, **ddp,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 5)).to(
@@ -61,7 +65,9 @@ def count(
     metrics = WorkerMetrics(wrapped, pairwise_every=10**6)
     generator = torch.Generator().manual_seed(rank)
     alarms = 0
-    for _ in range(steps):
+    for step in range(steps):
+        if is_moved and rank == 1 and step == steps // 2:
+            model[0].weight.data *= 1.0001
         optimizer.zero_grad()
         for index in range(num_batches):
             is_last = index == num_batches - 1
