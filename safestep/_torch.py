@@ -102,5 +102,6 @@ ATTRIBUTES = {
     "_get_fsdp_state": "module of fully_shard: the way to its reduce-scatter",
     "_fsdp_param_group": "state of fully_shard: the way to its reduce-scatter",
     "_reduce_scatter_comm": "group of fully_shard: its reduce-scatter, to listen to",
+    "_PipelineStageBase": "torch.distributed.pipelining.stage: to find the stages of a pipeline",
     "_get_ddp_logging_data": "DistributedDataParallel: to see another communication hook",
 }

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
+from torch.distributed.pipelining import stage as pipelining_stage
 
 from safestep import _torch
 
@@ -114,6 +115,7 @@ def holders():
         "_enabled": torch.autocast("cpu", torch.bfloat16),
         "_get_backend": group,
         "_timeout": torch._C._distributed_c10d.Backend.Options,
+        "_PipelineStageBase": pipelining_stage,
         "_get_ddp_logging_data": ddp,
         "_get_fsdp_state": FSDPModule,
     }

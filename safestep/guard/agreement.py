@@ -15,7 +15,7 @@ from safestep.guard.health import Health
 from safestep.guard.optimizer_state import OptimizerState
 from safestep.guard.options import check_replica_interval
 from safestep.guard.predictor import Measure, Predicted
-from safestep.guard.setup import demand_same_setup, names_and_shapes
+from safestep.guard.setup import STAGES, demand_same_setup, names_and_shapes
 from safestep.measure.slopes import over_ranks
 from safestep.measure.update import Finding, Measurement
 from safestep.parallel.checksum import checksum
@@ -74,7 +74,10 @@ class Agreement:
         if self._is_compared:
             return
         parameters = names_and_shapes(_params(self._optimizer), names)
-        whole = {**setup, "number of steps so far": step, "parameters": parameters}
+        whole = {
+            STAGES: self.ranks.stages(), **setup, "number of steps so far": step,
+            "parameters": parameters,
+        }  # fmt: skip
         demand_same_setup(whole, self.ranks)
         self._is_compared = True
 

@@ -13,6 +13,8 @@ from safestep._warn import RaisedOnPurpose
 from safestep.parallel.ranks import ABSENT, Ranks
 from safestep.parallel.shards import global_shape
 
+STAGES = "stages of a pipeline"
+
 
 class SetupError(RaisedOnPurpose, ValueError):
     """Ranks that train together were asked to do different things."""
@@ -62,9 +64,8 @@ def _difference(setups: Mapping[int, Mapping[str, Any]]) -> str:
         return _difference_of_parameters({rank: setup[name] for rank, setup in setups.items()})
     return (
         f"SafeStep: expected the same `{name}` on every rank, got "
-        f"{_by_value({rank: setup.get(name) for rank, setup in setups.items()})}. Ranks that act "
-        "differently no longer train one model: give each the same, or pass the ranks that train "
-        "together as `process_group`."
+        f"{_by_value({rank: setup.get(name) for rank, setup in setups.items()})}. "
+        f"{_PIPELINE if name == STAGES else _REMEDY}"
     )
 
 
@@ -80,11 +81,19 @@ def _difference_of_parameters(found: Mapping[int, Sequence[str]]) -> str:
     }
     return (
         "SafeStep: expected the same trained parameters, by name and shape, on every rank, got at "
-        f"place {place} {_by_value(seen)}. Train the same parameters everywhere. Stages of a "
-        "pipeline cannot be guarded together: logits exist on the last stage alone, and r depends "
-        "on the update of all. There, attach a guard on the last stage only, with the ranks that "
-        "hold it as `process_group`: its r counts that stage's parameters."
+        f"place {place} {_by_value(seen)}. Train the same parameters everywhere. {_PIPELINE}"
     )
+
+
+_REMEDY = (
+    "Ranks that act differently no longer train one model: give each the same, or pass the ranks "
+    "that train together as `process_group`."
+)
+_PIPELINE = (
+    "Stages of a pipeline cannot be guarded together: logits exist on the last stage alone, and r "
+    "depends on the update of all. There, attach a guard on the last stage only, with the ranks "
+    "that hold it as `process_group`: its r counts that stage's parameters."
+)
 
 
 def _by_value(found: Mapping[int, Any]) -> str:

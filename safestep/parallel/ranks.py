@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
@@ -14,7 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from safestep._warn import RaisedOnPurpose
 from safestep.parallel.collectives import apart_from_shards, gathered, rank, world_size
 from safestep.parallel.join import JoinShadow
+from safestep.parallel.stages import pipeline_stages
 
+# What gloo says besides what happened: the line of its source, and whom to ask.
+_BLAME = re.compile(r"^\[[^\]]*\] |\. This is typically caused by .*")
 ABSENT = -inf  # every number of a rank that has no more data, within ``ddp.join()``
 
 
@@ -32,8 +36,8 @@ class Ranks:
     Args:
         params: The trained parameters.
         group: The ranks; None for the default process group, if there is one.
-        model: A DistributedDataParallel, compiled or not, whose ``join()`` is followed; any other
-            module is ignored.
+        model: What is trained. If it is a DistributedDataParallel, compiled or not, its ``join()``
+            is followed.
 
     Attributes:
         size: Number of ranks.
@@ -46,6 +50,7 @@ class Ranks:
         self, params: Sequence[Tensor], group: ProcessGroup | None, model: nn.Module | None = None
     ) -> None:
         self.size, self.index, self.step = world_size(group), rank(group), 0
+        self._model = model
         self.absent_steps = 0
         try:
             self._group = apart_from_shards(params, group)
@@ -106,6 +111,10 @@ class Ranks:
             for index, length in enumerate(lengths)
         ]  # fmt: skip
 
+    def stages(self) -> tuple[int, ...]:
+        """Return which stages of a pipeline this rank's model holds, none without a pipeline."""
+        return () if self._model is None else pipeline_stages(self._model)
+
     def end_step(self) -> None:
         """Let ranks that have no more data go on to the next step."""
         if self._shadow is not None and self._shadow.is_joining:
@@ -139,10 +148,10 @@ class Ranks:
             self.absent_steps = 0
 
     def _missing(self, what: str, error: RuntimeError) -> RuntimeError:
-        reason = " ".join(str(error).split())
+        reason = _BLAME.sub("", " ".join(str(error).split()))
         return MissingRankError(
             f"SafeStep: expected each of {self.size} ranks {what} at step {self.step}, got nothing "
-            f"from at least one of them ({reason[-200:].rstrip('.')}). Look first for the error of "
+            f"from at least one of them ({reason[:200].rstrip('.')}). Look first for the error of "
             "a rank that ended. Every rank needs a SafeStep on this optimizer, and as many steps "
             "as the others; where data are uneven, train within `with ddp.join():`."
         )
