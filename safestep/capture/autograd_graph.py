@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from safestep._torch import current_node, is_executed
+from safestep.parallel.shards import is_sharded
 
 # Operations that change shape, strides or dtype of a tensor but not its values.
 _VIEWS = frozenset(
@@ -102,10 +103,12 @@ def trains_any(params: Iterable[Tensor]) -> bool:
 
     Returns:
         False if no parameter gets a gradient. True also if that cannot be known: behind a function
-        that starts its own backward pass, such as a reentrant checkpoint.
+        that starts its own backward pass, such as a reentrant checkpoint, and of sharded ones.
     """
     accumulators = []
     for param in params:  # usually the first one decides
+        if is_sharded(param):
+            return True
         if param.requires_grad:
             accumulators.append(get_gradient_edge(param).node)
             if _is_executed(accumulators[-1]):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,9 +86,11 @@ class Call:
             leaves, structure = args, None
         leaves = list(map(_detached, leaves))
         random, modes = conditions.record()
+        are_threads = threading.active_count() > 1  # which may draw while the call runs again
         return cls(
             function, leaves, structure, random, _autocast_regions(), modes,
-            conditions.effects.before(leaves, modes), conditions.undrawn.before(modes), conditions,
+            conditions.effects.before(leaves, modes),
+            conditions.undrawn.before(modes) if are_threads else None, conditions,
         )  # fmt: skip
 
     @property
@@ -126,11 +129,15 @@ class Call:
     def notice_effects(self) -> None:
         """Learn, just after the call, what it has changed."""
         self.conditions.effects.after(self.start)
-        self.conditions.undrawn.after(self.generators)
-        self.generators = None
+        if self.generators is not None:
+            self.conditions.undrawn.after(self.generators)
+            self.generators = None
 
-    def run(self) -> Any:
+    def run(self, *around: AbstractContextManager[Any]) -> Any:
         """Call the function again under the recorded random state, autocast regions and modes.
+
+        Args:
+            *around: Entered around the function alone, not around what puts its state in place.
 
         Returns:
             The output of the function.
@@ -157,7 +164,9 @@ class Call:
                 )
             effects = self.conditions.effects.replayed(self.start, self.leaves, self.modes)
             draws = self.conditions.checked(self.random, self.modes)
-            with visible_functions(), effects as leaves, draws as self.lacks:
+            with visible_functions(), effects as leaves, draws as self.lacks, ExitStack() as inner:
+                for context in around:
+                    inner.enter_context(context)
                 return self._again(leaves)
 
     def _again(self, leaves: list[Any]) -> Any:

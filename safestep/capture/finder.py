@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Maps the output of a call to logits, to (logits, mask), or to a list of these.
 LogitsFn = Callable[[Any], Any]
+# Makes what is entered around the user's code each time that it runs.
+Around = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,12 @@ class LogitFinder:
         self._latest: Plan | None = None
         self._cannot_weigh = False
 
-    def find(self, call: Call) -> list[Logits]:
+    def find(self, call: Call, around: Around = nullcontext) -> list[Logits]:
         """Run a call again and return its logits.
 
         Args:
             call: The call.
+            around: Makes what is entered around the call and the user's function.
 
         Returns:
             One entry for each softmax, or several where its logits are computed in parts.
@@ -103,13 +106,15 @@ class LogitFinder:
             TypeError: If the user's function returns something other than logits.
         """
         if self._logits is not None:
-            output, watch = self._first_run(call, frozenset())
-            found = _as_told(self._logits(output), call.gradients)
+            output, watch = self._first_run(call, around, frozenset())
+            with around():
+                told = self._logits(output)
+            found = _as_told(told, call.gradients)
             if self.description is None:
                 self.description = describe(found)
             return found
         keep = None if self._latest is None else self._latest.events
-        output, watch = self._first_run(call, keep)
+        output, watch = self._first_run(call, around, keep)
         key = (*sorted(call.gradients), "", *watch.names)
         known = self._plans.get(key)
         plan = None if known is None else known.refreshed(output, call.gradients)
@@ -117,10 +122,10 @@ class LogitFinder:
         if plan is not None:
             self._plans[key] = plan
         else:
-            plan = self._plans[key] = self._weighed(_plan(call, output, watch), call)
+            plan = self._plans[key] = self._weighed(_plan(call, around, output, watch), call)
         self._latest = plan
         if watch.keep is not None and not plan.events <= watch.keep:
-            output, watch = _watched(call, plan.events)
+            output, watch = _watched(call, around, plan.events)
         # The weight of one loss among several shows only in the gradients of all.
         is_single = len(plan.events) + len(plan.outputs) == 1
         weights = self._weights(call, plan.weighed if is_single else plan.events)
@@ -130,8 +135,10 @@ class LogitFinder:
             self.warning = "; ".join(filter(None, (plan.doubts(), self.warning))) or None
         return found
 
-    def _first_run(self, call: Call, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
-        output, watch = _watched(call, keep)
+    def _first_run(
+        self, call: Call, around: Around, keep: frozenset[int] | None
+    ) -> tuple[Any, LossWatch]:
+        output, watch = _watched(call, around, keep)
         self.dtypes |= watch.dtypes
         if self.show is not None:
             self.show(call, output, watch)
@@ -162,12 +169,15 @@ class LogitFinder:
             return {}
 
 
-def find_logits(call: Call, logits: LogitsFn | LogitFinder | None = None) -> list[Logits]:
+def find_logits(
+    call: Call, logits: LogitsFn | LogitFinder | None = None, around: Around = nullcontext
+) -> list[Logits]:
     """Run a call again and return the logits that its loss is a function of.
 
     Args:
         call: The call to run again.
         logits: The user's function from the output to the logits, or a finder that keeps its plan.
+        around: Makes what is entered around the call and the user's function.
 
     Returns:
         The result of ``LogitFinder.find``, without empty logits.
@@ -177,7 +187,8 @@ def find_logits(call: Call, logits: LogitsFn | LogitFinder | None = None) -> lis
     """
     finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
     is_empty = not call.gradients and bool(call.empty)
-    found = [] if is_empty else [each for each in finder.find(call) if 0 not in each.source.shape]
+    heads = [] if is_empty else finder.find(call, around)
+    found = [each for each in heads if 0 not in each.source.shape]
     if not found:
         raise LogitsNotFoundError("the batch is empty: there is no row of logits to measure")
     return found
@@ -213,16 +224,15 @@ def _describe_head(name: str, items: Sequence[Logits]) -> str:
     return f"{name}, {shape}, {100 * (1 - counted / total):.2g} % of rows ignored"
 
 
-def _watched(call: Call, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
-    with LossWatch(keep) as watch:
-        output = call.run()
-    return output, watch
+def _watched(call: Call, around: Around, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
+    watch = LossWatch(keep)
+    return call.run(around(), watch), watch
 
 
-def _plan(call: Call, output: Any, watch: LossWatch) -> Plan:
+def _plan(call: Call, around: Around, output: Any, watch: LossWatch) -> Plan:
     if not call.gradients:
         with _graph_alone():
-            output, watch = _watched(call, None)
+            output, watch = _watched(call, around, None)
         return plan_of_losses(output, watch.seen)
     live = {name: found for name, found in call.gradients.items() if found.is_live}
     if not live:
@@ -230,19 +240,23 @@ def _plan(call: Call, output: Any, watch: LossWatch) -> Plan:
             "the gradient of the loss is zero at all that the model returns, so that nothing shows "
             "where the logits are; they are looked for again at the next step"
         )
-    plan = _plan_of_live(call, output, watch, live)
+    plan = _plan_of_live(call, around, output, watch, live)
     return replace(plan, idle=frozenset(call.gradients.keys() - live.keys()))
 
 
 def _plan_of_live(
-    call: Call, output: Any, watch: LossWatch, gradients: Mapping[str, GradientEvidence]
+    call: Call,
+    around: Around,
+    output: Any,
+    watch: LossWatch,
+    gradients: Mapping[str, GradientEvidence],
 ) -> Plan:
     forms = examine_outputs(output, gradients)
     known = {name: form for name, form in forms.items() if form is not None}
     if len(known) == len(forms) == 1:
         return Plan(frozenset(), known)
     with _graph_alone():
-        output, watch = _watched(call, None)
+        output, watch = _watched(call, around, None)
     return plan_of_outputs(output, forms, watch.seen)
 
 

@@ -141,6 +141,30 @@ def kept_out(
     return call
 
 
+class StepHook(DetachableHook):
+    """A hook on an optimizer's step, which marks the optimizer as one with a SafeStep.
+
+    Args:
+        function: What to call.
+        failed: Also told of an interrupt that comes just before `function` can catch it.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], failed: Callable[[BaseException], None]
+    ) -> None:
+        super().__init__(kept_out(function, failed))
+        self._failed = failed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the result of the function."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except BaseException as error:
+            with suppress(Exception):
+                self._failed(error)
+            raise
+
+
 def is_passed_on(error: BaseException) -> bool:
     """Return whether an error is meant for the training loop.
 

@@ -21,6 +21,9 @@ class IdleWatch:
     Args:
         params: Returns the trained parameters of the optimizer.
         module: Returns all parameters of the model, of which the optimizer may hold none.
+
+    Attributes:
+        is_looking: Whether enough backward passes went by to look at the parameters.
     """
 
     def __init__(
@@ -32,18 +35,19 @@ class IdleWatch:
 
     def stepped(self) -> None:
         """Begin to count again: the optimizer has stepped."""
+        self.is_looking = False
         self._backwards = self._moves = 0
         self._places: list[int] | None = None
         self._has_moved = False
 
     def before_call(self) -> None:
         """Look whether parameters have moved since the last call ended."""
-        if self._backwards >= _PATIENCE and not self._has_warned:
+        if self.is_looking:
             self._has_moved |= self._places is not None and self._places != self._now()
 
     def after_call(self) -> None:
         """Note where the parameters are, now that a call has ended: it may have moved them."""
-        if self._backwards >= _PATIENCE and not self._has_warned:
+        if self.is_looking:
             self._places = self._now()
 
     def backward(self) -> None:
@@ -51,8 +55,9 @@ class IdleWatch:
         self._backwards += 1
         self._moves += self._has_moved
         self._has_moved = False
-        if self._moves >= _MOVES and not self._has_warned:
-            self._has_warned = True
+        self.is_looking = self._backwards >= _PATIENCE and not self._has_warned
+        if self._moves >= _MOVES and self.is_looking:
+            self._has_warned, self.is_looking = True, False
             warn_user(
                 f"SafeStep: in {self._backwards} backward passes the optimizer it is attached to "
                 "never stepped, yet its parameters moved: nothing is measured. Another optimizer "

@@ -157,7 +157,8 @@ class Recorder:
         if self._step_start is not None and self._step_start != _versions(self._params()):
             return
         self._void_cleared()
-        self._idle.before_call()
+        if self._idle.is_looking:
+            self._idle.before_call()
         self._count += 1
         call = Call.of(self._part, args, kwargs, self._conditions)
         call.opened = self._count
@@ -170,7 +171,8 @@ class Recorder:
         if call is None:
             return
         call.notice_effects()
-        self._idle.after_call()
+        if self._idle.is_looking:
+            self._idle.after_call()
         outputs = [(name, tensor) for name, tensor in named_tensors(output) if not tensor.is_leaf]
         call.kept.inside = self._order.of(outputs)
         for name, tensor in outputs:
@@ -222,9 +224,7 @@ class Recorder:
         """Return whether the backward pass under way computes gradients of trained parameters."""
         backward = current_graph_task()
         if backward == -1 or backward != self._trained_by[0]:
-            params = self._params()
-            is_training = any(map(is_sharded, params)) or trains_any(params)
-            self._trained_by = backward, is_training
+            self._trained_by = backward, trains_any(self._params())
         return self._trained_by[1]
 
     def _void_cleared(self, call: Call | None = None) -> Tensor | None:

@@ -53,8 +53,8 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, EventGradien
     root = children[0] if children else torch.nn.Module()
     isolated = without_side_effects(root, call.undrawn)
     with isolated, torch.no_grad(), forward_mode_enabled(False):
-        with _Results(events) as watch:
-            output = call.run()
+        watch = _Results(events)
+        output = call.run(watch)
         roots, seeds = _roots(call, output)
         results = list(watch.results.values())
         if not roots or not results:

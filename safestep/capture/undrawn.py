@@ -38,22 +38,19 @@ class UndrawnGenerators:
         Args:
             modes: The submodules, and whether each is in train mode.
         """
-        if threading.active_count() == 1:
-            return None
         if modes != self._modes:
             self._undrawn, self._modes, self._tries = set(), modes, 0
         self._tries += 1
         return global_states() if self._tries <= _TRIES and len(self._undrawn) < 2 else None
 
-    def after(self, states: dict[str, Any] | None) -> None:
+    def after(self, states: dict[str, Any]) -> None:
         """Learn from a call.
 
         Args:
             states: What `before` returned for it.
         """
-        if states is not None:
-            now = global_states()
-            self._undrawn.update(name for name in states if states[name] == now[name])
+        now = global_states()
+        self._undrawn.update(name for name in states if states[name] == now[name])
 
     def learn(self, modes: Modes, names: Iterable[str]) -> None:
         """Take note that a call in some modes has not drawn from some generators."""

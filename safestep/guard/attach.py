@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from torch.optim import Optimizer
 
 from safestep._torch import current_graph_task
-from safestep.capture.hooks import DetachableHook, kept_out
+from safestep.capture.hooks import StepHook, kept_out
 from safestep.guard.optimizer_state import is_optimizer_like
 
 # The code of torch's wrapper around every step(), which calls the hooks.
@@ -81,8 +80,8 @@ def hook_steps(
     """
     if hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return (
-            optimizer.register_step_pre_hook(_StepHook(before, before_failed)),
-            optimizer.register_step_post_hook(_StepHook(after, after_failed)),
+            optimizer.register_step_pre_hook(StepHook(before, before_failed)),
+            optimizer.register_step_post_hook(StepHook(after, after_failed)),
         )
     before, after = kept_out(before, before_failed), kept_out(after, after_failed)
     optimizer.step = step = _HookedStep(optimizer, before, after)
@@ -105,7 +104,7 @@ def check_optimizer(optimizer: Any) -> None:
             f"{type(optimizer).__name__}. Pass the optimizer whose step() updates the parameters."
         )
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    if isinstance(optimizer.step, _HookedStep) or any(isinstance(h, _StepHook) for h in hooks):
+    if isinstance(optimizer.step, _HookedStep) or any(isinstance(h, StepHook) for h in hooks):
         raise ValueError(
             "SafeStep: expected an `optimizer` without a SafeStep, got one that has it already. "
             "Call detach() on the other one first."
@@ -119,30 +118,6 @@ def check_optimizer(optimizer: Any) -> None:
             f"{type(optimizer).__name__} that updates each within the backward pass (gradient "
             "release). Call its step() after backward() instead: no radius is known before then."
         )
-
-
-class _StepHook(DetachableHook):
-    """Marks an optimizer that a SafeStep is attached to.
-
-    Args:
-        function: What to call.
-        failed: Also told of an interrupt that comes just before `function` can catch it.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], failed: Callable[[BaseException], None]
-    ) -> None:
-        super().__init__(kept_out(function, failed))
-        self._failed = failed
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the result of the function."""
-        try:
-            return super().__call__(*args, **kwargs)
-        except BaseException as error:
-            with suppress(Exception):
-                self._failed(error)
-            raise
 
 
 class _HookedStep:

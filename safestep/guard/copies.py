@@ -34,7 +34,6 @@ class Copies:
     Attributes:
         before: This rank's part of each parameter, in the memory that it had when copied.
         of_params: The copy of each parameter.
-        can_be_kept: Whether the layout serves the next step too.
         are_sharded: Whether this rank holds only a shard of some parameter.
         uncopied: The types of tensors that cannot be copied.
     """
@@ -50,7 +49,7 @@ class Copies:
         self.are_sharded = are_sharded(params)
         size = sum(map(Tensor.numel, own.values()))
         is_usual = not torch.is_inference_mode_enabled()  # tensors made there cannot be written to
-        self.can_be_kept = is_usual and all(map(is_plain, tensors))
+        self._can_be_kept = is_usual and all(map(is_plain, tensors))
         are_params = dict.fromkeys(self.before)
         small: dict[Any, list[Tensor]] = defaultdict(list)  # parameters first
         large: list[Tensor] = []
@@ -73,7 +72,7 @@ class Copies:
             apart = list(compress(self.before, counted_here(params)))
         self._apart = apart, [self._places[param] for param in apart]
         kept = self._large[1] + [memory for pack in self._packs for memory in pack.memory]
-        storages = [copy.untyped_storage() for copy in kept] if self.can_be_kept else []
+        storages = [copy.untyped_storage() for copy in kept] if self._can_be_kept else []
         # Small copies keep their memory: to ask for it again takes longer than to copy them.
         self._storages = [] if size <= _KEPT else [(each, each.nbytes()) for each in storages]
 
@@ -95,10 +94,16 @@ class Copies:
         if tensors:
             foreach_copy_(copies, tensors)
 
-    def free(self) -> None:
-        """Give the memory of large copies back until `fill`; the layout stays."""
+    def free(self) -> bool:
+        """Give the memory of large copies back until `fill`.
+
+        Returns:
+            Whether the layout serves the next step too.
+        """
         for storage, _ in self._storages:
             storage.resize_(0)
+        # Rebound parameters would keep the memory that they had alive until the next step.
+        return self._can_be_kept and self.after is self.before
 
     @property
     def after(self) -> list[Tensor]:

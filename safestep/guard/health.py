@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import hypot, inf
 
 import torch
 from torch import Tensor
 
 from safestep.measure.update import Finding, Update
 from safestep.parallel.checksum import sum_of_words
-from safestep.parallel.norms import each_norm, joined, joint_norm
+from safestep.parallel.norms import each_norm, joint_norm
 from safestep.parallel.shards import local
 
 
@@ -60,7 +60,7 @@ class Health:
         # Exact in float64, and the same in every process: hashes of numbers are not salted.
         bits = hash((*numbers[:first], *numbers[end:])) % 2**52 if prints else 0
         return cls(
-            joined(numbers[:first]), joined(numbers[first:last]), tuple(map(abs, signals_read)),
+            hypot(*numbers[:first]), hypot(*numbers[first:last]), tuple(map(abs, signals_read)),
             float(bits),
         )  # fmt: skip
 

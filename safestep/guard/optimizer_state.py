@@ -40,12 +40,14 @@ class OptimizerState:
         optimizers: The optimizer, then those that it holds.
         leaves: What the optimizer holds, in a row, to notice a change by identity; None where it
             holds containers that may change without one.
+        is_of_torch: Whether all of these optimizers are torch's own, none of them a subclass.
     """
 
     params: list[Tensor] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     optimizers: list[Any] = field(default_factory=list)
     leaves: list[Any] | None = None
+    is_of_torch: bool = True
     _contents: list[tuple[Any, Any]] = field(default_factory=list)
     _options: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -58,18 +60,14 @@ class OptimizerState:
         search = _Search(every, params)
         search.visit(optimizer)
         tensors, optimizers = list(search.tensors), search.optimizers
-        state = cls(params, tensors, optimizers, _contents=search.contents)
+        is_of_torch = all(type(each).__module__.startswith("torch.") for each in optimizers)
+        state = cls(params, tensors, optimizers, is_of_torch=is_of_torch, _contents=search.contents)
         values = _values(optimizer)
         if len(params) == len(every) and values and _TENSORS.issuperset(map(type, values)):
             others = _others(optimizer)
             if not any(isinstance(other, (*_CONTAINERS, Optimizer)) for other in others):
                 state.leaves = [*every, *optimizer.state, *values, *others]
         return state
-
-    @property
-    def is_of_torch(self) -> bool:
-        """Whether all of these optimizers are torch's own, none of them a subclass."""
-        return all(type(each).__module__.startswith("torch.") for each in self.optimizers)
 
     def is_still_of(self, optimizer: Any) -> bool:
         """Return whether the optimizer surely holds the same tensors; faster than `of`."""

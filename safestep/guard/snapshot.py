@@ -108,10 +108,7 @@ class Snapshot:
     def release(self) -> None:
         """Free the copies; keep their layout, and the memory of small ones, for the next step."""
         if self._copies is not _NO_COPIES:
-            # Rebound parameters would keep the memory that they had alive until the next step.
-            is_there = self._copies.after is self._copies.before
-            is_kept = self._copies.can_be_kept and is_there
-            self._copies.free()
+            is_kept = self._copies.free()
             self._spare = (self._state, self._copies) if is_kept else (_NOTHING, _NO_COPIES)
         if self._gradients:  # most optimizers leave them as they are
             self._keeps_gradients = any(g._version != v for _, g, v, _ in self._gradients)

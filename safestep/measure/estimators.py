@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -143,9 +143,7 @@ def jvp(
     isolated = without_side_effects(module, undrawn)
     with torch.no_grad(), tangents_in_place(params, tangents, module), isolated:
         for call in calls:
-            with differentiable_kernels(module), nullcontext() if inside is None else inside:
-                heads = find_logits(call, logits)
-            for found in heads:
+            for found in find_logits(call, logits, partial(_differentiated, module, inside)):
                 if isinstance(found.source, Tensor):
                     values, tangent = _unpacked(found.source)
                     tangent = without_absent(values, tangent)
@@ -153,6 +151,12 @@ def jvp(
                     values, tangent = found.source, _demanded(found.source.tangent())
                 yield LogitTangent(found.name, values, tangent, found.mask, loss=found.loss)
                 del tangent  # frees a tile of a large vocabulary before the next one is computed
+
+
+@contextmanager
+def _differentiated(module: nn.Module, inside: InnerWatch | None) -> Iterator[None]:
+    with differentiable_kernels(module), nullcontext() if inside is None else inside:
+        yield
 
 
 def difference(

@@ -1,7 +1,7 @@
 """Norms over many tensors at once."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from operator import attrgetter
 from typing import Any
@@ -85,19 +85,3 @@ def norm_over_ranks(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> floa
             dist.all_reduce(square, group=group)
         total += float(square)
     return math.sqrt(total)
-
-
-def joined(norms: Iterable[float]) -> float:
-    """Return the 2-norm of norms that are already Python numbers.
-
-    Args:
-        norms: The norms.
-
-    Returns:
-        Their 2-norm, 0 of none, not finite if one is not.
-
-    Example:
-        >>> joined([3.0, 4.0])
-        5.0
-    """
-    return math.hypot(*norms)

@@ -1,5 +1,6 @@
 """Which tensors are found to be the logits, in plain loops and in recorded training steps."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -24,8 +25,9 @@ nn.init.normal_(MODEL.bias, generator=GENERATOR)
 def loop_call(model, loss, *inputs):
     """Return what a recorder knows of a forward call after `loss` of its output went backward."""
     call = SimpleNamespace(
-        run=lambda: model(*inputs), gradients={}, empty=[], modes=([], []), undrawn=()
-    )
+        run=run_within(lambda: model(*inputs)),
+        gradients={}, empty=[], modes=([], []), undrawn=(),
+    )  # fmt: skip
     output = model(*inputs)
     tensors = [(name, t) for name, t in named_tensors(output) if t.requires_grad]
     gradients = torch.autograd.grad(loss(output), [t for _, t in tensors], allow_unused=True)
@@ -37,7 +39,17 @@ def loop_call(model, loss, *inputs):
 
 def step_call(step):
     """Return what a recorder knows of a training step that it was told of."""
-    return SimpleNamespace(run=step, gradients={}, empty=[], modes=([], []), undrawn=())
+    return SimpleNamespace(run=run_within(step), gradients={}, empty=[], modes=([], []), undrawn=())
+
+
+def run_within(function):
+    def run(*around):
+        with ExitStack() as stack:
+            for context in around:
+                stack.enter_context(context)
+            return function()
+
+    return run
 
 
 def found_in(call, logits=None):
