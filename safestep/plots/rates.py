@@ -8,9 +8,16 @@ from safestep.plots.registry import figure, has_step
 from safestep.plots.style import COLORS, INK, label_ends, last_finite, make_axes, say
 from safestep.plots.wording import count, number, percent
 from safestep.runlog.reader import Run
-from safestep.runlog.series import positive, removed_area, step_series, step_share, thin
+from safestep.runlog.series import (
+    StepSeries,
+    positive,
+    removed_area,
+    step_series,
+    step_share,
+    thin,
+)
 
-__all__ = ["plot_cost", "plot_learning_rate"]
+__all__ = ["plot_cost", "plot_learning_rate", "say_lowered"]
 
 FEW = 0.05  # share of touched steps under which a mean over the run tells of one wild step alone
 
@@ -20,12 +27,44 @@ def _learning_rate_says(run: Run) -> str:
     rates = series.learning_rate[np.isfinite(series.learning_rate)]
     low, high = (number(float(rate)) for rate in (rates.min(), rates.max()))
     scheduled = f"The learning rate was {low if low == high else f'between {low} and {high}'}"
-    if not series.intervened.any():
-        return f"{scheduled}; the guard never lowered it."
-    removed, touched = removed_area(series), count(int(series.intervened.sum()), "step")
-    is_often = series.intervened.mean() > FEW and np.isfinite(removed)
-    mean = f": its mean over the run fell by {percent(removed)}" if is_often else ""
-    return f"{scheduled}; the guard lowered it at {touched}{mean}."
+    return f"{scheduled}; the guard {say_lowered(series)}."
+
+
+def say_lowered(series: StepSeries) -> str:
+    """Return what the guard did to the learning rate.
+
+    Args:
+        series: The steps.
+
+    Returns:
+        A predicate: the step and both rates where it did little, the mean where it did much.
+    """
+    done = [_say_clipped(series)] if series.clipped.any() else []
+    skipped = series.step[series.skipped]
+    if len(skipped):
+        which = f"step {skipped[0]}" if len(skipped) == 1 else count(len(skipped), "step")
+        done.append(f"did not take {which}")
+    return " and ".join(done) or "never lowered it"
+
+
+def _say_clipped(series: StepSeries) -> str:
+    clipped, removed = np.flatnonzero(series.clipped), removed_area(series)
+    most = clipped[np.argmin(series.scale[clipped])]
+    where, change = f"step {series.step[most]}", _from_to(series, most)
+    if len(clipped) == 1:
+        return f"lowered it at {where}{change}"
+    done = f"lowered it at {count(len(clipped), 'step')}"
+    if series.intervened.mean() > FEW and np.isfinite(removed):
+        return f"{done}, by {percent(removed)} in the mean"
+    return f"{done}, most at {where}{change}"
+
+
+def _from_to(series: StepSeries, at: int) -> str:
+    """Return the learning rates that a step was set to and taken at; nothing where unknown."""
+    rates = series.learning_rate[at], series.effective_learning_rate[at]
+    if not np.isfinite(rates).all():
+        return ""
+    return ", from {} to {}".format(*(number(float(rate)) for rate in rates))
 
 
 @figure(

@@ -93,8 +93,8 @@ def _distribution_says(run: Run) -> str:
     for name, phase in zip(_THIRDS, np.array_split(np.arange(len(series.step)), 3), strict=True):
         r = series.proposed[phase]
         if not np.isnan(r).all():
-            rate = series.clipped[phase].mean()
-            clipped = f" ({percent(rate)} of the steps scaled down)" if rate else ""
+            scaled = int(series.clipped[phase].sum())
+            clipped = f" ({count(scaled, 'step')} scaled down)" if scaled else ""
             facts.append(f"{number(float(np.nanmedian(r)))} in {name}{clipped}")
     return f"The median r was {', '.join(facts)} of the run."
 

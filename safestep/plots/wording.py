@@ -2,6 +2,8 @@
 
 import math
 
+from safestep.runlog.series import HUGE
+
 
 def number(value: float) -> str:
     """Return the value to three figures.
@@ -15,11 +17,15 @@ def number(value: float) -> str:
     Example:
         >>> number(803.2), number(0.00124), number(1234567.0), number(3e-9), number(float("inf"))
         ('803', '0.00124', '1,230,000', '3e-09', 'infinite')
+        >>> number(1e100)  # the largest that a report reckons with
+        '1e+100 or more'
     """
     if math.isnan(value):
         return "unknown"
     if math.isinf(value):
         return "infinite" if value > 0 else "-infinite"
+    if abs(value) >= HUGE:
+        return f"{value:.0e} or {'more' if value > 0 else 'less'}"
     if value and not 1e-4 <= abs(value) < 1e7:
         return f"{value:.3g}"
     rounded = float(f"{value:.3g}")

@@ -8,7 +8,7 @@ import numpy as np
 
 _BEFORE = 50  # values before an event that give its level and its noise
 _RECENT = 20  # of these, where they have a trend
-_MIN_BEFORE = 8  # fewer say too little
+_MIN_BEFORE = 8  # fewer do not tell their noise: that of the values after stands in
 _WINDOWS = (5, 10, 20, 50)  # a rise shows in the median of so many values: one bad batch is none
 _ONSET = 20  # a rise that is an event's own begins within so many values after it
 _HORIZON = 200  # values after an event in which its effect is looked for
@@ -95,9 +95,10 @@ def effect_of(
     """Return what the loss did after the event at some steps.
 
     The level before is the median of the values up to the first step (which are from before its
-    update), or the end of their line where they have a trend. The loss has risen where the median
-    of 5, 10, 20 or 50 values in a row is above it by a material amount (5 % and 0.02) that five
-    standard errors of the noise do not explain.
+    update), or the end of their line where they have a trend. Where these are fewer than eight, the
+    values after tell the noise, so that only a large rise shows. The loss has risen where the
+    median of 5, 10, 20 or 50 values in a row is above it by a material amount (5 % and 0.02) that
+    five standard errors of the noise do not explain.
 
     Args:
         loss: One value a step; NaN where it was not logged, infinite where it was not finite.
@@ -114,10 +115,10 @@ def effect_of(
     stop = len(known) if end is None else int(np.searchsorted(known, end))
     past = loss[known[max(0, start - _BEFORE) : start]]
     at = known[start:stop][: last - first + _HORIZON]
-    before = _level_before(past[np.isfinite(past)])
-    if before is None or len(at) < 1:
-        return Effect("unknown")
     after = loss[at]
+    before = _level_before(past[np.isfinite(past)], after[np.isfinite(after)][:_BEFORE])
+    if before is None or len(at) < 1:
+        return Effect("unknown", before.level if before else np.nan)
     onset = int((at <= last).sum()) + _ONSET
     rise, peak = _rise(after, onset, before)
     tail = after[-min(_BEFORE, max(_LASTING, len(after) // 2)) :]
@@ -167,6 +168,26 @@ def last_rise(loss: np.ndarray) -> tuple[float, int, float] | None:
     return lowest, int(known[starts[best] + width // 2]), final
 
 
+def course(loss: np.ndarray) -> tuple[float, float, float] | None:
+    """Return where a run's loss began and ended, and how far chance may put the two apart.
+
+    Args:
+        loss: One value a step; NaN where it was not logged, infinite where it was not finite.
+
+    Returns:
+        The levels of the first and the last tenth of the values, and 2.5 standard errors of their
+        difference; None where fewer than eight values are finite.
+    """
+    values = loss[np.isfinite(loss)]
+    if len(values) < _MIN_BEFORE:
+        return None
+    width = max(_MIN_BEFORE // 2, len(values) // 10)
+    steps = np.diff(values)  # whatever the trend, neighbours differ by their noise
+    noise = _MAD_TO_STD * float(np.median(abs(steps - np.median(steps)))) / math.sqrt(2)
+    margin = _CLOSE * noise * _MEDIAN_ERROR * math.sqrt(2 / width)
+    return _median(values[:width]), _median(values[-width:]), margin
+
+
 def _material(level: float) -> float:
     """Return the least rise over a level that counts."""
     return max(_MATERIAL * abs(level), _MATERIAL_NATS)
@@ -183,10 +204,14 @@ def _unrisen(after: np.ndarray, before: _Before, level: float, give: float) -> E
     return Effect(kind, before.level, level, highest, max(early, give))
 
 
-def _level_before(values: np.ndarray) -> _Before | None:
-    """Return level and noise of the values before an event, None where they are too few."""
-    if len(values) < _MIN_BEFORE:
+def _level_before(values: np.ndarray, after: np.ndarray) -> _Before | None:
+    """Return level and noise of the values before an event, None where there is none."""
+    if not len(values):
         return None
+    if len(values) < _MIN_BEFORE:
+        noise = max(float(np.ptp(values)) / 2, _line(after)[2] if len(after) > 1 else 0.0)
+        error = _MEDIAN_ERROR * noise / math.sqrt(len(values))
+        return _Before(float(np.median(values)), float(values.min()), 0.0, noise, error)
     slope, end, noise = _line(values)
     error = _MEDIAN_ERROR * noise / math.sqrt(len(values))
     level = float(np.median(values))

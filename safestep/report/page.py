@@ -14,15 +14,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from safestep.plots.rates import say_lowered
 from safestep.plots.style import SERIES_COLORS
-from safestep.plots.wording import number, percent
-from safestep.report.episodes import gather
+from safestep.plots.wording import number
+from safestep.report.evidence import gather
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import Verdict
 from safestep.runlog.folder import list_runs
 from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
-from safestep.runlog.series import StepSeries, removed_area, step_series
+from safestep.runlog.series import StepSeries, step_series
 
 MAX_EVENTS = 200
 _MAX_RUNS = 20  # of one folder
@@ -167,7 +168,7 @@ def _other_runs(run: Run) -> list[dict[str, str]]:
 
 
 def _numbers(run: Run) -> dict[str, Any]:
-    series, header, removed = step_series(run), run.header, removed_area(step_series(run))
+    series, header = step_series(run), run.header
     return {
         "file": run.path,
         "folder": run.path.parent,
@@ -180,7 +181,7 @@ def _numbers(run: Run) -> dict[str, Any]:
         "steps not taken": f"{int(series.skipped.sum()):,}",
         "steps not measured": f"{int(series.unmeasured.sum()):,}",
         "largest r": _largest(run, series),
-        "learning rate, lowered in the mean by": percent(removed),
+        "learning rate": f"the guard {say_lowered(series)}",
     }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from safestep.report.bands import TOLERANCE, aftermath, is_over_band, upper_band
-from safestep.report.episodes import Evidence, find_episodes
+from safestep.report.evidence import Evidence, find_episodes
 from safestep.runlog.reader import Run
 from safestep.runlog.series import worker_mean
 

@@ -7,8 +7,10 @@ import numpy as np
 from safestep.plots.rates import FEW
 from safestep.plots.wording import count, number, percent, sentence
 from safestep.report.drift import drifted_workers
-from safestep.report.episodes import Evidence, find_episodes, gather, say_lost, tell, tell_healthy
-from safestep.report.findings import Tone, find
+from safestep.report.episodes import say_lost, tell, tell_healthy
+from safestep.report.evidence import Evidence, find_episodes, gather
+from safestep.report.finding import Tone
+from safestep.report.findings import drifted, find
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, removed_area, step_share
 
@@ -22,7 +24,7 @@ class Verdict:
 
     Attributes:
         tone: "good" (nothing happened, or it was caught), "warn" (worth a look) or "bad" (harm).
-        headline: One to three sentences: the gravest findings, or that all is well.
+        headline: The one to three gravest findings and what to do about them, or that all is well.
         sentences: The story, in the order of the steps.
     """
 
@@ -44,16 +46,18 @@ def write_verdict(run: Run) -> Verdict:
     workers = drifted_workers(run)
     ends = [*_loss_course(evidence), *_closing(run, evidence.series)]
     if not len(evidence.series.step):
-        headline = workers[0] if workers else "The log holds no step yet."
+        drift = drifted(run)
+        headline = drift.told if drift else "The log holds no step yet."
         return Verdict("warn", headline, workers[1:] + ends)
     findings = find(run, evidence)
     tones = {finding.tone for finding in findings}
     tone: Tone = "bad" if "bad" in tones else "warn" if "warn" in tones else "good"
     if tone == "good" and evidence.series.unmeasured.any():
         tone = "warn"
-    headlines = [finding.text for finding in findings[:_MAX_HEADLINES]]
-    others = [worker for worker in workers if worker not in headlines]
-    return Verdict(tone, " ".join(headlines), _story(evidence) + others + ends)
+    told = findings[:_MAX_HEADLINES]
+    headline = " ".join(finding.told for finding in told)
+    others = [worker for worker in workers if worker not in {finding.text for finding in told}]
+    return Verdict(tone, headline, _story(evidence) + others + ends)
 
 
 def _story(evidence: Evidence) -> list[str]:

@@ -7,6 +7,8 @@ import numpy as np
 
 from safestep.runlog.reader import Run
 
+HUGE = 1e100  # numbers up to it can be squared and summed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepSeries:
@@ -103,14 +105,15 @@ def drawable(run: Run) -> Run:
         run: The run.
 
     Returns:
-        The run, with magnitudes over 1e100 replaced by infinity and those under 1e-100 by 0.
+        The run, with finite magnitudes over ``HUGE`` replaced by it and those under 1e-100 by 0.
     """
 
     def within(column: np.ndarray) -> np.ndarray:
         if column.dtype != np.float64:
             return column
         size = np.abs(column)
-        column = np.where(size > 1e100, np.copysign(np.inf, column), column)
+        is_huge = (size > HUGE) & (size < np.inf)
+        column = np.where(is_huge, np.copysign(HUGE, column), column)
         return np.where(size < 1e-100, 0.0, column)
 
     steps, workers = (

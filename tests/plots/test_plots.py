@@ -154,7 +154,31 @@ def test_removed_area_is_the_share_of_the_learning_rates_sum(tmp_path):
 
     assert removed_area(step_series(run)) == 0.5
     says = next(kind.says for kind in FIGURES if kind.name == "learning_rate")
-    assert says(run).endswith("lowered it at 1 step: its mean over the run fell by 50 %.")
+    assert says(run).endswith("; the guard lowered it at step 1, from 3 to 1.")
+
+
+def test_many_steps_that_were_scaled_are_told_with_the_mean(tmp_path):
+    rates = {"learning_rate": 2.0, "effective_learning_rate": 1.0, "status": "clipped"}
+    says = next(kind.says for kind in FIGURES if kind.name == "learning_rate")
+
+    assert says(run_of(tmp_path, *[rates] * 30)).endswith(
+        "The learning rate was 2; the guard lowered it at 30 steps, by 50 % in the mean."
+    )
+
+
+def test_few_steps_that_were_scaled_are_told_with_the_one_lowered_most(tmp_path):
+    calm = {"learning_rate": 1.0, "effective_learning_rate": 1.0, "status": "ok", "scale": 1.0}
+    scaled = [
+        {"learning_rate": 9.0, "effective_learning_rate": 9 * s, "status": "clipped", "scale": s}
+        for s in (0.5, 0.1)
+    ]
+    says = next(kind.says for kind in FIGURES if kind.name == "learning_rate")
+
+    text = says(run_of(tmp_path, *[calm] * 98, *scaled, {"status": "skipped", "scale": 0.0}))
+
+    assert text.endswith(
+        "the guard lowered it at 2 steps, most at step 99, from 9 to 0.9 and did not take step 100."
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -15,14 +15,20 @@ from .test_report import Page
 # What a reader has to find in the headline of each run of real training.
 EXPECTED = {
     "healthy_run": r"^Healthy: 120 steps, r <= 0\.\d+",
-    "spiked_run": r"^Protected: the guard scaled down 1 of 120 steps; ",
+    "spiked_run": r"^Protected: the guard scaled down 1 of 120 steps \(step 60: r = \d+, learning "
+    r"rate x10,000\); .* Look at what raised the learning rate at step 60\.$",
     "hot_run": r"^The learning rate is about [\d.]+ times too large: 0\.\d+ would have stayed "
     r"under the limit at 95 % of the steps; the guard scaled down 120 of 120 steps\.$",
-    "cold_run": r"^r is far below the limit of 1 .*: the learning rate could be larger\.$",
-    "lost_run": r"^Harmed: after step 60, where an r of \d+ was let through, the loss rose from 0",
+    "cold_run": r"^The learning rate could be larger: r was at most [\d.e-]+ of the limit at 99 % "
+    r"of the steps, and the loss (fell|did not fall beyond its noise) \([\d.]+ at first, [\d.]+ "
+    r"at the end\)\. Try a rate 10 times as large first, 1e-05\.$",
+    "lost_run": r"^Harmed: after step 60, where an r of \d+ \(learning rate x10,000\) was let "
+    r"through, the loss rose from 0\..* Go back to a checkpoint from before step 60 and use "
+    r"action=\"clip\"\.$",
     "broken_run": r"^Protected: the guard did not take 1 of 120 steps \(.*not finite"
-    r".*; look at the batch of step \d+\)",
-    "worker_run": r"^Worker 3 drifted from step 80 on \(loss 9 times the usual spread above ",
+    r".* Look at the batch of step 70\.$",
+    "worker_run": r"^Worker 3 drifted from step 80 on \(loss 9 times the usual spread above "
+    r"the others\)\. Look at its data and its device\.$",
 }
 TONES = {"healthy_run": "good", "spiked_run": "good", "broken_run": "good", "lost_run": "bad"}
 
@@ -71,6 +77,7 @@ def test_replica_that_differs_is_named_with_its_step(tmp_path):
 
     assert headline == (
         "Replica 2 drifted from step 40 on (update norm differs from the other replicas (by 50 %))."
+        " Restart it from a checkpoint."
     )
 
 
@@ -106,5 +113,6 @@ def test_loss_that_rose_before_it_was_lost_is_told_with_both(tmp_path):
 
     assert headline == (
         "Lost: the loss is not finite after step 179. Harmed: after step 99, where an r of 248 was "
-        "let through, the loss rose from 0.1 to 3.3 and was not finite from step 180 on."
+        "let through, the loss rose from 0.1 to 3.3 and was not finite from step 180 on. "
+        "Go back to a checkpoint from before step 99."
     )

@@ -89,9 +89,40 @@ def test_loss_that_stays_higher_after_a_partial_recovery_is_not_back():
     assert effect.after == pytest.approx(0.59, abs=0.01)
 
 
-@pytest.mark.parametrize("length", [3, 9])
-def test_too_few_losses_before_are_not_judged(length):
-    assert effect_of(np.ones(40), length - 3, length - 3).kind == "unknown"
+EARLY = [
+    make_history(name, seed, first=first) for name in EFFECTS for seed in range(8)
+    for first in (0, 2, 5)
+]  # fmt: skip
+
+
+def test_no_rise_in_the_first_steps_is_called_unaffected():
+    wrong = [h.name for h in EARLY if judged(h).kind == "held" and h.rise > h.material]
+
+    assert wrong == []
+
+
+def test_first_steps_that_did_no_damage_are_hardly_ever_said_to():
+    calm = [history for history in EARLY if history.rise <= history.material]
+    wrong = [history.name for history in calm if judged(history).has_risen]
+
+    assert len(calm) > 60
+    assert len(wrong) < 0.05 * len(calm)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_large_rise_after_one_of_the_first_steps_is_told_with_both_levels(first):
+    rng = np.random.default_rng(0)
+    loss = np.r_[np.full(first + 1, 2.0), np.full(200, 16.0)] + 0.1 * rng.normal(size=first + 201)
+
+    effect = effect_of(loss, first, first)
+
+    assert effect.kind == "up"
+    assert (effect.before, effect.after) == pytest.approx((2, 16), abs=0.3)
+
+
+def test_event_before_the_first_loss_or_after_the_last_is_not_judged():
+    assert effect_of(np.r_[np.full(5, np.nan), np.ones(40)], 3, 3).kind == "unknown"
+    assert effect_of(np.ones(40), 39, 39).kind == "unknown"
 
 
 def test_last_rise_is_that_of_the_end_over_the_lowest_level():

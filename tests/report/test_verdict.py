@@ -5,7 +5,7 @@ import pytest
 
 from safestep.plots.wording import number
 from safestep.report.bands import upper_band
-from safestep.report.episodes import gather
+from safestep.report.evidence import gather
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import write_verdict
 from safestep.runlog.reader import read_run
@@ -52,7 +52,7 @@ def test_caught_spike_is_told_with_its_cause_and_outcome(spiked_run):
     place = np.flatnonzero(series.step == 60)[0]
 
     assert verdict.tone == "good"
-    assert verdict.headline.startswith("Protected: the guard scaled down 1 of 120 steps; ")
+    assert verdict.headline.startswith("Protected: the guard scaled down 1 of 120 steps (step 60: ")
     assert "Steps 0-59 healthy" in story
     assert "learning rate x10,000" in story
     assert number(float(series.proposed[place])) in story
@@ -65,7 +65,7 @@ def test_spike_that_was_let_through_is_called_harm(lost_run):
 
     assert verdict.tone == "bad"
     assert verdict.headline.startswith("Harmed: after step 60, where an r of ")
-    assert "was let through, the loss rose from 0." in verdict.headline
+    assert "(learning rate x10,000) was let through, the loss rose from 0." in verdict.headline
     assert "Let through at step" in story
     assert "loss rose from" in story
 
@@ -75,7 +75,8 @@ def test_drifting_worker_is_named(worker_run):
 
     assert verdict.tone == "warn"
     assert verdict.headline == (
-        "Worker 3 drifted from step 80 on (loss 9 times the usual spread above the others)."
+        "Worker 3 drifted from step 80 on (loss 9 times the usual spread above the others). "
+        "Look at its data and its device."
     )
 
 
@@ -169,8 +170,43 @@ def test_loss_that_is_lost_is_told(tmp_path):
 
     assert verdict.tone == "bad"
     assert verdict.headline == (
-        "Lost: the loss is not finite after step 99, where an r of 50 was let through."
+        "Lost: the loss is not finite after step 99, where an r of 50 was let through. "
+        "Go back to a checkpoint from before step 99."
     )
+
+
+def test_learning_rate_that_jumped_at_one_step_is_told_with_that_step(tmp_path):
+    """The spike is one step; r stays over the limit after it, at the usual rate."""
+    rates = at(120, 3.0, otherwise=0.003)
+    log_steps(
+        tmp_path, [*noisy_losses(121), *(noisy_losses(79) + 6)], learning_rate=rates,
+        normalized_step=[0.1] * 120 + [90.0] + [2.0] * 79,
+    )  # fmt: skip
+
+    _, story = story_of(tmp_path)
+
+    assert "Let through at steps 120-199: learning rate x1,000 at step 120, r <= 90; " in story
+
+
+def test_stretch_before_an_early_spike_is_not_judged_by_what_follows(tmp_path):
+    losses = np.r_[noisy_losses(4), noisy_losses(196) + 20]
+    log_steps(tmp_path, losses, normalized_step=at(3, 40.0, otherwise=0.1))
+
+    verdict, story = story_of(tmp_path)
+
+    assert "Steps 0-2 healthy" in story
+    assert verdict.headline.startswith("Harmed: after step 3, where an r of 40 was let through")
+
+
+def test_worst_of_many_steps_is_named_where_the_guard_protected(tmp_path):
+    r = [0.5] * 300
+    r[100], r[200] = 3.0, 8.0
+    log_steps(
+        tmp_path, noisy_losses(300), normalized_step=r, scale=[min(1.0, 1 / x) for x in r],
+        status=["clipped" if x > 1 else "ok" for x in r],
+    )  # fmt: skip
+
+    assert "2 of 300 steps (the longest at step 200: r = 8); " in story_of(tmp_path)[0].headline
 
 
 @pytest.mark.parametrize("kind", ["step", "workers", "none"])
