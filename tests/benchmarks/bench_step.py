@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only language model, 128 tokens long."""
+    """A decoder-only language model, up to 128 tokens long."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -103,7 +103,9 @@ class GPT(nn.Module):
         self.head = nn.Linear(shape.width, shape.vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.token(tokens) + self.position)))
+        return self.head(
+            self.norm(self.blocks(self.token(tokens) + self.position[: tokens.shape[1]]))
+        )
 
 
 class Residual(nn.Module):

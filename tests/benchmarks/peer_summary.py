@@ -1,0 +1,115 @@
+"""From the runs of bench_peers.py to the numbers that are compared, and their table."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ["loss", "accuracy", "touched", "seconds", "spikes", "steps", "start"]
+
+
+class Runs:
+    """The runs of a JSON file, and what each rule kept of the training and what it cost.
+
+    Args:
+        found: What the file holds.
+    """
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.columns: list[str] = found["columns"]
+        self.runs: dict[str, Any] = found["runs"]
+        self.tasks = list(self.runs)
+        self.rules = list(dict.fromkeys(rule for task in self.tasks for rule in self.runs[task]))
+        self.situations = list(
+            dict.fromkeys(s for task in self.tasks for s in self.runs[task]["nothing"])
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> Runs:
+        """Read the file."""
+        return cls(json.loads(Path(path).read_text()))
+
+    def values(self, task: str, rule: str, situation: str, column: str) -> list[float]:
+        """Return a column over the seeds; a loss that is not finite is infinite."""
+        place = self.columns.index(column)
+        rows = self.runs[task].get(rule, {}).get(situation, {}).values()
+        return [math.inf if row[place] is None else row[place] for row in rows]
+
+    def mean(self, task: str, rule: str, situation: str, column: str) -> float:
+        """Return the mean over the seeds, NaN where nothing was run."""
+        return statistics.fmean(self.values(task, rule, situation, column) or [math.nan])
+
+    def kept(self, task: str, rule: str, situation: str) -> list[float]:
+        """Return, by seed, the share of the progress that healthy AdamW makes, in [0, 1].
+
+        kept = (loss before training - final loss) / (the same of healthy AdamW on that seed).
+        """
+        rows = self.runs[task].get(rule, {}).get(situation, {})
+        loss, start = self.columns.index("loss"), self.columns.index("start")
+        shares = []
+        for seed, row in rows.items():
+            plain = self.runs[task]["nothing"]["healthy"][seed]
+            progress = plain[start] - plain[loss]
+            final = math.inf if row[loss] is None else row[loss]
+            shares.append(min(1.0, max(0.0, (plain[start] - final) / progress)))
+        return shares
+
+    def time_ratio(self, task: str, rule: str, situation: str = "healthy") -> float:
+        """Return the CPU time as a multiple of that of AdamW alone, healthy."""
+        seconds = self.values(task, rule, situation, "seconds")
+        plain = self.values(task, "nothing", "healthy", "seconds")
+        return statistics.median(seconds) / statistics.median(plain) if seconds else math.nan
+
+    def rates(self, task: str, rule: str) -> dict[float, float]:
+        """Return the mean held-out loss by the factor of the learning rate."""
+        found = {1.0: self.mean(task, rule, "healthy", "loss")}
+        for situation in self.runs[task].get(rule, {}):
+            if situation.startswith("rate x"):
+                factor = float(situation.removeprefix("rate x"))
+                found[factor] = self.mean(task, rule, situation, "loss")
+        return dict(sorted(found.items()))
+
+    def span(self, task: str, rule: str, tolerance: float = 0.01) -> float:
+        """Return the widest range of rates, as a ratio, that keep the best of AdamW's progress.
+
+        A rate is in the range where the progress is within `tolerance` of the best that AdamW
+        alone makes at any rate; 0 where none is, 1 where one is.
+        """
+        plain = self.rates(task, "nothing")
+        start = self.mean(task, "nothing", "healthy", "start")
+        enough = (1 - tolerance) * (start - min(plain.values()))
+        widest, first = 0.0, None
+        for factor, loss in self.rates(task, rule).items():
+            if start - loss < enough:
+                first = None
+                continue
+            first = factor if first is None else first
+            widest = max(widest, factor / first)
+        return widest
+
+
+def table(runs: Runs, task: str) -> str:
+    """Return held-out losses, mean over the seeds and half their range, as a Markdown table."""
+    shown = [s for s in runs.situations if not s.startswith("rate x")]
+    lines = [f"| {task} | {' | '.join(shown)} | touched, healthy | spikes | rates | CPU time |"]
+    lines.append("|" + "---|" * (len(shown) + 5))
+    for rule in runs.rules if task in runs.tasks else ():
+        cells = [_cell(runs.values(task, rule, situation, "loss")) for situation in shown]
+        touched = runs.mean(task, rule, "healthy", "touched")
+        spikes = [runs.mean(task, rule, situation, "spikes") for situation in shown]
+        cells += [
+            f"{touched:.0f}" if math.isfinite(touched) else "?",
+            f"{statistics.fmean(spikes):.3f}", f"x{runs.span(task, rule):.3g}",
+            f"{runs.time_ratio(task, rule):.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(losses: list[float]) -> str:
+    if not losses or math.inf in losses:
+        return "lost" if losses else ""
+    return f"{statistics.mean(losses):.3f} ± {(max(losses) - min(losses)) / 2:.3f}"
