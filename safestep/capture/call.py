@@ -19,6 +19,7 @@ from safestep.capture.gradient import GradientEvidence, zero_sum_axis
 from safestep.capture.output_gradients import OutputGradients
 from safestep.capture.random_state import CallConditions, RandomState
 
+_NO_GRAPH = "does not require grad"  # says torch to who asks for a gradient without a graph
 _LOOKED_AT = 4  # rows of a gradient that show whether it sums to zero over classes
 
 
@@ -42,6 +43,7 @@ class Call:
         samples: By output name, the latest gradient that is not read yet.
         kept: The gradients at the outputs, to audit that of the parameters.
         empty: Names of outputs that have a gradient and no element.
+        obstacle: Why the call cannot run again, None if it can.
         opened: Number of the call, in the order in which calls began.
         queued: Number of the call that was the latest to begin when a gradient first came back.
         signals: Tensors whose 2-norm tells unusual data from usual: the smallest and largest
@@ -65,6 +67,7 @@ class Call:
     samples: dict[str, Tensor] = field(default_factory=dict)
     kept: OutputGradients = field(default_factory=OutputGradients)
     empty: list[str] = field(default_factory=list)
+    obstacle: str | None = None
     signals: list[Tensor] = field(default_factory=list)
     is_fresh: Tensor | None = None
     opened: int = 0
@@ -140,7 +143,8 @@ class Call:
             *around: Entered around the function alone, not around what puts its state in place.
 
         Returns:
-            The output of the function.
+            The output of the function, with an autograd graph only where that is switched on or the
+            function computes gradients itself, as an inner loop does.
 
         Raises:
             RuntimeError: If the call changes something whose state before the call is not known,
@@ -167,7 +171,20 @@ class Call:
             with visible_functions(), effects as leaves, draws as self.lacks, ExitStack() as inner:
                 for context in around:
                     inner.enter_context(context)
+                if self.conditions.needs_graph:
+                    inner.enter_context(torch.enable_grad())
                 return self._again(leaves)
+
+    def lacks_graph(self, error: RuntimeError) -> bool:
+        """Return whether `run` failed for want of an autograd graph; from now on it has one.
+
+        Args:
+            error: What `run` raised.
+        """
+        had_graph = torch.is_grad_enabled() or self.conditions.needs_graph
+        is_so = not had_graph and _NO_GRAPH in str(error)
+        self.conditions.needs_graph |= is_so
+        return is_so
 
     def _again(self, leaves: list[Any]) -> Any:
         # New containers each time: some training steps pop the labels from their batch.

@@ -183,8 +183,10 @@ def find_logits(
         The result of ``LogitFinder.find``, without empty logits.
 
     Raises:
-        LogitsNotFoundError: If no logits are found, or all are empty.
+        LogitsNotFoundError: If no logits are found, or all are empty, or the call cannot run again.
     """
+    if call.obstacle is not None:
+        raise LogitsNotFoundError(call.obstacle)
     finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
     is_empty = not call.gradients and bool(call.empty)
     heads = [] if is_empty else finder.find(call, around)
@@ -226,7 +228,13 @@ def _describe_head(name: str, items: Sequence[Logits]) -> str:
 
 def _watched(call: Call, around: Around, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
     watch = LossWatch(keep)
-    return call.run(around(), watch), watch
+    try:
+        return call.run(around(), watch), watch
+    except RuntimeError as error:
+        if not call.lacks_graph(error):
+            raise
+    # By another watch, since this one has seen a part of the call.
+    return _watched(call, around, keep)
 
 
 def _plan(call: Call, around: Around, output: Any, watch: LossWatch) -> Plan:

@@ -115,6 +115,9 @@ class CallConditions:
     Args:
         module: The root module of the calls.
 
+    Attributes:
+        needs_graph: Whether calls were seen to compute gradients themselves.
+
     Example:
         >>> conditions = CallConditions(nn.Dropout())
         >>> state, modes = conditions.record()
@@ -129,6 +132,7 @@ class CallConditions:
     def __init__(self, module: nn.Module) -> None:
         self.effects = ForwardEffects(module)
         self.undrawn = UndrawnGenerators()
+        self.needs_graph = False
         self._module = module
         self._look()
         self._quiet = 0  # calls that ran again without news, in a row; -1: some drew unrecorded

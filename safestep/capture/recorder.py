@@ -22,6 +22,7 @@ from safestep.capture.idle import IdleWatch
 from safestep.capture.output_gradients import ROOM, OutputOrder
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
+from safestep.capture.stand_ins import StandIns
 from safestep.capture.wrappers import calls_under_way, eager_module, without_data_parallel
 from safestep.parallel.norms import each_norm
 from safestep.parallel.shards import is_sharded
@@ -78,6 +79,7 @@ class Recorder:
                 "SafeStep: expected a `model` that takes forward hooks, got a ScriptModule. Put it "
                 "into a module that does: torch.nn.Sequential(model)."
             )
+        self._stand_ins = StandIns(target)
         self._hooks = ModuleHooks(
             target,
             kept_out(self._before, self._not_recorded),
@@ -161,7 +163,7 @@ class Recorder:
             self._idle.before_call()
         self._count += 1
         call = Call.of(self._part, args, kwargs, self._conditions)
-        call.opened = self._count
+        call.opened, call.obstacle = self._count, self._stand_ins.obstacle(module)
         self._open[-1] = call
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -63,7 +63,8 @@ class WrittenParameters:
             is_new: Whether little is known about the calls of the module yet.
         """
         if is_new and not self._is_sharded:
-            self._params = [param for param in self._module.parameters() if is_plain(param)]
+            own = (param for param in self._module.parameters() if param.is_leaf)
+            self._params = [param for param in own if is_plain(param)]
         self._num_calls += 1
         count = self._num_calls
         is_close = count <= _CLOSE_LOOKS or count & (count - 1) == 0
