@@ -19,7 +19,8 @@ from safestep.guard.setup import STAGES, demand_same_setup, names_and_shapes
 from safestep.measure.slopes import over_ranks
 from safestep.measure.update import Finding, Measurement
 from safestep.parallel.checksum import checksum
-from safestep.parallel.ranks import ABSENT, Ranks
+from safestep.parallel.present import ABSENT
+from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import are_sharded
 from safestep.radius.loss_change import mean_change
 from safestep.workers.drift import WorkerEvent
@@ -52,7 +53,6 @@ class Agreement:
         is_whole = not are_sharded(_params(optimizer))
         self.has_replicas = is_whole and not self.is_alone
         check_replica_interval(interval, is_whole)
-        self._is_compared = self.is_alone
         # Ranks that train models of their own are never equal, and then no replicas of each other.
         self._updates = ReplicaWatch("update", is_trusted=False, has_size=True)
         self._params = ReplicaWatch("checksum of the parameters", is_trusted=False)
@@ -71,7 +71,7 @@ class Agreement:
             RuntimeError: If a rank does not take part.
         """
         self.ranks.step = step
-        if self._is_compared:
+        if self.ranks.are_compared:
             return
         parameters = names_and_shapes(_params(self._optimizer), names)
         whole = {
@@ -79,7 +79,7 @@ class Agreement:
             "parameters": parameters,
         }  # fmt: skip
         demand_same_setup(whole, self.ranks)
-        self._is_compared = True
+        self.ranks.are_compared = True
 
     def health(self, health: Health, *, are_parts: bool) -> Health:
         """Return the sizes that the batch of all ranks has: the norms, and the largest signals.
@@ -169,12 +169,11 @@ class Agreement:
         return replace(worst, slopes=slopes)
 
     def end_step(self) -> None:
-        """Compare replicas where it is time to, and let ranks without data go on."""
+        """Compare replicas where it is time to."""
         if self.is_alone:
             return
         if self._interval is not None and (self.ranks.step + 1) % self._interval == 0:
             self._compare_bits()
-        self.ranks.end_step()
 
     def _compare_bits(self) -> None:
         held = OptimizerState.of(self._optimizer)

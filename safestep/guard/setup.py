@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from safestep._warn import RaisedOnPurpose
-from safestep.parallel.ranks import ABSENT, Ranks
+from safestep.parallel.present import ABSENT
+from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import global_shape
 
 STAGES = "stages of a pipeline"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -52,12 +53,16 @@ def apart_from_shards(
     """
     if world_size(group) == 1 or not are_sharded(params):
         return group
-    group = group or dist.group.WORLD
-    timeout = group._get_backend(_device(group)).options._timeout  # type: ignore[union-attr]
     ranks = dist.get_process_group_ranks(group)
     # The rank that raised waits longer than the others' timeout, after which they get here.
-    options = {"timeout": 2 * timeout, "use_local_synchronization": True}
+    options = {"timeout": 2 * group_timeout(group), "use_local_synchronization": True}
     return dist.new_group(ranks, **options)  # type: ignore[return-value]
+
+
+def group_timeout(group: ProcessGroup | None = None) -> timedelta:
+    """Return how long the collectives of a group wait for a rank."""
+    whole = group or dist.group.WORLD
+    return whole._get_backend(_device(group)).options._timeout  # type: ignore[union-attr]
 
 
 def world_size(group: ProcessGroup | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Take part in collectives within ``ddp.join()`` on a rank that has no more data."""
+"""Follow ``ddp.join()``: which ranks have run out of data, and when all have."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class JoinShadow:
-    """Answers for a rank that has no more data, after DDP has answered for its own collectives.
+    """Hears when this rank runs out of data, and when all ranks have.
 
     ``ddp.join()`` asks ``ddp.join_hook`` for what such a rank does. An attribute of that name on
     the instance adds to it. A copy or a pickle of the model gets DDP's own hook back.
 
     Args:
         ddp: The model.
-        be_absent: Called once for every step that the other ranks take.
+        leave: Called for every step that the other ranks take, before DDP answers for its own
+            collectives.
         rejoin: Called at the end with whether this rank had data to the end.
     """
 
-    def __init__(
-        self, ddp: Any, be_absent: Callable[[], None], rejoin: Callable[[bool], None]
-    ) -> None:
+    def __init__(self, ddp: Any, leave: Callable[[], None], rejoin: Callable[[bool], None]) -> None:
         self._ddp = ddp
         self._below = ddp.join_hook  # DDP's own, or that of another guard
-        self.be_absent, self.rejoin = be_absent, rejoin
-        self._is_on = True
+        self.leave, self._rejoin = leave, rejoin
+        self._is_on, self._is_within = True, False
         ddp.join_hook = self
 
     @property
     def is_joining(self) -> bool:
-        """Whether the latest ``join()`` of the model was enabled, on every rank alike."""
-        # torch leaves the flag on after the context, and goes on to announce each step itself.
-        return self._is_on and self._ddp._join_config.enable
+        """Whether a ``join()`` of the model is under way that is enabled, on every rank alike."""
+        return self._is_on and self._is_within and self._ddp._join_config.enable
 
     def __call__(self, **kwargs: Any) -> Any:
         """Return what a rank without data does, in the form of a torch JoinHook."""
         hook = self._below(**kwargs)
+        self._is_within = self._is_on
         return _Both(hook, self) if self._is_on else hook
 
-    def shadows_step(self) -> bool:
-        """Return whether the step that DDP just shadowed reduced gradients, as its last one did."""
-        return self._ddp.require_forward_param_sync
+    def rejoin(self, is_last: bool) -> None:
+        """End the context."""
+        self._is_within = False
+        self._rejoin(is_last)
 
     def detach(self) -> None:
         """Give the model its own hook back."""
@@ -59,16 +59,15 @@ class JoinShadow:
 
 
 class _Both:
-    """The hook of the model, and then that of the guard."""
+    """The hook of the model, and that of the guard."""
 
     def __init__(self, hook: Any, shadow: JoinShadow) -> None:
         self._hook, self._shadow = hook, shadow
 
     def main_hook(self) -> None:
-        """Shadow one step of the other ranks."""
+        """Shadow one step of the other ranks, which know by its end that this rank is absent."""
+        self._shadow.leave()
         self._hook.main_hook()
-        if self._shadow.shadows_step():
-            self._shadow.be_absent()
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """Become like a rank that had data to the end."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from math import inf
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from safestep._warn import RaisedOnPurpose
 from safestep.parallel.collectives import apart_from_shards, gathered, rank, world_size
 from safestep.parallel.join import JoinShadow
+from safestep.parallel.present import PresentRanks
 from safestep.parallel.stages import pipeline_stages
 
 # What gloo says besides what happened: the line of its source, and whom to ask.
 _BLAME = re.compile(r"^\[[^\]]*\] |\. This is typically caused by .*")
-ABSENT = -inf  # every number of a rank that has no more data, within ``ddp.join()``
 
 
 class MissingRankError(RaisedOnPurpose, RuntimeError):
@@ -30,8 +31,8 @@ class Ranks:
     """The ranks that take the same steps.
 
     Every gather must run on every rank, in the same order. If a rank does not take part, the others
-    raise when the group's timeout ends. Within ``ddp.join()`` a rank that has no more data takes
-    part without numbers of its own, until the others have no more either.
+    raise when the group's timeout ends. Within ``ddp.join()`` ranks that have no more data take no
+    part; when none has any more, they take over the state of one that had data to the end.
 
     Args:
         params: The trained parameters.
@@ -43,7 +44,7 @@ class Ranks:
         size: Number of ranks.
         index: This rank.
         step: Number of the step under way, for messages.
-        absent_steps: Steps that this rank took no part in, since it had no more data.
+        are_compared: Whether the ranks are known to have been set up alike.
     """
 
     def __init__(
@@ -51,14 +52,17 @@ class Ranks:
     ) -> None:
         self.size, self.index, self.step = world_size(group), rank(group), 0
         self._model = model
-        self.absent_steps = 0
+        self.are_compared = self.size == 1
         try:
             self._group = apart_from_shards(params, group)
         except RuntimeError as error:
             raise self._missing("to attach its SafeStep", error) from error
         inner = getattr(model, "_orig_mod", model)  # torch.compile wraps
         is_ddp = self.size > 1 and isinstance(inner, DistributedDataParallel)
-        self._shadow = JoinShadow(inner, self._be_absent, self._rejoin) if is_ddp else None
+        self._shadow: JoinShadow | None = None
+        if is_ddp:
+            self._present = PresentRanks(self._whole_group, _new_name(self._whole_group))
+            self._shadow = JoinShadow(inner, self._present.leave, self._rejoin)
         self._state: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
 
     def share(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
@@ -86,7 +90,7 @@ class Ranks:
         """
         try:
             if self._shadow is not None and self._shadow.is_joining:
-                gathered([len(numbers)], self._group)  # for ranks that have no more data
+                return self._present.gathered(numbers)
             return gathered(numbers, self._group)
         except RuntimeError as error:
             raise self._missing(f"to send {what}", error) from error
@@ -115,37 +119,34 @@ class Ranks:
         """Return which stages of a pipeline this rank's model holds, none without a pipeline."""
         return () if self._model is None else pipeline_stages(self._model)
 
-    def end_step(self) -> None:
-        """Let ranks that have no more data go on to the next step."""
-        if self._shadow is not None and self._shadow.is_joining:
-            gathered([0], self._group)  # the mark after which nothing more comes
-
     def detach(self) -> None:
         """Give the model its own ``join()`` back."""
         if self._shadow is not None:
             self._shadow.detach()
 
-    def _be_absent(self) -> None:
-        """Take part in the gathers of one step without numbers."""
-        self.absent_steps += 1
-        while (length := int(gathered([-1], self._group).amax())) > 0:
-            gathered([ABSENT] * length, self._group)
-
     def _rejoin(self, is_last: bool) -> None:
         """Take the state of a rank that was there to the end, as DDP takes its parameters."""
-        rows = gathered([self.index if is_last else -1, self.absent_steps], self._group)
-        source, most_absent = rows.amax(0).tolist()
-        if not most_absent or self._state is None:
+        was_absent = self._present.is_absent
+        self._present.come_back()
+        mine = [self.index if is_last else -1, was_absent, self._present.rounds]
+        source, is_any_absent, rounds = gathered(mine, self._group).amax(0).tolist()
+        self._present.forget(self._present.rounds)
+        self._present.rounds = int(rounds)
+        if not is_any_absent or self._state is None:
             return
         get, put = self._state
-        states = [get()]
+        states = [(get(), self.are_compared)]
+        source_rank = dist.get_global_rank(self._whole_group, int(source))
+        dist.broadcast_object_list(states, src=source_rank, group=self._group)
+        if was_absent:
+            state, self.are_compared = states[0]
+            put(state)
+
+    @property
+    def _whole_group(self) -> ProcessGroup:
         group = self._group or dist.group.WORLD
         assert group is not None
-        source_rank = dist.get_global_rank(group, int(source))
-        dist.broadcast_object_list(states, src=source_rank, group=self._group)
-        if self.absent_steps:
-            put(states[0])
-            self.absent_steps = 0
+        return group
 
     def _missing(self, what: str, error: RuntimeError) -> RuntimeError:
         reason = _BLAME.sub("", " ".join(str(error).split()))
@@ -155,3 +156,11 @@ class Ranks:
             "a rank that ended. Every rank needs a SafeStep on this optimizer, and as many steps "
             "as the others; where data are uneven, train within `with ddp.join():`."
         )
+
+
+_users: WeakKeyDictionary[ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+
+
+def _new_name(group: ProcessGroup) -> str:
+    """Return a name that no other user of the group has, by the order in which they come."""
+    return str(next(_users.setdefault(group, count())))

@@ -36,10 +36,13 @@ def test_ranks_that_were_set_up_alike_train(ranks):
     assert [found["alike"] for found in ranks] == [None] * 3
 
 
-def test_uneven_data_within_join_train_bitwise_as_without_a_guard_that_only_watches(ranks):
+@pytest.mark.parametrize("scenario", ["joined", "joined, scaled"])
+def test_uneven_data_within_join_train_bitwise_as_without_a_guard_that_only_watches(
+    ranks, scenario
+):
     for found in ranks:
-        unguarded = found["joined, unguarded"]["after"]
-        for name, value in found["joined"]["after"].items():
+        unguarded = found[f"{scenario}, unguarded"]["after"]
+        for name, value in found[scenario]["after"].items():
             assert torch.equal(value, unguarded[name])
 
 
@@ -52,6 +55,20 @@ def test_ranks_without_data_let_the_others_be_measured_and_go_on_with_their_coun
             (14, "ok"), (15, "ok"),
         ]  # fmt: skip
         assert not found["joined"]["has_hook"]
+
+
+def test_a_step_that_a_scaler_leaves_out_keeps_no_rank_without_data_waiting(ranks):
+    steps = [[step for step, _ in found["joined, scaled"]["reports"]] for found in ranks]
+
+    assert steps == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4]]
+
+
+def test_a_rank_without_any_data_in_the_first_epoch_takes_part_in_the_second(ranks):
+    counts = [len(found["joined, none at first"]["reports"]) for found in ranks]
+    last = [found["joined, none at first"]["reports"][-1] for found in ranks]
+
+    assert counts == [0 + 0 + 2, 3 + 3 + 2, 2 + 2 + 2]
+    assert last == [(7, "ok")] * 3
 
 
 @pytest.mark.parametrize("scenario", ["weights", "momentum"])

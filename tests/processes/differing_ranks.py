@@ -34,6 +34,11 @@ def main(rank, output):
         "joined": joined(rank, is_guarded=True),
         "joined, unguarded": joined(rank, is_guarded=False),
         "joined, then on": joined(rank, is_guarded=True, action="monitor", epochs=2),
+        "joined, scaled": joined(rank, is_guarded=True, is_scaled=True),
+        "joined, scaled, unguarded": joined(rank, is_guarded=False, is_scaled=True),
+        "joined, none at first": joined(
+            rank, is_guarded=True, action="monitor", epochs=2, batches=(0, 3, 2)
+        ),
         "weights": drifted(rank, f"{output}/weights", size=1e-4),
         "one bit": drifted(rank, f"{output}/bit", size=0.0, interval=4),
         "clean": drifted(rank, f"{output}/clean"),
@@ -61,20 +66,26 @@ def error(rank, *, kind=torch.optim.Adam, width=8, first_step=0, is_wrapped=True
     return None
 
 
-def joined(rank, *, is_guarded, epochs=1, **options):
-    """Train on 4, 7 and 5 batches."""
+def joined(
+    rank, *, is_guarded, epochs=1, batches=(4, 7, 5), is_scaled=False, **options
+):  # fmt: skip
+    """Train on as many batches; if scaled, the gradient of batch 5 overflows and is left out."""
     ddp = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=is_scaled)
     options = {"action": "monitor", **options}
     guard = SafeStep(optimizer, ddp, **options) if is_guarded else None
     generator = torch.Generator().manual_seed(rank)
     reports = []
     for _ in range(epochs):
         with ddp.join():
-            for _ in range((4, 7, 5)[rank]):
+            for index in range(batches[rank]):
                 optimizer.zero_grad()
-                loss_of(ddp, torch.randn(8, 6, generator=generator)).backward()
-                optimizer.step()
+                loss = loss_of(ddp, torch.randn(8, 6, generator=generator))
+                is_spoiled = is_scaled and index == 5
+                scaler.scale(loss * torch.inf if is_spoiled else loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 reports.append((guard.last.step, guard.last.status) if guard else None)
     for _ in range(2 if epochs > 1 else 0):  # out of the context
         optimizer.zero_grad()
