@@ -104,7 +104,7 @@ def _protected(evidence: Evidence) -> Finding:
     at = int(np.nan_to_num(clipped, nan=-np.inf).argmax())
     longest, advice = "", bad_batch(evidence)
     if np.isfinite(clipped[at]):
-        which = "the longest at " * (evidence.series.clipped.sum() > 1)
+        which = "the longest at " if evidence.series.clipped.sum() > 1 else ""
         longest = f"{which}step {evidence.series.step[at]}: r = {number(float(clipped[at]))}"
         jump = rate_jump(evidence, next(e for e in episodes if e.first <= at <= e.last))
         longest += f", {jump}" * bool(jump)
