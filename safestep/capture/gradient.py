@@ -85,9 +85,9 @@ class GradientEvidence:
         pulls = -lowest
         largest = torch.maximum(pulls, by_row.amax(dim=-1))
         rows = largest.flatten().topk(min(_SAMPLED_ROWS, largest.numel())).indices
-        sample = by_row.flatten(0, -2)[rows]
+        sample = by_row.reshape(-1, by_row.shape[-1])[rows]  # also of a single row
         if output is not None:
-            output = output.movedim(class_axis, -1).flatten(0, -2)[rows]
+            output = output.movedim(class_axis, -1).reshape(-1, by_row.shape[-1])[rows]
         # A mask of -inf between the output and its softmax leaves zeros in the largest rows too.
         if has_zeros is None:
             has_zeros = bool(sample.eq(0).any())

@@ -35,7 +35,7 @@ class LossFunction:
         example: A loss of logits ``[6, 4]`` and labels ``[6]`` that calls the function; None where
             the function is another package's.
         kind: "loss"; "softmax" and "log-softmax", whose result has the shape of the logits; "sum"
-            for a log-sum-exp; "sigmoid".
+            for log-sum-exps; "sigmoid".
         argument: Name of the argument that is computed from the logits.
         is_fused: Whether the function computes the logits itself, from weights it is given.
         is_last_word: Whether its argument always holds logits, so that a softmax before it is part
@@ -344,6 +344,14 @@ _PARTS = (
         example=lambda z, y: z.logsumexp(-1).mean() + _picked(z, y),
         kind="sum",
         rows=_rows_of_sum,
+    ),
+    LossFunction(
+        # Of the first classes of a row, the first ones and one more, and so on: of all at most.
+        name="logcumsumexp",
+        reader=_softmax,
+        example=lambda z, y: z.logcumsumexp(-1)[:, -1].mean() + _picked(z, y),
+        kind="sum",
+        rows=_rows_of_softmax,
     ),
     LossFunction(
         name="sigmoid",

@@ -194,7 +194,8 @@ def _sampled(output: Tensor, evidence: GradientEvidence) -> Tensor:
     if evidence.values is not None:
         return evidence.values
     assert evidence.class_axis is not None
-    return output.movedim(evidence.class_axis, -1).flatten(0, -2)[evidence.rows]
+    by_row = output.movedim(evidence.class_axis, -1)
+    return by_row.reshape(-1, by_row.shape[-1])[evidence.rows]
 
 
 def _normalised(output: Tensor) -> OutputForm | None:

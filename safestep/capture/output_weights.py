@@ -32,7 +32,7 @@ def of_logits(logits: Tensor, evidence: GradientEvidence, scale: float = 1.0) ->
     if evidence.labels.shape != logits.shape[:-1] or evidence.sample.shape[-1] != logits.shape[-1]:
         return "the output whose gradient is known has another shape than the logits"
     logits = logits.detach()
-    sampled = logits.flatten(0, -2)[evidence.rows]
+    sampled = logits.reshape(-1, logits.shape[-1])[evidence.rows]
     smoothing = _smoothing(sampled, evidence.sample, evidence.labels.flatten()[evidence.rows])
     if smoothing is None:
         return (
