@@ -57,6 +57,8 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         audit_interval: Audit the gradient at least at one in so many steps; see SafeStep.
         sufficient_decrease: Leave steps over the limit alone whose linearised loss falls by this
             share of what its slope promises; see SafeStep.
+        rollback: Number of steps that can be undone, each kept as a copy; see SafeStep.
+        rollback_after: Number of skipped or clipped steps in a row that undo them; see SafeStep.
 
     Attributes:
         guard: The SafeStep while the Trainer trains, else None.
@@ -91,6 +93,8 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         replica_check_interval: int | None = None,
         audit_interval: int | None = None,
         sufficient_decrease: float | None = None,
+        rollback: int | None = None,
+        rollback_after: int | None = None,
     ) -> None:
         self.guard: SafeStep | None = None
         self.last: StepReport | None = None
@@ -108,6 +112,8 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             "replica_check_interval": replica_check_interval,
             "audit_interval": audit_interval,
             "sufficient_decrease": sufficient_decrease,
+            "rollback": rollback,
+            "rollback_after": rollback_after,
         }
         self._has_logits = logits is not None
         self._state: dict[str, Any] | None = None

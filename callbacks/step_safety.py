@@ -60,6 +60,8 @@ class StepSafety(Callback):
         audit_interval: Audit the gradient at least at one in so many steps; see SafeStep.
         sufficient_decrease: Leave steps over the limit alone whose linearised loss falls by this
             share of what its slope promises; see SafeStep.
+        rollback: Number of steps that can be undone, each kept as a copy; see SafeStep.
+        rollback_after: Number of skipped or clipped steps in a row that undo them; see SafeStep.
 
     Attributes:
         guards: One SafeStep for each optimizer during training, else empty.
@@ -93,6 +95,8 @@ class StepSafety(Callback):
         replica_check_interval: int | None = None,
         audit_interval: int | None = None,
         sufficient_decrease: float | None = None,
+        rollback: int | None = None,
+        rollback_after: int | None = None,
     ) -> None:
         self.guards: list[SafeStep] = []
         self.last: list[StepReport | None] = []
@@ -110,6 +114,8 @@ class StepSafety(Callback):
             "replica_check_interval": replica_check_interval,
             "audit_interval": audit_interval,
             "sufficient_decrease": sufficient_decrease,
+            "rollback": rollback,
+            "rollback_after": rollback_after,
         }
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0

@@ -25,12 +25,24 @@ def is_within_step(optimizer: Optimizer) -> bool:
     Returns:
         True in the hooks of the inner step.
     """
+    return steps_under_way(optimizer) > 1
+
+
+def steps_under_way(optimizer: Optimizer) -> int:
+    """Return how many calls of an optimizer's step the caller is in, where torch hooks them.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        The number.
+    """
     frame, steps = sys._getframe(), 0
     while frame is not None:
         if frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer:
             steps += 1
         frame = frame.f_back
-    return steps > 1
+    return steps
 
 
 def is_within_backward() -> bool:

@@ -13,7 +13,7 @@ from safestep.measure.update import Finding, Measurement
 from safestep.radius.batch import BatchRule
 from safestep.radius.ladder import RungOption
 
-Status = Literal["ok", "clipped", "skipped", "unmeasured"]
+Status = Literal["ok", "clipped", "skipped", "unmeasured", "rolled back"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,13 @@ class StepReport:
         learning_rate: ``lr`` of the optimizer's first parameter group.
         effective_learning_rate: ``scale * learning_rate``.
         estimator: How the logit tangent was found.
-        status: "ok", "clipped" (scaled down), "skipped" (not taken) or "unmeasured" (left alone).
+        status: "ok", "clipped" (scaled down), "skipped" (not taken), "unmeasured" (left alone) or
+            "rolled back" (undone together with the steps before it: see `rollback` of SafeStep).
         seconds: Wall-clock time that the guard took in this step.
         bottleneck: Index of the row that set the radius, counted over the rows of all calls.
-        reason: Why the step was skipped or not measured, or which rows it was measured on where
-            that is not as usual; with `sufficient_decrease`, also why a step over the limit was
-            shortened or left alone; else None.
+        reason: Why the step was skipped, rolled back or not measured, or which rows it was measured
+            on where that is not as usual; with `sufficient_decrease`, also why a step over the
+            limit was shortened or left alone; else None.
         gradient_ratio: Slope of the loss along the update from the gradient that the optimizer
             used, over the slope from forward mode: 1 where that gradient is the loss's; where it
             was clipped, the factor. NaN where the step was not measured exactly.

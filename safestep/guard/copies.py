@@ -76,6 +76,11 @@ class Copies:
         # Small copies keep their memory: to ask for it again takes longer than to copy them.
         self._storages = [] if size <= _KEPT else [(each, each.nbytes()) for each in storages]
 
+    @property
+    def size(self) -> int:
+        """Bytes that the copies take."""
+        return sum(copy.numel() * copy.element_size() for copy in self._places.values())
+
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether these are the same tensors, at the same addresses."""
         mine = self._tensors

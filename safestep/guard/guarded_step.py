@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import nan
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
@@ -19,6 +20,9 @@ from safestep.guard.attach import hook_steps, is_within_step
 from safestep.guard.controller import StepController, StepReport
 from safestep.guard.undo import Undo
 from safestep.measure.update import Measurement
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GuardedStep:
@@ -63,6 +67,48 @@ class GuardedStep:
         self._counts: dict[str, Any] | None = None  # of the controller, before the step
         self._seconds: float | None = None  # None: no step is under way
         self._inner_steps = 0  # under way within it: a subclass may call super().step()
+
+    def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Tell which call the next update is computed from, just before it happens.
+
+        For training steps that are more than a forward call of the model: `function` is run again
+        to measure, and the logits are what it hands to its loss function. Once told, the guard no
+        longer looks at forward calls of the model.
+
+        So the logits may be another model's output, as those of a GAN's generator are: `function`
+        then returns ``loss(discriminator(generator(noise)))``, and `model` is what holds both.
+
+        Args:
+            function: What is called, for instance ``training_step``; it returns the loss.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+        """
+        failed = partial(self._recorder.failures.note, "recording a call")
+        kept_out(self._recorder.record, failed)(function, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Void the calls recorded since the last step: the step they were for never came.
+
+        GradScaler leaves a step out where a gradient is infinite. Forward calls of the model that
+        the guard finds by itself are then void anyway; those it was told of with `record` are not.
+        """
+        self._recorder.take()
+
+    def detach(self) -> None:
+        """Remove every hook; the optimizer and the model are then as they were before."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "SafeStep: expected not to be copied or pickled, since its hooks belong to one "
+            "optimizer. Save guard.state_dict() and attach a new SafeStep."
+        )
 
     def _attach(self) -> Sequence[Any]:
         """Register the hooks.

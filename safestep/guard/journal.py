@@ -96,9 +96,20 @@ class Journal:
         if logits is None or logits == self._introduced or not self._is_writer:
             return
         self._introduced = logits
-        _logger.info("%s", logits)
+        self.tell("logits", logits, step)
+
+    def tell(self, name: str, message: str, step: int) -> None:
+        """Write an event into the run log and a line of the Python logger.
+
+        Args:
+            name: Its kind.
+            message: What happened.
+            step: The step it happened at.
+        """
+        if self._is_writer:
+            _logger.info("%s", message)
         if self._log is not None:
-            self._log.write("event", {"step": step, "name": "logits", "message": logits})
+            self._log.write("event", {"step": step, "name": name, "message": message})
 
     def publish(self, report: StepReport) -> None:
         """Write the record of a step, and say so where the guard intervened or could not see.
@@ -116,6 +127,16 @@ class Journal:
             self.warn_once(f"a step was not measured and left alone: {report.reason}")
         if report.status in ("clipped", "skipped"):
             self._tell(report)
+        if report.status == "rolled back":
+            self.tell_rollback(report)
+
+    def tell_rollback(self, report: StepReport) -> None:
+        """Write that a run went back; what is written from here on repeats steps.
+
+        Args:
+            report: The step's that was the latest.
+        """
+        self.tell("rolled back", f"after step {report.step}: {report.reason}", report.step)
 
     def warn_once(self, text: str) -> None:
         """Warn, unless the same was said before, whatever the numbers in it.

@@ -116,3 +116,23 @@ def check_replica_interval(interval: Any, has_replicas: bool) -> None:
             f"SafeStep: expected `replica_check_interval` to be None for parameters that are "
             f"distributed over the ranks, got {interval!r}. No rank has a replica there."
         )
+
+
+def check_rollback(rollback: Any, rollback_after: Any) -> None:
+    """Check how far to go back, and when.
+
+    Raises:
+        ValueError: If one is not a positive integer or None, or `rollback_after` is larger.
+    """
+    for name, value in (("rollback", rollback), ("rollback_after", rollback_after)):
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value is not None and not is_count:
+            raise ValueError(
+                f"SafeStep: expected `{name}` to be a positive integer or None, got {value!r}. It "
+                "is a number of steps."
+            )
+    if rollback_after is not None and (rollback is None or rollback_after > rollback):
+        raise ValueError(
+            f"SafeStep: expected `rollback_after` to be at most `rollback`, got {rollback_after} "
+            f"and {rollback}. A run goes back to before the first of so many interventions."
+        )

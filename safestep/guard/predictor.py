@@ -161,6 +161,7 @@ class Predictor:
         self._secants = state.get("secants", 0)  # which older checkpoints lack
         self._usual = _Window(WINDOW, state["usual"])
         self._measured = _Window(_RECENT, state["measured"])
+        self._options = ()
 
     def _carry(self, factors: Sequence[float]) -> None:
         """Keep the last factors, the largest of the latest, and the largest of all that count."""

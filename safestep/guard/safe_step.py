@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
-from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,24 @@ from torch.optim import Optimizer
 
 from safestep.capture import LogitsFn, LogitsNotFoundError
 from safestep.capture.failures import one_line
-from safestep.capture.hooks import kept_out
 from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import Agreement
-from safestep.guard.attach import check_optimizer, hooked_optimizer, is_within_backward
+from safestep.guard.attach import (
+    check_optimizer,
+    hooked_optimizer,
+    is_within_backward,
+    steps_under_way,
+)
 from safestep.guard.controller import StepController, StepReport
 from safestep.guard.gradient_watch import GradientWatch
 from safestep.guard.guarded_step import GuardedStep, own_failure
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
 from safestep.guard.lookahead import Lookahead
-from safestep.guard.options import Action, check_arguments
+from safestep.guard.options import Action, check_arguments, check_rollback
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
 from safestep.guard.retries import Retries
+from safestep.guard.rollback import Rollback
 from safestep.guard.snapshot import Snapshot
 from safestep.guard.undo import Undo, carry_out
 from safestep.measure.binding_radius import radii_of_step
@@ -88,6 +92,11 @@ class SafeStep(GuardedStep):
         audit_interval: Measure at least one in so many steps exactly, to audit the gradient; see
             ``safestep.guard.gradient_watch``. None: only where r is measured exactly anyway, and
             the outputs' gradients are below 16 MiB.
+        rollback: Keep the run as it was before each of the last so many steps, for `roll_back`:
+            parameters, buffers of `model`, optimizer state with its groups' options, the guard's
+            state. Each is a copy in memory (12 bytes a parameter for AdamW in float32); the log
+            says how much that is in all. See ``safestep.guard.rollback``.
+        rollback_after: Call `roll_back` after so many skipped or clipped steps in a row.
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
@@ -136,18 +145,17 @@ class SafeStep(GuardedStep):
         replica_check_interval: int | None = None,
         audit_interval: int | None = None,
         sufficient_decrease: float | None = None,
+        rollback: int | None = None,
+        rollback_after: int | None = None,
     ) -> None:
         optimizer = hooked_optimizer(optimizer)
         check_optimizer(optimizer)
         check_arguments(model, estimator, logits, max_consecutive_skips)
+        check_rollback(rollback, rollback_after)
         controller = StepController(
-            max_normalized_step,
-            radius,
-            action,
-            quantile,
-            max_consecutive_skips,
+            max_normalized_step, radius, action, quantile, max_consecutive_skips,
             sufficient_decrease,
-        )
+        )  # fmt: skip
         undo: Undo = Snapshot(optimizer) if copy else Lookahead(optimizer)
         # "set" needs the exact r at every step, and so do radii inside the model.
         is_sparing = estimator == "auto" and action != "set" and set(radii) <= {"output"}
@@ -161,8 +169,8 @@ class SafeStep(GuardedStep):
             "max_normalized_step": max_normalized_step, "radius": radius, "estimator": estimator,
             "action": action, "quantile": quantile, "radii": sorted(radii), "copy": copy,
             "max_consecutive_skips": max_consecutive_skips, "audit_interval": audit_interval,
-            "replica_check_interval": replica_check_interval,
-            "sufficient_decrease": sufficient_decrease, **given,
+            "replica_check_interval": replica_check_interval, "rollback": rollback,
+            "sufficient_decrease": sufficient_decrease, "rollback_after": rollback_after, **given,
         }  # fmt: skip
         self._journal = Journal(run_dir, self._settings, process_group, owners=model.parameters())
         ranks = Ranks(self._trained(), process_group, model)
@@ -178,6 +186,8 @@ class SafeStep(GuardedStep):
         self._estimator = CheckedEstimator(module, controller.rule, first, logits, self._inside)
         self._retries = Retries()
         self._gradient_watch = GradientWatch(audit_interval)
+        state = self.state_dict, self.load_state_dict
+        self._rollback = Rollback(optimizer, module, rollback, rollback_after, state, ranks)
         self._handles = self._attach()
 
     def log(self, **values: Any) -> None:
@@ -192,31 +202,25 @@ class SafeStep(GuardedStep):
         """
         self._journal.log(values)
 
-    def record(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Tell which call the next update is computed from, just before it happens.
+    def roll_back(self) -> StepReport:
+        """Return the run to `rollback` steps ago, or to the first step that is kept.
 
-        For training steps that are more than a forward call of the model: `function` is run again
-        to measure, and the logits are what it hands to its loss function. Once told, the guard no
-        longer looks at forward calls of the model.
+        Call it between two steps, on every rank. Put back are parameters, buffers, optimizer state
+        and guard, whose count of steps is that of then. The next steps are those of a run resumed
+        from a checkpoint of then; data, random state and a learning-rate scheduler go on, unless
+        the loop puts them back too.
 
-        So the logits may be another model's output, as those of a GAN's generator are: `function`
-        then returns ``loss(discriminator(generator(noise)))``, and `model` is what holds both.
+        Returns:
+            The report that ``last`` now is: of status "rolled back", with the step in its reason.
 
-        Args:
-            function: What is called, for instance ``training_step``; it returns the loss.
-            *args: Its positional arguments.
-            **kwargs: Its keyword arguments.
+        Raises:
+            RuntimeError: If `rollback` is None, a step is under way or none is kept.
         """
-        failed = partial(self._recorder.failures.note, "recording a call")
-        kept_out(self._recorder.record, failed)(function, *args, **kwargs)
-
-    def forget(self) -> None:
-        """Void the calls recorded since the last step: the step they were for never came.
-
-        GradScaler leaves a step out where a gradient is infinite. Forward calls of the model that
-        the guard finds by itself are then void anyway; those it was told of with `record` are not.
-        """
-        self._recorder.take()
+        is_within = steps_under_way(self.optimizer) > 0
+        self.last = report = self._rollback.on_call(self.last, is_within=is_within)
+        self.forget()
+        self._journal.tell_rollback(report)
+        return report
 
     def detach(self) -> None:
         """Remove every hook; the optimizer and the model are then as they were before."""
@@ -229,7 +233,8 @@ class SafeStep(GuardedStep):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers."""
-        state = {**self._controller.state_dict(), "run": self._journal.run}
+        own = {**self._controller.state_dict(), **self._rollback.state_dict()}
+        state = {**own, "run": self._journal.run}
         if self._predictor is not None:
             state["predictor"] = self._predictor.state_dict()
         return state
@@ -242,20 +247,9 @@ class SafeStep(GuardedStep):
         """
         self._journal.resume(state.get("run"))
         self._controller.load_state_dict(state)
+        self._rollback.load_state_dict(state)
         if self._predictor is not None and "predictor" in state:
             self._predictor.load_state_dict(state["predictor"])
-
-    def __enter__(self) -> SafeStep:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
-
-    def __reduce__(self) -> str:
-        raise TypeError(
-            "SafeStep: expected not to be copied or pickled, since its hooks belong to one "
-            "optimizer. Save guard.state_dict() and attach a new SafeStep."
-        )
 
     def _judged_step(self) -> tuple[StepReport, Measurement]:
         update, health = self._seen()
@@ -270,12 +264,16 @@ class SafeStep(GuardedStep):
 
     def _begin(self) -> None:
         self._agreement.begin_step(self._controller.step, self._settings, self._names)
+        if (size := self._rollback.begin()) is not None:
+            self._journal.tell("rollback", size, self._controller.step)
 
     def _end(self, report: StepReport | None) -> None:
+        report = self._rollback.after(report)
         self._agreement.end_step()
         if self._gradient_watch.is_due(self._controller.step):
             self._recorder.keep_gradients()
         if report is not None:
+            self.last = report
             self._journal.publish(report)
 
     def _seen(self) -> tuple[Update, Health]:

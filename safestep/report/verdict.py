@@ -16,6 +16,7 @@ from safestep.runlog.series import StepSeries, removed_area, step_share
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_HEADLINES = 3
+_MAX_ROLLBACKS = 3  # told one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,18 @@ def _closing(run: Run, series: StepSeries) -> list[str]:
     resumed = sum(event.get("name") == "resumed" for event in run.events)
     if resumed:
         sentences.append(sentence(f"the run was resumed {count(resumed, 'time')}"))
+    sentences += _rolled_back(run)
     sentences += [sentence(f"{what} of the log") for what in run.left_out]
     if run.torn:
         sentences.append(sentence("the last line of the log is cut short and was left out"))
+    return sentences
+
+
+def _rolled_back(run: Run) -> list[str]:
+    """Return when the run went back, and why; of the steps made twice, the second ones are told."""
+    told = [str(event.get("message")) for event in run.events if event.get("name") == "rolled back"]
+    sentences = [sentence(f"the run was rolled back {text}") for text in told[:_MAX_ROLLBACKS]]
+    if len(told) > _MAX_ROLLBACKS:
+        more = count(len(told) - _MAX_ROLLBACKS, "more time")
+        sentences.append(sentence(f"it was rolled back {more}"))
     return sentences

@@ -163,7 +163,7 @@ def _read_jsonl(path: Path) -> Run:
                 events.append(record)
                 if record.get("name") == "logits":
                     header.setdefault("logits", record.get("message"))
-                if record.get("name") == "resumed":
+                if record.get("name") in ("resumed", "rolled back"):
                     steps.start_segment()
                     workers.start_segment()
     columns = steps.build(), workers.build()

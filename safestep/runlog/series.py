@@ -20,7 +20,8 @@ class StepSeries:
     Attributes:
         step: Step numbers.
         proposed: Normalized step r that the optimizer proposed.
-        taken: Normalized step that was taken, proposed * scale; 0 where the step was skipped.
+        taken: Normalized step that was taken, proposed * scale; 0 where the step was skipped or
+            rolled back.
         radius: Parameter distance at which r = 1.
         step_norm: Parameter distance that the optimizer proposed.
         scale: Factor applied to the step.
@@ -30,7 +31,7 @@ class StepSeries:
         predicted_change: Change of the loss that linearised logits predicted of the proposed step;
             NaN where it was not measured, and with several optimizers.
         seconds: Cost of the guard at this step.
-        clipped, skipped, unmeasured: Masks by status.
+        clipped, skipped, unmeasured: Masks by status; a step rolled back counts as skipped.
     """
 
     step: np.ndarray
@@ -67,7 +68,7 @@ def step_series(run: Run) -> StepSeries:
     steps, first, groups = np.unique(run.steps["step"], return_index=True, return_inverse=True)
     status = run.steps.get("status", np.full(len(groups), None, dtype=object))
     scale = _column(run, "scale")
-    skipped_record = status == "skipped"
+    skipped_record = np.isin(status, ("skipped", "rolled back"))
     proposed_record = _column(run, "normalized_step")
     taken_record = np.where(skipped_record, 0.0, proposed_record * scale)
     proposed = np.bincount(groups, proposed_record, len(steps))
