@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from safestep.capture.autograd_graph import Node, nodes_behind
 
 # Elements of larger gradients that are kept until the step, of all calls: 16 MiB in float32.
 ROOM = 2**22
+_version = attrgetter("_version")
 
 
 @dataclass(slots=True)
@@ -21,12 +23,32 @@ class OutputGradients:
         sums: The gradients by output name.
         missing: Outputs whose gradient was too large to keep, or is sparse or complex.
         inside: By output name, other outputs that were computed from it.
+        others: Parameters that the optimizer does not hold.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
     inside: dict[str, frozenset[str]] = field(default_factory=dict)
+    others: Sequence[Tensor] = ()
     _versions: dict[str, int] = field(default_factory=dict)
+    _places: list[int] = field(default_factory=list)
+
+    def begin(self, others: Sequence[Tensor]) -> None:
+        """Note where parameters that another optimizer may move are in the backward pass.
+
+        Args:
+            others: Parameters that the guarded optimizer does not hold.
+        """
+        self.others, self._places = others, list(map(_version, others))
+
+    def have_moved(self, own: Collection[Tensor]) -> bool:
+        """Return whether another optimizer has moved a parameter since.
+
+        Args:
+            own: Parameters that the guarded optimizer moves.
+        """
+        pairs = zip(self.others, self._places, strict=True)
+        return any(param._version != place for param, place in pairs if param not in own)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add what came back in one backward pass.

@@ -70,6 +70,7 @@ class Recorder:
         self._step_start: tuple[int, ...] | None = None
         self._evidence = EvidenceKeeper()
         self._order = OutputOrder()
+        self._others: list[Tensor] | None = None  # parameters that the optimizer does not hold
         self._conditions = CallConditions(self.module)
         self._idle = IdleWatch(params, self.module.parameters)
         self.failures = Failures()
@@ -131,13 +132,16 @@ class Recorder:
         self._told.clear()
         self._idle.stepped()
         self._step_start = None
-        self._evidence.room = ROOM
         self._conditions.effects.end_step()
         return calls
 
-    def keep_gradients(self) -> None:
-        """Keep the gradients at the outputs whole until the next step, however large they are."""
-        self._evidence.room = inf
+    def keep_gradients(self, *, all_of_them: bool) -> None:
+        """Keep the gradients at the outputs until the next step.
+
+        Args:
+            all_of_them: However large they are.
+        """
+        self._evidence.room = inf if all_of_them else ROOM
 
     def detach(self) -> None:
         """Remove the hooks and forget the queue."""
@@ -273,6 +277,10 @@ class Recorder:
             self._calls.clear()
         call.queued = self._count
         self._calls.append(call)
+        if self._others is None:
+            own = set(self._params())
+            self._others = [param for param in self.module.parameters() if param not in own]
+        call.kept.begin(self._others)
 
 
 def _versions(params: Iterable[Tensor]) -> tuple[int, ...]:

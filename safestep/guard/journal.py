@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from safestep._warn import warn_user
 from safestep.guard.controller import StepReport
+from safestep.guard.gradient_watch import GradientEvent
 from safestep.parallel.collectives import rank, world_size
 from safestep.runlog.writer import RunLog
 from safestep.workers.drift import WorkerEvent
@@ -164,6 +165,18 @@ class Journal:
             f"{event.message}. Their parameters or optimizer state are no longer the same: compare "
             "the ranks' checkpoints, and go on from one of them"
         )
+
+    def tell_gradient(self, event: GradientEvent) -> None:
+        """Write down what an audit of the gradient showed, and warn where there is something to do.
+
+        Args:
+            event: What it showed.
+        """
+        if self._log is not None:
+            record = {key: value for key, value in asdict(event).items() if key != "advice"}
+            self._log.write("event", {"name": "gradient", **record})
+        if event.advice is not None:
+            self.warn_once(f"{event.message}. {event.advice}")
 
     def close(self) -> None:
         """Close the run log."""

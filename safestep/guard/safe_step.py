@@ -89,9 +89,8 @@ class SafeStep(GuardedStep):
         replica_check_interval: Compare checksums of parameters and optimizer state over the ranks
             at one in so many steps; None compares update norms alone, at every step for free. A
             replica that differs is named in a warning and the log.
-        audit_interval: Measure at least one in so many steps exactly, to audit the gradient; see
-            ``safestep.guard.gradient_watch``. None: only where r is measured exactly anyway, and
-            the outputs' gradients are below 16 MiB.
+        audit_interval: Measure at least one in so many steps exactly, to audit the gradient there;
+            None adds none. See ``safestep.guard.gradient_watch``.
         rollback: Keep the run as it was before each of the last so many steps, for `roll_back`:
             parameters, buffers of `model`, optimizer state with its groups' options, the guard's
             state. Each is a copy in memory (12 bytes a parameter for AdamW in float32); the log
@@ -185,7 +184,10 @@ class SafeStep(GuardedStep):
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
         self._estimator = CheckedEstimator(module, controller.rule, first, logits, self._inside)
         self._retries = Retries()
-        self._gradient_watch = GradientWatch(audit_interval)
+        again = self._estimator.second_gradient if self._agreement.is_alone else None
+        self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
+        parts = {"gradient": self._audit, "predictor": self._predictor}
+        self._parts = {name: part for name, part in parts.items() if part is not None}
         state = self.state_dict, self.load_state_dict
         self._rollback = Rollback(optimizer, module, rollback, rollback_after, state, ranks)
         self._handles = self._attach()
@@ -233,11 +235,9 @@ class SafeStep(GuardedStep):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers."""
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
         own = {**self._controller.state_dict(), **self._rollback.state_dict()}
-        state = {**own, "run": self._journal.run}
-        if self._predictor is not None:
-            state["predictor"] = self._predictor.state_dict()
-        return state
+        return {**own, "run": self._journal.run, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned.
@@ -248,14 +248,15 @@ class SafeStep(GuardedStep):
         self._journal.resume(state.get("run"))
         self._controller.load_state_dict(state)
         self._rollback.load_state_dict(state)
-        if self._predictor is not None and "predictor" in state:
-            self._predictor.load_state_dict(state["predictor"])
+        for name in self._parts.keys() & state.keys():
+            self._parts[name].load_state_dict(state[name])
 
     def _judged_step(self) -> tuple[StepReport, Measurement]:
         update, health = self._seen()
         measurement = self._foresee(update, health)
         if isinstance(measurement, Measure):
             measurement = self._measure(update, health, measurement)
+        measurement = self._audit.audited(self._controller.step, measurement, update, health)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr)
         report = carry_out(report, self._undo)
@@ -270,8 +271,7 @@ class SafeStep(GuardedStep):
     def _end(self, report: StepReport | None) -> None:
         report = self._rollback.after(report)
         self._agreement.end_step()
-        if self._gradient_watch.is_due(self._controller.step):
-            self._recorder.keep_gradients()
+        self._recorder.keep_gradients(all_of_them=self._audit.is_due(self._controller.step))
         if report is not None:
             self.last = report
             self._journal.publish(report)
@@ -301,7 +301,7 @@ class SafeStep(GuardedStep):
         options = direction_options(self.optimizer.param_groups, len(update.params))
         answer = self._predictor.predict(health.step_norm, signals, options)
         is_untrusted = answer is Measure.QUICKLY and not self._estimator.trusts_secants
-        is_due = self._gradient_watch.is_due(self._controller.step)
+        is_due = self._audit.is_due(self._controller.step)
         if not update.calls or is_untrusted or is_due or self._obstacle is not None:
             answer = Measure.EXACTLY
         answer = self._agreement.answer(answer)

@@ -22,6 +22,7 @@ from safestep.measure.estimators import (
 from safestep.measure.gradient_audit import GradientAudit
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.precision import coarsest, is_half
+from safestep.measure.second_gradient import SecondGradient
 from safestep.measure.update import Estimator, Measurement, Update
 from safestep.parallel.shards import is_tensor_parallel, refuse_hybrids
 from safestep.radius.batch import BatchRadius, BatchRule
@@ -103,6 +104,14 @@ class CheckedEstimator:
             ),
         )  # fmt: skip
 
+    def second_gradient(self, update: Update) -> SecondGradient:
+        """Return how the gradient of an update compares with one that is computed once more.
+
+        Args:
+            update: The update.
+        """
+        return SecondGradient.of(update, self._module, is_coarse=self._is_half(update))
+
     def _checked(self, update: Update) -> Measurement:
         if update.is_sharded:
             refuse_hybrids(self._module)
@@ -137,7 +146,8 @@ class CheckedEstimator:
             smallest = self._smallest(self.estimator, update)
         finally:
             self.finder.show = None
-        return _measurement(self.estimator, smallest, slopes=audit.compared())
+        slopes = audit.compared(is_coarse=self._is_half(update))
+        return _measurement(self.estimator, smallest, slopes=slopes)
 
     def _smallest(self, estimator: Estimator, update: Update) -> BatchRadius:
         """Return the smallest radius of the batch."""

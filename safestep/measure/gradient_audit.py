@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import compress
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,8 @@ from torch.autograd import forward_ad
 from safestep._torch import foreach_mul, foreach_norm
 from safestep.capture.call import Call
 from safestep.capture.failures import one_line
-from safestep.capture.loss_scale import running_loss_scale
 from safestep.capture.loss_watch import LossWatch
-from safestep.capture.outputs import named_tensors
+from safestep.measure.loss_ends import LossEnds, UnknownGradientError
 from safestep.measure.perturb import in_chunks
 from safestep.measure.precision import is_half
 from safestep.measure.slopes import Slopes
@@ -33,8 +31,6 @@ class GradientAudit:
     <dL/dz, J p> = <dL/dp, p>: the left side needs the tangents J p and what came back to the
     outputs, the right side the gradient that the optimizer used.
 
-    Losses of calls that were passed to ``Recorder.record`` count with their mean.
-
     Args:
         update: The update whose calls run in forward mode.
     """
@@ -44,7 +40,8 @@ class GradientAudit:
         self._obstacle: str | None = None
         self._terms: list[Tensor] = []  # of each output its slope and its terms' squared norm
         self._awaited = set(map(id, update.calls))
-        self._scale: float | None = None
+        self._own = frozenset(update.params)
+        self._ends = LossEnds(update.calls, is_made=update.is_made)
 
     def see(self, call: Call, output: Any, watch: LossWatch) -> None:
         """Add what one call shows at its first run; its later ones look for something else.
@@ -58,12 +55,16 @@ class GradientAudit:
             return
         self._awaited.discard(id(call))
         try:
-            self._obstacle = self._added(call, output, watch)
+            self._add(call, output, watch)
         except Exception as error:  # the radius is measured all the same
             self._obstacle = one_line(error)
 
-    def compared(self) -> Slopes:
-        """Return both slopes."""
+    def compared(self, *, is_coarse: bool) -> Slopes:
+        """Return both slopes.
+
+        Args:
+            is_coarse: Whether anything was computed in half precision.
+        """
         if self._obstacle is not None:
             return Slopes(obstacle=self._obstacle)
         try:
@@ -73,48 +74,25 @@ class GradientAudit:
             (left, left_squares), (right, right_squares) = torch.stack((total, gradient)).tolist()
         except Exception as error:
             return Slopes(obstacle=one_line(error))
-        return Slopes(left, right, sqrt(left_squares) + sqrt(right_squares))
+        size = sqrt(left_squares) + sqrt(right_squares)
+        return Slopes(left, right, size, is_coarse=is_coarse)
 
-    def _added(self, call: Call, output: Any, watch: LossWatch) -> str | None:
-        """Add the slope at the outputs of a call.
-
-        Returns:
-            Why it is not known, else None.
-        """
+    def _add(self, call: Call, output: Any, watch: LossWatch) -> None:
         if call.lacks:
-            return "a call drew random numbers that were not recorded"
+            raise UnknownGradientError("a call drew random numbers that were not recorded")
+        if call.kept.have_moved(self._own):
+            raise UnknownGradientError("another optimizer moved parameters after the backward pass")
         if watch.cut is not None:
-            return f"{watch.cut} has no forward-mode derivative"
-        if not (call.kept.sums or call.kept.missing):
-            return self._add_loss(output)
-        ends, obstacle = call.kept.ends()
-        outputs = dict(named_tensors(output))
-        for name, gradient in ends.items():
-            tensor = outputs.get(name)
-            if tensor is None or tensor.shape != gradient.shape:
-                return f"{name} is another tensor when the call runs again"
-            self._add(gradient, _tangent(tensor), 1 / self._loss_scale())
-        return obstacle
+            raise UnknownGradientError(f"{watch.cut} has no forward-mode derivative")
+        for tensor, gradient in self._ends.of(call, output, _has_tangent):
+            tangent = _tangent(tensor)
+            assert tangent is not None  # else `of` does not yield the tensor
+            product = gradient.double() * tangent.double()
+            self._terms.append(torch.stack((product.sum(), product.square().sum())))
 
-    def _loss_scale(self) -> float:
-        if self._scale is None:
-            self._scale = running_loss_scale(is_made=self._update.is_made)
-        return self._scale
 
-    def _add_loss(self, output: Any) -> str | None:
-        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-        tangents = [_tangent(tensor) for _, tensor in named_tensors(loss)]
-        known = [tangent for tangent in tangents if tangent is not None]
-        if len(known) != 1 or known[0].numel() != 1:
-            return "the recorded call does not return the loss alone"
-        self._add(torch.ones_like(known[0]), known[0], 1 / len(self._update.calls))
-        return None
-
-    def _add(self, gradient: Tensor, tangent: Tensor | None, weight: float) -> None:
-        if tangent is None:  # the output does not depend on what moved
-            return
-        product = gradient.double() * tangent.double() * weight
-        self._terms.append(torch.stack((product.sum(), product.square().sum())))
+def _has_tangent(tensor: Tensor) -> bool:
+    return _tangent(tensor) is not None
 
 
 def _tangent(tensor: Tensor) -> Tensor | None:

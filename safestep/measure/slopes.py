@@ -20,6 +20,7 @@ class Slopes:
         gradient: Sum over the parameters of the gradient that the optimizer used times the update.
         size: 2-norm of the terms of each sum, added: the unit of their difference.
         obstacle: Why they cannot be compared, else None.
+        is_coarse: Whether anything was computed in half precision.
 
     Example:
         >>> Slopes(outputs=-2.0, gradient=-0.5, size=3.0).ratio
@@ -30,6 +31,7 @@ class Slopes:
     gradient: float = nan
     size: float = nan
     obstacle: str | None = None
+    is_coarse: bool = False
 
     @property
     def ratio(self) -> float:
@@ -89,4 +91,4 @@ def over_ranks(
     if not are_parts and not max(gradients) - min(gradients) <= _SAME * size:
         return Slopes(obstacle="the ranks use gradients of their own")
     gradient = sum(gradients) if are_parts else gradients[0]
-    return Slopes(sum(outputs) / len(rows), gradient, size)
+    return Slopes(sum(outputs) / len(rows), gradient, size, is_coarse=mine.is_coarse)

@@ -9,6 +9,7 @@ from safestep.report.drift import drifted_workers
 from safestep.report.episodes import rate_jump
 from safestep.report.evidence import Evidence, find_episodes
 from safestep.report.finding import Finding, Judge, bad_batch, is_over, touched
+from safestep.report.gradient import wrong_gradient
 from safestep.report.rates import OFTEN, safe_learning_rate, too_cold, too_hot, would_have_stayed
 from safestep.report.rises import RISES, tell_worst
 from safestep.runlog.measured_how import how_measured
@@ -26,7 +27,7 @@ def find(run: Run, evidence: Evidence) -> list[Finding]:
     Returns:
         The findings; a later one never repeats an earlier one.
     """
-    problems = [drifted(run), *(judge(run, evidence) for judge in _PROBLEMS)]
+    problems = [drifted(run), wrong_gradient(run), *(judge(run, evidence) for judge in _PROBLEMS)]
     rises = [finding for judge in RISES if (finding := judge(run, evidence))]
     rises = rises[: 1 if rises and rises[0].is_explained else 2]
     if len(rises) > 1 and rises[1].advice:  # the second says why, and so what to do

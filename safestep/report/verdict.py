@@ -11,6 +11,7 @@ from safestep.report.episodes import say_lost, tell, tell_healthy
 from safestep.report.evidence import Evidence, find_episodes, gather
 from safestep.report.finding import Tone
 from safestep.report.findings import drifted, find
+from safestep.report.gradient import tell_gradient
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, removed_area, step_share
 
@@ -57,7 +58,8 @@ def write_verdict(run: Run) -> Verdict:
         tone = "warn"
     told = findings[:_MAX_HEADLINES]
     headline = " ".join(finding.told for finding in told)
-    others = [worker for worker in workers if worker not in {finding.text for finding in told}]
+    is_told = {finding.text for finding in told}
+    others = [text for text in (*workers, *tell_gradient(run)) if text not in is_told]
     return Verdict(tone, headline, _story(evidence) + others + ends)
 
 

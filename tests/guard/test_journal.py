@@ -77,6 +77,7 @@ def logged(tmp_path, **values):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with SafeStep(optimizer, model, run_dir=tmp_path) as guard:
         for step in range(3):
+            optimizer.zero_grad()
             cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
             if step == 1:
                 guard.log(**values)

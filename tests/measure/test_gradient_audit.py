@@ -259,3 +259,18 @@ def test_audit_interval_is_checked(interval):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="`audit_interval` to be a positive integer"):
         SafeStep(optimizer, model, audit_interval=interval)
+
+
+def test_a_second_optimizer_that_steps_later_is_not_audited():
+    model = network()
+    optimizers = [torch.optim.SGD(model[place].parameters(), lr=0.1) for place in (0, 3)]
+    first, second = (SafeStep(each, model, estimator="jvp") for each in optimizers)
+    inputs, labels = batch()
+
+    functional.cross_entropy(model(inputs), labels).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+    assert first.last.gradient_ratio == pytest.approx(1.0, rel=1e-9)
+    assert math.isnan(second.last.gradient_ratio)
+    assert "another optimizer moved parameters" in second.last.gradient_reason

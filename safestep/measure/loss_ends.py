@@ -1,0 +1,72 @@
+"""The tensors at which the recorded part of a loss ends, and the loss's gradient there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safestep.capture.call import Call
+from safestep.capture.loss_scale import running_loss_scale
+from safestep.capture.outputs import named_tensors
+
+
+class UnknownGradientError(RuntimeError):
+    """The loss's gradient at an output is not known; the message says why."""
+
+
+class LossEnds:
+    """Pair what calls return with the loss's gradient there.
+
+    Losses of calls that were passed to ``Recorder.record`` count with their mean.
+
+    Args:
+        calls: The calls of one update.
+        is_made: Whether the update was made.
+    """
+
+    def __init__(self, calls: Sequence[Call], *, is_made: bool) -> None:
+        self._share = 1 / max(len(calls), 1)
+        self._is_made = is_made
+        self._scale: float | None = None
+
+    def of(
+        self, call: Call, output: Any, is_live: Callable[[Tensor], bool]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield tensors and the loss's gradient there, divided by the scale of a GradScaler.
+
+        Args:
+            call: The call.
+            output: What it returned when it ran again.
+            is_live: Whether a tensor depends on the parameters.
+
+        Yields:
+            A tensor of the output, and a tensor of its shape.
+
+        Raises:
+            UnknownGradientError: If a gradient is not known.
+        """
+        if not (call.kept.sums or call.kept.missing):
+            loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+            losses = [each for _, each in named_tensors(loss) if is_live(each)]
+            if len(losses) != 1 or losses[0].numel() != 1:
+                raise UnknownGradientError("the recorded call does not return the loss alone")
+            yield losses[0], torch.full_like(losses[0].detach(), self._share)
+            return
+        outputs = dict(named_tensors(output))
+        gradients, obstacle = call.kept.ends()
+        if obstacle is not None:
+            raise UnknownGradientError(obstacle)
+        for name, gradient in gradients.items():
+            tensor = outputs.get(name)
+            if tensor is None or tensor.shape != gradient.shape:
+                raise UnknownGradientError(f"{name} is another tensor when the call runs again")
+            if is_live(tensor):
+                yield tensor, gradient / self._loss_scale()
+
+    def _loss_scale(self) -> float:
+        if self._scale is None:
+            self._scale = running_loss_scale(is_made=self._is_made)
+        return self._scale
