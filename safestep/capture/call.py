@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Call:
         signals: Tensors whose 2-norm tells unusual data from usual: the smallest and largest
             output, the loss's gradient there or its norm; of a call passed to `Recorder.record`,
             whose output is the loss, the largest input. Empty unless the Recorder watches.
+        examples: How many of its first examples run again; None for all.
         is_fresh: Whether every gradient was zero when the backward pass of the call began: a
             boolean on the device, or None where that is known without reading the gradients.
     """
@@ -72,6 +73,7 @@ class Call:
     is_fresh: Tensor | None = None
     opened: int = 0
     queued: int = 0
+    examples: int | None = None
     _gradients: dict[str, GradientEvidence] = field(default_factory=dict)
 
     @classmethod
@@ -95,6 +97,30 @@ class Call:
             conditions.effects.before(leaves, modes),
             conditions.undrawn.before(modes) if are_threads else None, conditions,
         )  # fmt: skip
+
+    @property
+    def num_examples(self) -> int:
+        """Size of the first axis of the first tensor among the arguments, 0 if there is none."""
+        tensors = (each for each in self.leaves if isinstance(each, Tensor) and each.ndim)
+        return next(map(len, tensors), 0)
+
+    def first(self, examples: int) -> Call:
+        """Return the same call of its first examples alone.
+
+        Every tensor as long as the first one is cut. Whether its rows are examples, and whether
+        these are independent of each other, only a comparison of the outputs shows.
+
+        Args:
+            examples: How many.
+
+        Raises:
+            ValueError: If the gradient at an output is not as long.
+        """
+        every = self.num_examples
+        gradients = {name: each.first(examples, every) for name, each in self.gradients.items()}
+        return replace(
+            self, examples=examples, unread={}, samples={}, lacks=[], _gradients=gradients
+        )
 
     @property
     def gradients(self) -> dict[str, GradientEvidence]:
@@ -187,11 +213,18 @@ class Call:
         return is_so
 
     def _again(self, leaves: list[Any]) -> Any:
+        if self.examples is not None:
+            every, end = self.num_examples, self.examples
+            leaves = [each[:end] if _is_as_long(each, every) else each for each in leaves]
         # New containers each time: some training steps pop the labels from their batch.
         if self.structure is None:
             return self.function(*leaves)
         args, kwargs = tree_unflatten(leaves, self.structure)
         return self.function(*args, **kwargs)
+
+
+def _is_as_long(value: Any, length: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == length
 
 
 def _detached(value: Any) -> Any:

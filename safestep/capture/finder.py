@@ -105,6 +105,8 @@ class LogitFinder:
             LogitsNotFoundError: If no tensor is known to enter a softmax.
             TypeError: If the user's function returns something other than logits.
         """
+        if call.examples is not None:
+            return self._find_again(call, around)
         if self._logits is not None:
             output, watch = self._first_run(call, around, frozenset())
             with around():
@@ -115,7 +117,7 @@ class LogitFinder:
             return found
         keep = None if self._latest is None else self._latest.events
         output, watch = self._first_run(call, around, keep)
-        key = (*sorted(call.gradients), "", *watch.names)
+        key = _key(call, watch)
         known = self._plans.get(key)
         plan = None if known is None else known.refreshed(output, call.gradients)
         is_new = plan is None
@@ -134,6 +136,25 @@ class LogitFinder:
             self.description = describe(found)
             self.warning = "; ".join(filter(None, (plan.doubts(), self.warning))) or None
         return found
+
+    def _find_again(self, call: Call, around: Around) -> list[Logits]:
+        """Return the logits of a call's first examples, where those of all were found last.
+
+        Raises:
+            LogitsNotFoundError: If they are elsewhere.
+        """
+        if self._logits is not None:
+            output = call.run(around())
+            with around():
+                told = self._logits(output)
+            return _as_told(told, call.gradients)
+        plan = self._latest
+        if plan is None or plan.weighed:
+            raise LogitsNotFoundError("the weight of a part of the rows shows only in all of them")
+        output, watch = _watched(call, around, plan.events)
+        if self._plans.get(_key(call, watch)) is not plan:
+            raise LogitsNotFoundError("a part of the batch takes another way through the model")
+        return _planned(plan, call, output, watch, None, is_single=True)
 
     def _first_run(
         self, call: Call, around: Around, keep: frozenset[int] | None
@@ -280,19 +301,22 @@ def _planned(
     call: Call,
     output: Any,
     watch: LossWatch,
-    weights: Mapping[int, EventGradient],
+    weights: Mapping[int, EventGradient] | None,
     *,
     is_single: bool,
 ) -> list[Logits]:
+    """Return the logits in the places of a plan; without `weights`, without their loss."""
     found = []
     for index in sorted(plan.events):
         seen = watch.seen[index]
         count = watch.names[:index].count(seen.entry.name)
         name = f"input of {seen.entry.name}" + (f" (call {count + 1})" if count else "")
-        weight = weights.get(index)
+        weight = None if weights is None else weights.get(index)
         is_masked = weight is not None and index in plan.weighed
         parts = _masked(seen.parts, weight.flags) if weight and is_masked else seen.parts
-        losses = row_losses(seen, weight, None if is_single else weights, call.gradients)
+        losses: Sequence[RowLoss | str] = [_OF_A_PART] * len(seen.parts)
+        if weights is not None:
+            losses = row_losses(seen, weight, None if is_single else weights, call.gradients)
         found += [
             Logits(name, source, mask, loss)
             for (source, mask), loss in zip(parts, losses, strict=True)
@@ -300,9 +324,18 @@ def _planned(
     tensors = dict(named_tensors(output))
     for name, form in plan.outputs.items():
         values, mask = form.read(tensors[name], call.gradients[name])
-        loss = form.row_loss(values, call.gradients[name])
+        loss: RowLoss | str = _OF_A_PART
+        if weights is not None:
+            loss = form.row_loss(values, call.gradients[name])
         found.append(Logits(form.describe(name), values, mask, loss))
     return found
+
+
+_OF_A_PART = "only a part of the batch was measured"
+
+
+def _key(call: Call, watch: LossWatch) -> tuple[str, ...]:
+    return (*sorted(call.gradients), "", *watch.names)
 
 
 def _masked(parts: Sequence[Part], flags: Tensor) -> Iterator[Part]:

@@ -110,6 +110,28 @@ class GradientEvidence:
         """
         return bool(self.sample.sum(-1).abs().sum() <= 0.1 * self.sample.abs().sum())
 
+    def first(self, examples: int, of: int) -> GradientEvidence:
+        """Return which rows of the first examples count; the largest gradients remain those of all.
+
+        Args:
+            examples: How many examples.
+            of: Number of all examples.
+
+        Raises:
+            ValueError: If the first axis of the output is not that of the examples.
+        """
+        if not self.counted.ndim:  # a loss
+            return self
+        if len(self.counted) != of or self.class_axis == 0:
+            raise ValueError(f"the output's first axis is not that of the {of} examples")
+        zeros, largest = (
+            None if each is None else each[:examples] for each in (self.zeros, self.largest)
+        )
+        return replace(
+            self, counted=self.counted[:examples], zeros=zeros, largest=largest, labels=None,
+            pulls=None,
+        )  # fmt: skip
+
     def joined(self, other: GradientEvidence) -> GradientEvidence:
         """Return what the gradients of two backward passes through one output show together.
 

@@ -125,7 +125,9 @@ class Agreement:
         worst = float(self.ranks.gather([code], "its prediction").amax())  # NaN where any is
         if isnan(worst):
             return Measure.EXACTLY
-        return Predicted(worst) if worst < inf else Measure.QUICKLY
+        if worst == inf:
+            return Measure.QUICKLY
+        return Measure.ROUGHLY if worst == _CODES[Measure.ROUGHLY] else Predicted(worst)
 
     def measurement(self, mine: Measurement, fingerprint: float = 0.0) -> Measurement:
         """Return the measurement that all ranks act on.
@@ -190,7 +192,8 @@ class Agreement:
 
 
 _SLOTS = 3 * 8  # three signals each of eight outputs or micro-batches; those after share a slot
-_CODES = {Measure.QUICKLY: inf, Measure.EXACTLY: nan}
+# Over every r that is predicted, the more careful the larger.
+_CODES = {Measure.ROUGHLY: 1e300, Measure.QUICKLY: inf, Measure.EXACTLY: nan}
 
 
 def worst_of(measurements: Sequence[Measurement | None]) -> Measurement:

@@ -11,11 +11,14 @@ from operator import le
 from typing import Any
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
+FIRST_EXACT = 4  # of these, where a part of the batch tells the others
 AUDIT_INTERVAL = 60  # a JVP costs about one step: one in 60 keeps an audit below 2 %
 LONGEST_INTERVAL = 320  # where the bound may grow sixfold before it is over the limit
 NEAR = 0.8  # of the limit: a bound that comes nearer is measured more often; a secant may not
 FAR = 0.1  # of the limit: below, exact measurements are so rare that cheaper ones save nothing
+ROUGH = 0.5  # of the limit: up to here an estimate from a part of the batch may let a step through
 SECANTS = 7  # in a row, then an exact measurement
+SAMPLES = 15  # in a row
 WINDOW = 32  # steps that say what is usual, and exact measurements that bound the next ones
 JUMP = 1.5  # times the window's maximum: minibatch noise stays below
 DRIFT = 2.0  # times the largest at the last measurements: a warm-up goes there without a jump
@@ -36,6 +39,7 @@ class Measure(Enum):
 
     EXACTLY = "exactly"
     QUICKLY = "quickly"  # a secant may tell
+    ROUGHLY = "roughly"  # a part of the batch may tell
 
 
 class Predictor:
@@ -58,6 +62,8 @@ class Predictor:
 
     Where nothing is unusual and r is expected between 0.1 and 0.8 of the limit, a secant will do
     instead, at less than half the cost: it is off by a few percent. Every eighth is exact, though.
+    Where a part of the batch is known to tell about all of it, and r is expected below 0.5 of the
+    limit, that is measured instead, for all but the first 4 steps and one in 16.
 
     Args:
         limit: The largest r that is let through.
@@ -70,13 +76,18 @@ class Predictor:
         self._steps = 0
         self._interval = 1
         self._since = 0
-        self._secants = 0
+        self._spared = 0  # measurements since the latest exact one
         self._usual = _Window(WINDOW)
         self._measured = _Window(_RECENT)
         self._options: tuple[Any, ...] = ()
 
     def predict(
-        self, step_norm: float, signals: Sequence[float], options: tuple[Any, ...]
+        self,
+        step_norm: float,
+        signals: Sequence[float],
+        options: tuple[Any, ...],
+        *,
+        can_sample: bool = False,
     ) -> Predicted | Measure:
         """Return the predicted r, or how this step has to be measured.
 
@@ -84,6 +95,7 @@ class Predictor:
             step_norm: Distance of the proposed update.
             signals: Sizes that tell the usual from the unusual, always the same ones.
             options: What turns the direction of an update when it changes.
+            can_sample: Whether a part of the batch is known to tell about all of it.
 
         Returns:
             r of the update, if r is surely within the limit; else how to measure it.
@@ -95,33 +107,40 @@ class Predictor:
         if all(map(math.isfinite, signals)):  # infinity would make everything usual after it
             self._usual.append(signals)
         self._options = options
-        if is_unusual or self._steps <= FIRST_STEPS or not self._factors:
-            return Measure.EXACTLY
         expected, bound = self._latest * step_norm, self._largest * step_norm * self._margin
+        will_part_do = can_sample and expected <= ROUGH * self.limit and self._spared < SAMPLES
+        is_early = self._steps <= FIRST_STEPS
+        if is_unusual or self._steps <= FIRST_EXACT or not self._factors:
+            return Measure.EXACTLY
+        if will_part_do and (is_early or bound > self.limit):
+            return Measure.ROUGHLY
+        if is_early:
+            return Measure.EXACTLY
         if bound <= self.limit and not self._is_due(bound):
             return Predicted(expected)
         is_between = FAR * self.limit <= expected <= NEAR * self.limit
-        return Measure.QUICKLY if is_between and self._secants < SECANTS else Measure.EXACTLY
+        return Measure.QUICKLY if is_between and self._spared < SECANTS else Measure.EXACTLY
 
-    def is_far(self, secant: float) -> bool:
-        """Return whether the r of a secant is small enough to let the step through.
+    def is_far(self, normalized_step: float, how: Measure) -> bool:
+        """Return whether an r that is not exact is small enough to let the step through.
 
         Args:
-            secant: The r.
+            normalized_step: The r.
+            how: How it was measured.
         """
-        return secant <= NEAR * self.limit
+        return normalized_step <= (ROUGH if how is Measure.ROUGHLY else NEAR) * self.limit
 
-    def learn(self, step_norm: float, normalized_step: float, *, is_secant: bool = False) -> None:
+    def learn(self, step_norm: float, normalized_step: float, *, is_exact: bool = True) -> None:
         """Take a measurement.
 
         Args:
             step_norm: Distance of the update that was measured.
             normalized_step: Its r.
-            is_secant: Whether that is a secant's.
+            is_exact: Whether it is neither a secant's nor of a part of the batch.
         """
         if not (step_norm > 0 and math.isfinite(normalized_step)):
             return
-        self._secants = self._secants + 1 if is_secant else 0
+        self._spared = 0 if is_exact else self._spared + 1
         factor = normalized_step / step_norm
         growth = factor / self._largest if self._largest > 0 else 1.0
         # A prediction that held makes the next ones last longer; one that fell short, shorter.
@@ -142,7 +161,7 @@ class Predictor:
             "steps": self._steps,
             "interval": self._interval,
             "since": self._since,
-            "secants": self._secants,
+            "secants": self._spared,
             "usual": self._usual.state(),
             "measured": self._measured.state(),
         }
@@ -158,7 +177,7 @@ class Predictor:
         self._steps = state["steps"]
         self._interval = state["interval"]
         self._since = state["since"]
-        self._secants = state.get("secants", 0)  # which older checkpoints lack
+        self._spared = state.get("secants", 0)  # which older checkpoints lack
         self._usual = _Window(WINDOW, state["usual"])
         self._measured = _Window(_RECENT, state["measured"])
         self._options = ()

@@ -61,7 +61,8 @@ class SafeStep(GuardedStep):
         estimator: "jvp" runs the recorded forward calls again in forward-mode automatic
             differentiation: exact, at every step. "auto" does so only where the last measurements
             cannot vouch for a step (the first 16, at least one in 320, what is unusual or near the
-            limit), or a "secant" where that will do; the others are reported as "predicted".
+            limit), or a "secant" where that will do, or a part of the batch ("sampled 2/16") where
+            its examples are seen to be independent; the others are reported as "predicted".
             "difference" and "secant" run them twice instead; "difference" also takes over from
             "jvp" where a model has no forward-mode derivative. Their scope:
             ``safestep.measure.estimators``; of "auto", ``safestep.guard.predictor``.
@@ -299,7 +300,9 @@ class SafeStep(GuardedStep):
         health = self._agreement.health(health, are_parts=update.is_sharded)
         signals = (health.gradient_norm, *health.signals)
         options = direction_options(self.optimizer.param_groups, len(update.params))
-        answer = self._predictor.predict(health.step_norm, signals, options)
+        answer = self._predictor.predict(
+            health.step_norm, signals, options, can_sample=self._estimator.can_sample(update)
+        )
         is_untrusted = answer is Measure.QUICKLY and not self._estimator.trusts_secants
         is_due = self._audit.is_due(self._controller.step)
         if not update.calls or is_untrusted or is_due or self._obstacle is not None:
@@ -322,24 +325,24 @@ class SafeStep(GuardedStep):
             return measurement
         is_measured = measurement.finding is Finding.MEASURED
         r = measurement.normalized_step
-        is_secant = measurement.estimator is Estimator.SECANT
-        if is_secant and not (is_measured and self._predictor.is_far(r)):
+        is_exact = how is Measure.EXACTLY
+        if not is_exact and not (is_measured and self._predictor.is_far(r, how)):
             return self._measure(update, health, Measure.EXACTLY)
         if is_measured:
-            self._predictor.learn(measurement.step_norm, r, is_secant=is_secant)
+            self._predictor.learn(measurement.step_norm, r, is_exact=is_exact)
         return measurement
 
     def _measured_here(self, update: Update, health: Health, how: Measure) -> Measurement:
         """Return what this worker measured; an obstacle is in the reason."""
-        is_quick = how is Measure.QUICKLY
+        quick = _QUICK.get(how)
         # Of a secant too: whether it suffices is a question that all workers answer alike.
-        measurement = Measurement(Estimator.SECANT if is_quick else self._estimator.estimator)
+        measurement = Measurement(quick or self._estimator.estimator)
         reason = self._obstacle
         if reason is None and not update.calls:
             reason = _IN_BACKWARD if is_within_backward() else _NO_CALLS
         if reason is None:
             try:
-                measurement = self._attempt(update, is_quick=is_quick) or measurement
+                measurement = self._attempt(update, quick) or measurement
                 reason = self._retries.reason
             except Exception as error:  # training goes on; the report and a warning say why
                 reason = one_line(error)
@@ -354,7 +357,7 @@ class SafeStep(GuardedStep):
             bottleneck=measurement.bottleneck if finding is Finding.MEASURED else -1,
         )  # fmt: skip
 
-    def _attempt(self, update: Update, *, is_quick: bool) -> Measurement | None:
+    def _attempt(self, update: Update, quick: Estimator | None) -> Measurement | None:
         """Return what is measured; None while another attempt would only fail again."""
         retries = self._retries
         # Ranks that share parameters must try at the same steps, whatever their data show.
@@ -363,9 +366,9 @@ class SafeStep(GuardedStep):
         if not retries.is_due(seen):
             return None
         try:
-            found = self._estimator.measure(update, is_quick=is_quick)
+            found = self._estimator.measure(update, quick)
         except Exception as error:
-            if not is_quick:
+            if quick is None:
                 is_error = not isinstance(error, LogitsNotFoundError)
                 seen = frozenset(call.look() for call in looks)
                 retries.fail(one_line(error), seen, is_error=is_error)
@@ -387,6 +390,7 @@ class SafeStep(GuardedStep):
 
 
 _NO_UPDATE = Update([], [], [], [])
+_QUICK = {Measure.QUICKLY: Estimator.SECANT, Measure.ROUGHLY: Estimator.SAMPLED}
 _NO_CALLS = (
     "no gradient came back through a forward call of `model` since the last step; pass the module "
     "whose forward computes the logits, or tell the guard the whole step with "

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
-from math import isfinite, pi
+from math import isfinite, nan, pi
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from safestep.measure.estimators import (
 )
 from safestep.measure.gradient_audit import GradientAudit
 from safestep.measure.inner_radii import InnerWatch
+from safestep.measure.part_of_batch import PartOfBatch
 from safestep.measure.precision import coarsest, is_half
 from safestep.measure.second_gradient import SecondGradient
 from safestep.measure.update import Estimator, Measurement, Update
 from safestep.parallel.shards import is_tensor_parallel, refuse_hybrids
 from safestep.radius.batch import BatchRadius, BatchRule
 
+_ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part of it
 # That the model has no forward-mode derivative is not the reason of these.
 _OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
 
@@ -64,6 +66,7 @@ class CheckedEstimator:
         self._rule = rule
         self._inside = inside
         self.finder = LogitFinder(logits)
+        self._part = PartOfBatch()
         self._checks = Schedule(FIRST_CHECKS)
         self._retries = Schedule()
         self._has_fallen_back = False
@@ -75,12 +78,21 @@ class CheckedEstimator:
         """Return whether a secant saves time, and is known to measure the same as the estimator."""
         return self.estimator is Estimator.JVP and not self._is_doubtful
 
-    def measure(self, update: Update, *, is_quick: bool = False) -> Measurement:
+    def can_sample(self, update: Update) -> bool:
+        """Return whether a part of the batch is known to tell enough of one update.
+
+        Args:
+            update: The update.
+        """
+        is_simple = self.estimator is Estimator.JVP and self._rule.quantile is None
+        return is_simple and not self._is_doubtful and self._part.can_tell(update)
+
+    def measure(self, update: Update, quick: Estimator | None = None) -> Measurement:
         """Return what is measured of one update.
 
         Args:
             update: The update.
-            is_quick: Whether a secant will do, which nothing checks.
+            quick: The secant or the sample, if that will do; nothing checks it.
 
         Returns:
             The measurement, without a step norm.
@@ -88,8 +100,10 @@ class CheckedEstimator:
         Raises:
             RuntimeError: If no estimator works, or no tangent reaches the logits.
         """
-        if is_quick:
-            found = _measurement(Estimator.SECANT, self._smallest(Estimator.SECANT, update))
+        if quick is Estimator.SAMPLED:
+            found = self._sampled(update)
+        elif quick is not None:
+            found = _measurement(quick, self._smallest(quick, update))
         else:
             found = self._checked(update)
         lacks = {what: None for call in update.calls for what in call.lacks}
@@ -143,11 +157,39 @@ class CheckedEstimator:
         audit = GradientAudit(update)
         self.finder.show = audit.see
         try:
-            smallest = self._smallest(self.estimator, update)
+            with closing(self._rows(self.estimator, update)) as rows:
+                smallest = self._rule.reduce(self._part.noting(rows, update))
         finally:
             self.finder.show = None
+        self._try_part(smallest, update)
         slopes = audit.compared(is_coarse=self._is_half(update))
         return _measurement(self.estimator, smallest, slopes=slopes)
+
+    def _sampled(self, update: Update) -> Measurement:
+        """Return what the first examples tell of the batch.
+
+        Raises:
+            RuntimeError: If they are not known to tell enough: another rank's are.
+        """
+        if not self.can_sample(update):
+            raise RuntimeError("a part of the batch is not known to tell enough of all")
+        try:
+            part = self._smallest(Estimator.SAMPLED, self._part.of(update))
+        except Exception:
+            self._part.distrust()
+            raise
+        return self._part.estimate(update, part)
+
+    def _try_part(self, whole: BatchRadius, update: Update) -> None:
+        """Learn from a measurement what a part of the batch tells, and check it now and then."""
+        first = self._part.learn(whole)
+        if not self._part.is_due(first):
+            return
+        try:
+            alone = self._smallest(Estimator.SAMPLED, self._part.of(update)).spread
+        except Exception:  # the step is measured; only whole batches can be
+            alone = nan
+        self._part.compare(first, alone, _ROUNDING_HALF if self._is_half(update) else _ROUNDING)
 
     def _smallest(self, estimator: Estimator, update: Update) -> BatchRadius:
         """Return the smallest radius of the batch."""

@@ -62,6 +62,7 @@ class Estimator(str, Enum):
     JVP = "jvp", _jvp, True, 0.02, 0.1
     SECANT = "secant", _secant, True, 0.2, 0.2
     DIFFERENCE = "difference", _difference, True, 0.02, 0.2
+    SAMPLED = "sampled", _jvp
     PREDICTED = "predicted", None
 
     run: Run | None

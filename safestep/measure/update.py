@@ -90,6 +90,7 @@ class Measurement:
         head: Which set of logits the row belongs to, None if there is only one.
         remarks: What the report adds to the estimator's name, each in parentheses.
         warning: What the user should be told once, else None.
+        examples: Of a sampled one, how many examples were measured, and of how many.
         is_partial: Whether `step_norm` is that of this worker's shard alone.
         slopes: The loss's slope along the update, by forward mode and from the gradient.
         loss: What linearised logits predict of the loss.
@@ -106,6 +107,7 @@ class Measurement:
     remarks: tuple[str, ...] = ()
     warning: str | None = None
     is_partial: bool = False
+    examples: tuple[int, int] | None = None
     slopes: Slopes = UNSEEN
     loss: LossChange = NO_CHANGE
 
@@ -130,10 +132,12 @@ class Measurement:
     @property
     def is_exact(self) -> bool:
         """Whether r is measured, by the exact estimator or by one that stands in for it."""
-        is_cheap = self.estimator in {Estimator.PREDICTED, Estimator.SECANT}
+        is_cheap = self.estimator in {Estimator.PREDICTED, Estimator.SAMPLED, Estimator.SECANT}
         return self.finding is Finding.MEASURED and not is_cheap
 
     @property
     def method(self) -> str:
         """How it was found, for the report: the estimator's name and the remarks."""
-        return " ".join([self.estimator.value, *(f"({remark})" for remark in self.remarks)])
+        share = [] if self.examples is None else ["{}/{}".format(*self.examples)]
+        remarks = (f"({remark})" for remark in self.remarks)
+        return " ".join([self.estimator.value, *share, *remarks])

@@ -37,6 +37,7 @@ _DARK_LIFT = 0.35  # share of white that keeps the figures' colours legible on t
 _WAYS = {
     "exact": "the derivative of the logits along the step, by forward-mode differentiation",
     "difference": "a finite difference of the logits along a small part of the step",
+    "sampled": "exact for some examples of a batch, scaled to all; where r is far under the limit",
     "secant": "the change of the logits over the whole step; used where r is well under the limit",
     "predicted": "not measured: an upper estimate of r from the steps before; used where it is far "
     "under the limit",

@@ -39,7 +39,7 @@ def looked(predictor, r, steps, step_norm=0.1, signal=1.0, options=OPTIONS):
     for step in range(steps):
         answer = predictor.predict(step_norm, [signal], options)
         if isinstance(answer, Measure):
-            predictor.learn(step_norm, r, is_secant=answer is Measure.QUICKLY)
+            predictor.learn(step_norm, r, is_exact=answer is Measure.EXACTLY)
             measured.append((step, "exact" if answer is Measure.EXACTLY else "secant"))
     return measured
 
@@ -133,9 +133,9 @@ def test_where_r_is_elsewhere_measurements_are_exact(r):
 def test_a_secant_settles_nothing_that_is_near_the_limit(limit):
     predictor = Predictor(limit)
 
-    assert predictor.is_far(0.99 * NEAR * limit)
-    assert not predictor.is_far(1.01 * NEAR * limit)
-    assert not predictor.is_far(float("nan"))
+    assert predictor.is_far(0.99 * NEAR * limit, Measure.QUICKLY)
+    assert not predictor.is_far(1.01 * NEAR * limit, Measure.QUICKLY)
+    assert not predictor.is_far(float("nan"), Measure.QUICKLY)
 
 
 def test_largest_of_many_measurements_bounds_r_and_the_latest_predict_it():
