@@ -5,7 +5,17 @@ from matplotlib.axes import Axes
 
 from safestep.plots.log_axis import make_log, use_log_scale
 from safestep.plots.registry import figure, has_step
-from safestep.plots.style import COLORS, INK, dots, make_axes, mark_limit, mark_steps, note, say
+from safestep.plots.style import (
+    COLORS,
+    INK,
+    dots,
+    make_axes,
+    mark_limit,
+    mark_steps,
+    note,
+    say,
+    show_whole_run,
+)
 from safestep.plots.wording import count, number, sentence
 from safestep.runlog.reader import Run
 from safestep.runlog.series import loss_ratios, step_series, thin
@@ -25,6 +35,9 @@ def _loss_says(run: Run) -> str:
         f"the loss went from {number(float(series.loss[first]))} at step {series.step[first]} to "
         f"{number(float(series.loss[last]))} at step {series.step[last]}"
     )
+    later = set(series.step[last + 1 :].tolist())
+    if np.isinf(series.loss[last + 1 :]).any() or later & (run.nan_losses or set()):
+        course += " and is not finite after it"
     scaled, left_out = int(series.clipped.sum()), int(series.skipped.sum())
     touched = [f"{count(scaled, 'step')} scaled down"] if scaled else []
     touched += [f"{count(left_out, 'step')} not taken"] if left_out else []
@@ -53,6 +66,7 @@ def plot_loss(run: Run, ax: Axes | None = None) -> Axes:
     at = thin(series.loss, keep=series.intervened)
     ax.plot(series.step[at], series.loss[at], color=COLORS["loss"], linewidth=1)
     use_log_scale(ax, series.loss)
+    show_whole_run(ax, series.step)
     touched = count(int(series.intervened.sum()), "step")
     mark_steps(ax, series.step[series.intervened], "|", f"{touched} touched")
     return ax

@@ -9,6 +9,7 @@ from safestep.plots.style import COLORS, INK, label_ends, last_finite, make_axes
 from safestep.plots.wording import count, number, percent
 from safestep.runlog.reader import Run
 from safestep.runlog.series import (
+    FEW,
     StepSeries,
     positive,
     removed_area,
@@ -18,8 +19,6 @@ from safestep.runlog.series import (
 )
 
 __all__ = ["plot_cost", "plot_learning_rate", "say_lowered"]
-
-FEW = 0.05  # share of touched steps under which a mean over the run tells of one wild step alone
 
 
 def _learning_rate_says(run: Run) -> str:
@@ -44,7 +43,7 @@ def say_lowered(series: StepSeries) -> str:
     if len(skipped):
         which = f"step {skipped[0]}" if len(skipped) == 1 else count(len(skipped), "step")
         done.append(f"did not take {which}")
-    return " and ".join(done) or "never lowered it"
+    return ", and ".join(done) or "never lowered it"
 
 
 def _say_clipped(series: StepSeries) -> str:
@@ -96,6 +95,9 @@ def plot_learning_rate(run: Run, ax: Axes | None = None) -> Axes:
     use_log_scale(ax, base, effective, max_depth=1e-3)
     if ax.get_yscale() == "linear":
         ax.set_ylim(bottom=0)  # a constant rate is a line in the middle, not noise
+    if np.array_equal(effective, base, equal_nan=True):
+        label_ends(ax, [(last_finite(base), "set and\ntaken", color)])
+        return ax
     label_ends(ax, [
         (last_finite(effective), "taken", color), (last_finite(base), "set", color),
     ])  # fmt: skip

@@ -17,11 +17,12 @@ from safestep.plots.style import (
     mark_steps,
     note,
     say,
+    show_whole_run,
 )
 from safestep.plots.wording import count, number, percent
 from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
-from safestep.runlog.series import StepSeries, positive, step_series, thin
+from safestep.runlog.series import FEW, StepSeries, positive, step_series, thin
 
 __all__ = ["plot_distribution", "plot_normalized_step", "plot_safe_zone"]
 
@@ -77,6 +78,7 @@ def plot_normalized_step(run: Run, ax: Axes | None = None) -> Axes:
     dots(ax, series.step[clipped], r[clipped], "intervention")
     dots(ax, series.step[clipped], series.taken[clipped], "normalized_step", size=3)
     mark_steps(ax, series.step[series.skipped], "x", "x: step not taken")
+    show_whole_run(ax, series.step)
     if predicted.any() and not series.skipped.any():
         note(ax, "pale: predicted", COLORS["normalized_step"])
     mark_limit(ax)
@@ -124,17 +126,24 @@ def plot_distribution(run: Run, ax: Axes | None = None) -> Axes:
     edges = np.linspace(min(exponents.min(), -0.1), max(exponents.max(), 0.1), 61)
     for place, phase in enumerate(np.array_split(np.arange(len(series.step)), len(PHASES))):
         _draw_phase(ax, series, phase[is_shown[phase]], edges, -place)
-        rate = series.clipped[phase].mean() if len(phase) else 0.0
+        scaled = series.clipped[phase]
+        text = _say_scaled(scaled) if is_shown[phase].any() else "no r"
         ax.annotate(
-            f"{percent(rate)}\nscaled", (1.0, -place + 0.4), xycoords=("axes fraction", "data"),
+            text, (1.0, -place + 0.4), xycoords=("axes fraction", "data"),
             xytext=(4, 0), textcoords="offset points", va="center", annotation_clip=False,
-            color=COLORS["intervention"] if rate else INK,
+            color=COLORS["intervention"] if scaled.any() else INK,
         )  # fmt: skip
     make_log(ax, "x")
     ax.set_yticks([0, -1, -2], PHASES)
     ax.grid(visible=False, axis="y")
     mark_limit(ax, axis="x")
     return ax
+
+
+def _say_scaled(scaled: np.ndarray) -> str:
+    """Return how many steps of a phase were scaled: their number, or their share if many."""
+    share, total = scaled.mean(), int(scaled.sum())
+    return f"{percent(float(share)) if share > FEW else count(total, 'step')}\nscaled"
 
 
 def _draw_phase(
@@ -196,6 +205,7 @@ def plot_safe_zone(run: Run, ax: Axes | None = None) -> Axes:
     ceiling = np.where(np.isposinf(radius), ax.get_ylim()[1], radius)
     ax.fill_between(step, bottom, ceiling, color=COLORS["radius"], alpha=0.13, linewidth=0)
     ax.set_ylim(bottom=bottom)
+    show_whole_run(ax, series.step)
     clipped = series.clipped
     if clipped.any():
         taken = (series.step_norm * series.scale)[clipped]

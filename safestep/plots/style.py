@@ -63,6 +63,18 @@ def make_axes(ax: Axes | None, title: str, ylabel: str, xlabel: str = "step") ->
     return ax
 
 
+def show_whole_run(ax: Axes, steps: np.ndarray) -> None:
+    """Let the step axis reach over all steps, also those that have nothing to draw.
+
+    Args:
+        ax: The axes.
+        steps: Step numbers of the run, in rising order. Shape ``[T]``.
+    """
+    low, high = ax.get_xlim()
+    margin = 0.01 * (steps[-1] - steps[0])
+    ax.set_xlim(min(low, steps[0] - margin), max(high, steps[-1] + margin))
+
+
 def say(ax: Axes, text: str) -> Axes:
     """Write a sentence on axes that have nothing to show.
 
@@ -158,7 +170,7 @@ def line_by_trust(
     if not is_predicted.any():
         ax.plot(x, y, color=color, linewidth=1.1)
         return
-    ax.plot(x, y, color=color, linewidth=0.7, alpha=0.4)
+    ax.plot(x, y, color=color, linewidth=0.8, alpha=0.55)
     measured = ~is_predicted
     ax.plot(
         x[measured], y[measured], ".", color=color, markersize=3,

@@ -62,7 +62,9 @@ def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = F
         return sentence(f"{where} within the radius ({peak}), but the loss was {lost}")
     if not len(over):
         return sentence(f"{where} healthy ({peak})")
-    from_step = evidence.series.step[first + over[0]]
+    begin = first + over[0] + 1  # the first of the values that followed which is itself so high
+    is_high = evidence.loss[begin:][:AFTERMATH] > evidence.edges[begin:][:AFTERMATH]
+    from_step = evidence.series.step[begin + int(is_high.argmax())]
     return sentence(
         f"{where} within the radius ({peak}), but the loss was above its usual range after "
         f"{count(len(over), 'step')}, first at step {from_step}"

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safestep.plots.rates import FEW
 from safestep.plots.wording import count, number, percent, sentence
 from safestep.report.drift import drifted_workers
 from safestep.report.episodes import say_lost, tell, tell_healthy
@@ -13,7 +12,7 @@ from safestep.report.finding import Tone
 from safestep.report.findings import drifted, find
 from safestep.report.gradient import tell_gradient
 from safestep.runlog.reader import Run
-from safestep.runlog.series import StepSeries, removed_area, step_share
+from safestep.runlog.series import FEW, StepSeries, removed_area, step_share
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_HEADLINES = 3

@@ -8,6 +8,7 @@ import numpy as np
 from safestep.runlog.reader import Run
 
 HUGE = 1e100  # numbers up to it can be squared and summed
+FEW = 0.05  # share of touched steps under which a mean over the run tells of one wild step alone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,12 +231,14 @@ def loss_ratios(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:
         series: The steps.
 
     Returns:
-        r and ratio of the steps that have both and whose next step is logged. Shape ``[K]`` each.
+        r, to about three digits, and ratio of the steps that have both and whose next step is
+        logged. Shape ``[K]`` each.
     """
     r, loss = series.taken[:-1], np.where(series.loss > 0, series.loss, np.nan)
     ratio = loss[1:] / loss[:-1]
     is_known = np.isfinite(ratio) & (r > 0) & np.isfinite(r) & (np.diff(series.step) == 1)
-    return r[is_known], ratio[is_known]
+    # Steps that were scaled to the limit have the same r, but for rounding.
+    return 10 ** np.round(np.log10(r[is_known]), 3), ratio[is_known]
 
 
 def change_pairs(series: StepSeries) -> tuple[np.ndarray, np.ndarray]:

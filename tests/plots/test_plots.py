@@ -177,7 +177,7 @@ def test_few_steps_that_were_scaled_are_told_with_the_one_lowered_most(tmp_path)
     text = says(run_of(tmp_path, *[calm] * 98, *scaled, {"status": "skipped", "scale": 0.0}))
 
     assert text.endswith(
-        "the guard lowered it at 2 steps, most at step 99, from 9 to 0.9 and did not take step 100."
+        "lowered it at 2 steps, most at step 99, from 9 to 0.9, and did not take step 100."
     )
 
 
