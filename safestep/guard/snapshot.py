@@ -15,6 +15,7 @@ from safestep.capture.call import Call
 from safestep.guard.copies import Copies
 from safestep.guard.optimizer_state import OptimizerState
 from safestep.guard.redo import rescale, rescale_with_state
+from safestep.guard.used_gradient import UsedGradient
 from safestep.measure.update import Update
 
 
@@ -38,6 +39,7 @@ class Snapshot:
         self._gradients: list[tuple[Tensor, Tensor, int, Tensor]] = []
         self._keeps_gradients = True
         self._has_warned = False
+        self._used = UsedGradient([])
         self.params: list[Tensor] = []
 
     def take(self) -> None:
@@ -50,6 +52,7 @@ class Snapshot:
         copies.fill()
         state.note_options(self._optimizer)
         self._state, self._copies, self.params = state, copies, state.params
+        self._used = UsedGradient(self.params)
         if self._keeps_gradients and not state.is_of_torch:
             self._gradients = [
                 (p, p.grad, p.grad._version, p.grad.clone()) for p in self.params
@@ -77,6 +80,7 @@ class Snapshot:
         return _Made(
             calls, self.params, copies.of_params, change,
             is_sharded=copies.are_sharded, copies=copies,
+            gradient_obstacle=self._used.obstacle(self._optimizer),
         )  # fmt: skip
 
     def rescale(self, scale: float) -> None:
@@ -113,6 +117,7 @@ class Snapshot:
         if self._gradients:  # most optimizers leave them as they are
             self._keeps_gradients = any(g._version != v for _, g, v, _ in self._gradients)
         self._state, self._copies, self._gradients, self.params = _NOTHING, _NO_COPIES, [], []
+        self._used = UsedGradient([])
 
 
 @dataclass(slots=True)

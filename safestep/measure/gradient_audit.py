@@ -37,7 +37,7 @@ class GradientAudit:
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self._obstacle: str | None = None
+        self._obstacle = update.gradient_obstacle
         self._terms: list[Tensor] = []  # of each output its slope and its terms' squared norm
         self._awaited = set(map(id, update.calls))
         self._own = frozenset(update.params)

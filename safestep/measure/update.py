@@ -30,6 +30,8 @@ class Update:
         change: The update of each of them.
         is_made: False where the update is still to come: `params` are at the start.
         is_sharded: Whether this rank holds only a shard of any parameter.
+        gradient_obstacle: Why ``.grad`` is not the gradient that the update was made from, else
+            None.
     """
 
     calls: Sequence[Call]
@@ -38,6 +40,7 @@ class Update:
     change: Sequence[Tensor]
     is_made: bool = True
     is_sharded: bool = False
+    gradient_obstacle: str | None = None
 
     def parts(self) -> list[Tensor]:
         """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""

@@ -274,3 +274,34 @@ def test_a_second_optimizer_that_steps_later_is_not_audited():
     assert first.last.gradient_ratio == pytest.approx(1.0, rel=1e-9)
     assert math.isnan(second.last.gradient_ratio)
     assert "another optimizer moved parameters" in second.last.gradient_reason
+
+
+def test_an_optimizer_that_evaluates_several_gradients_is_not_audited():
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    guard = SafeStep(optimizer, model, estimator="jvp")
+    inputs, labels = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        assert math.isnan(guard.last.gradient_ratio)
+        assert "several places in a step" in guard.last.gradient_reason
+
+
+def test_an_optimizer_that_writes_into_its_gradients_is_not_audited():
+    model = network()
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    optimizer = torch.optim.SGD(model.parameters(), foreach=True, **options)
+    guard = SafeStep(optimizer, model, estimator="jvp")
+    inputs, labels = batch()
+    functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+
+    assert math.isnan(guard.last.gradient_ratio)
+    assert "changed in place during the step" in guard.last.gradient_reason
