@@ -118,6 +118,7 @@ class StepController:
                 "SafeStep: expected `sufficient_decrease` to be None with action 'set', got "
                 f"{sufficient_decrease!r}. 'set' makes every step r = the limit; choose 'clip'."
             )
+        self.passes_long_steps = sufficient_decrease is not None
         self._decrease = SufficientDecrease(sufficient_decrease)
         self.step = 0
         self.skips_in_a_row = 0
@@ -166,6 +167,17 @@ class StepController:
         self.step += 1
         self.skips_in_a_row = self.skips_in_a_row + 1 if status == "skipped" else 0
         return report
+
+    def lets_pass(self, measurement: Measurement) -> bool:
+        """Return whether the next step is left alone whatever its r, for what its loss does.
+
+        Args:
+            measurement: What was measured of it, agreed over the workers.
+
+        Returns:
+            False without `sufficient_decrease`.
+        """
+        return self._decrease.lets_pass(self.step, measurement.loss)
 
     def give_up_if_stuck(self, report: StepReport) -> None:
         """End a run that does not get over its trouble.

@@ -62,11 +62,28 @@ class SufficientDecrease:
             self._last = step
             self.reason = _not_enough(change)
             return True
-        if self._last is not None and step - self._last <= MEMORY:
+        if self._holds(step):
             self.reason = f"held within the limit for {MEMORY} steps after step {self._last}"
             return True
         self.reason = "over the limit and left alone: the linearised loss falls enough"
         return False
+
+    def lets_pass(self, step: int, change: LossChange) -> bool:
+        """Return whether the rule would leave a step alone that is over the limit.
+
+        Args:
+            step: Its number.
+            change: What is predicted of the loss, or what a secant found.
+
+        Returns:
+            Whether it would; nothing is remembered.
+        """
+        if self._share is None or self._holds(step):
+            return False
+        return change.falls_enough(self._share, FLOOR)
+
+    def _holds(self, step: int) -> bool:
+        return self._last is not None and step - self._last <= MEMORY
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory, as plain numbers."""

@@ -64,13 +64,17 @@ class Predictor:
     instead, at less than half the cost: it is off by a few percent. Every eighth is exact, though.
     Where a part of the batch is known to tell about all of it, and r is expected below 0.5 of the
     limit, that is measured instead, for all but the first 4 steps and one in 16.
+    Where a longer step passes if its loss falls, a secant may tell beyond 0.8 of the limit too: of
+    r it then says little, but it holds the change of the loss itself.
 
     Args:
         limit: The largest r that is let through.
+        passes_long_steps: Whether a step over the limit may pass for what its loss does.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, passes_long_steps: bool = False) -> None:
         self.limit = limit
+        self._passes_long_steps = passes_long_steps
         self._carry(())
         self._margin = MARGIN
         self._steps = 0
@@ -118,17 +122,31 @@ class Predictor:
             return Measure.EXACTLY
         if bound <= self.limit and not self._is_due(bound):
             return Predicted(expected)
-        is_between = FAR * self.limit <= expected <= NEAR * self.limit
+        may_tell = self._passes_long_steps or self._expects_far(step_norm)
+        is_between = may_tell and expected >= FAR * self.limit
         return Measure.QUICKLY if is_between and self._spared < SECANTS else Measure.EXACTLY
 
-    def is_far(self, normalized_step: float, how: Measure) -> bool:
-        """Return whether an r that is not exact is small enough to let the step through.
+    def suffices(
+        self, step_norm: float, normalized_step: float, how: Measure, *, passes: bool
+    ) -> bool:
+        """Return whether a measurement that is not exact is enough to let the step through.
 
         Args:
-            normalized_step: The r.
-            how: How it was measured.
+            step_norm: Distance of the update.
+            normalized_step: Its r.
+            how: How that was measured.
+            passes: Whether the step passes, whatever its r, for what was found of its loss.
+
+        Returns:
+            Whether r is far from the limit; where it was not expected to be, whether the step
+            passes.
         """
+        if not self._expects_far(step_norm):
+            return passes
         return normalized_step <= (ROUGH if how is Measure.ROUGHLY else NEAR) * self.limit
+
+    def _expects_far(self, step_norm: float) -> bool:
+        return self._latest * step_norm <= NEAR * self.limit
 
     def learn(self, step_norm: float, normalized_step: float, *, is_exact: bool = True) -> None:
         """Take a measurement.
@@ -141,6 +159,8 @@ class Predictor:
         if not (step_norm > 0 and math.isfinite(normalized_step)):
             return
         self._spared = 0 if is_exact else self._spared + 1
+        if not is_exact and not self._expects_far(step_norm):  # beyond the radius it is too small
+            return
         factor = normalized_step / step_norm
         growth = factor / self._largest if self._largest > 0 else 1.0
         # A prediction that held makes the next ones last longer; one that fell short, shorter.

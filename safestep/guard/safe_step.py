@@ -70,12 +70,10 @@ class SafeStep(GuardedStep):
             r = the limit, up or down; "monitor" only measures.
         logits: A function from the model's output to the numbers that enter the softmax, where
             they are not the output itself: ``logits=lambda output: output / temperature``.
-        quantile: Apply the limit to this quantile of the rows' r in place of the largest. A step
-            that passes is then not certified for every row.
-        radii: Radii to log beside the output's: "attention", of the softmax over attention scores,
-            and "ffn", the distance at which ReLU-like units switch, by layer, with the name of the
-            smallest. The decision rests on the output's alone. They need an exact measurement, so
-            "auto" measures every step. See ``safestep.measure.inner_radii``.
+        quantile: Apply the limit to this quantile of the rows' r, which certifies not every row.
+        radii: Radii to log beside the output's, of which none decides: "attention", of the softmax
+            over attention scores, and "ffn", the distance at which ReLU-like units switch. With
+            them "auto" measures every step exactly. See ``safestep.measure.inner_radii``.
         sufficient_decrease: c in [0, 1) leaves a step over the limit alone if its linearised loss
             falls by c times what its slope promises, unless one of the 16 before was shortened
             because it did not. None shortens all. See ``safestep.guard.decrease``.
@@ -178,7 +176,8 @@ class SafeStep(GuardedStep):
         self._agreement = Agreement(
             optimizer, ranks, self._journal.tell_drift, replica_check_interval
         )
-        self._predictor = Predictor(max_normalized_step) if is_sparing else None
+        limits = max_normalized_step, controller.passes_long_steps
+        self._predictor = Predictor(*limits) if is_sparing else None
         module = recorder.module
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._inside = inner_watch(module, radii)
@@ -324,12 +323,13 @@ class SafeStep(GuardedStep):
         if self._predictor is None:
             return measurement
         is_measured = measurement.finding is Finding.MEASURED
-        r = measurement.normalized_step
-        is_exact = how is Measure.EXACTLY
-        if not is_exact and not (is_measured and self._predictor.is_far(r, how)):
+        is_exact, distance = how is Measure.EXACTLY, measurement.step_norm
+        r, passes = measurement.normalized_step, self._controller.lets_pass(measurement)
+        suffices = is_measured and self._predictor.suffices(distance, r, how, passes=passes)
+        if not (is_exact or suffices):
             return self._measure(update, health, Measure.EXACTLY)
         if is_measured:
-            self._predictor.learn(measurement.step_norm, r, is_exact=is_exact)
+            self._predictor.learn(distance, r, is_exact=is_exact)
         return measurement
 
     def _measured_here(self, update: Update, health: Health, how: Measure) -> Measurement:

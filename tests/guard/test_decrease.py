@@ -137,3 +137,27 @@ def test_a_long_step_downhill_passes_and_a_spike_is_shortened_and_held(tmp_path)
     run = read_run(tmp_path)
     assert run.settings["sufficient_decrease"] == 0
     assert "slope promises" in run.steps["reason"][20]
+
+
+def test_auto_looks_at_long_steps_that_pass_with_secants():
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    layers = (nn.Linear(20, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 4))
+    model = nn.Sequential(nn.Linear(20, 20), nn.LayerNorm(20), nn.ReLU(), *layers)
+    inputs = torch.randn(256, 20, generator=generator)
+    labels = torch.randint(4, (256,), generator=generator)
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=4.0)
+    with SafeStep(optimizer, model, sufficient_decrease=0) as guard:
+        reports = []
+        for _ in range(40):
+            rows = torch.randint(256, (32,), generator=generator)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+            optimizer.step()
+            reports.append(guard.last)
+
+    long = [report for report in reports[16:] if report.normalized_step > 1]
+    by_secant = [report for report in long if report.estimator == "secant"]
+    assert len(by_secant) > 0.5 * len(long) > 4
+    assert all(report.status == "ok" and report.predicted_change < 0 for report in by_secant)
+    assert {r.estimator for r in reports if r.status == "clipped"} <= {"jvp"}

@@ -133,9 +133,21 @@ def test_where_r_is_elsewhere_measurements_are_exact(r):
 def test_a_secant_settles_nothing_that_is_near_the_limit(limit):
     predictor = Predictor(limit)
 
-    assert predictor.is_far(0.99 * NEAR * limit, Measure.QUICKLY)
-    assert not predictor.is_far(1.01 * NEAR * limit, Measure.QUICKLY)
-    assert not predictor.is_far(float("nan"), Measure.QUICKLY)
+    for passes in (False, True):  # which counts only where r is expected near the limit
+        assert predictor.suffices(0.1, 0.99 * NEAR * limit, Measure.QUICKLY, passes=passes)
+        assert not predictor.suffices(0.1, 1.01 * NEAR * limit, Measure.QUICKLY, passes=passes)
+        assert not predictor.suffices(0.1, float("nan"), Measure.QUICKLY, passes=passes)
+
+
+def test_where_long_steps_may_pass_secants_look_at_them_too_and_change_no_prediction():
+    predictor = Predictor(1.0, passes_long_steps=True)
+    measured = looked(predictor, 3.0, FIRST_STEPS + 2 * (SECANTS + 1))
+    factors = predictor.state_dict()["factors"]
+
+    assert [how for _, how in measured][FIRST_STEPS:] == [*["secant"] * SECANTS, "exact"] * 2
+    assert len(factors) == FIRST_STEPS + 2
+    assert predictor.suffices(0.1, 0.5, Measure.QUICKLY, passes=True)
+    assert not predictor.suffices(0.1, 0.5, Measure.QUICKLY, passes=False)
 
 
 def test_largest_of_many_measurements_bounds_r_and_the_latest_predict_it():
