@@ -8,8 +8,8 @@ from math import isnan
 from typing import Any
 
 from safestep.capture.autograd_graph import CLAMPS, Node, is_behind, loss_side, view_chain
-from safestep.capture.by_hand import is_by_hand
 from safestep.capture.gradient import GradientEvidence
+from safestep.capture.hidden import hidden_parts
 from safestep.capture.loss_watch import LossInput
 from safestep.capture.nesting import sums_of_sums
 from safestep.capture.output_form import OutputForm, examine
@@ -20,11 +20,6 @@ _HOW_TO_TELL = (
     "guard.record(step, *args), just before it runs, where step returns the loss; in Lightning's "
     "manual optimization StepSafety.record(i, step, *args) for optimizer i"
 )
-_BY_HAND = (
-    "the loss takes the logarithm or quotient of a sum of exponentials, a softmax or sigmoid "
-    "written by hand whose logits are not seen"
-)
-_HOW_TO_WRITE = "Write it with torch.softmax, log_softmax, logsumexp or softplus"
 
 
 class LogitsNotFoundError(RuntimeError):
@@ -42,7 +37,7 @@ class Plan:
         idle: Output tensors whose gradient was zero and therefore gave no evidence.
         weighed: Events whose rows may have weight 0 in the loss; the weights are read at each step.
         combined: Functions that sum over combinations of classes of several rows.
-        is_by_hand: Whether the loss holds a softmax or sigmoid that no known function computes.
+        hidden: Parts of the loss whose logits are not seen, with what to do.
     """
 
     events: frozenset[int]
@@ -51,7 +46,7 @@ class Plan:
     idle: frozenset[str] = frozenset()
     weighed: frozenset[int] = frozenset()
     combined: tuple[str, ...] = ()
-    is_by_hand: bool = False
+    hidden: tuple[str, ...] = ()
 
     def refreshed(self, output: Any, gradients: Mapping[str, GradientEvidence]) -> Plan | None:
         """Return the plan updated from the gradients of another step.
@@ -105,8 +100,7 @@ class Plan:
                 "the classes of one row at a time; r may be larger, up to as many times as rows "
                 "are combined"
             )
-        if self.is_by_hand:
-            doubts.append(f"{_BY_HAND}, so that r may be larger than measured. {_HOW_TO_WRITE}")
+        doubts += [f"r may be larger than measured: {_not_seen(part)}" for part in self.hidden]
         if self.left_out:
             doubts.append(
                 f"{', '.join(self.left_out)}: not measured, its gradient is not one of a softmax"
@@ -177,15 +171,19 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
             'with it in "loss"'
         )
     events = _live(roots, seen)
-    by_hand = is_by_hand(roots, {seen[index].result for index in events})
-    if not events and by_hand:
-        raise LogitsNotFoundError(f"{_BY_HAND}. {_HOW_TO_WRITE}")
+    hidden = hidden_parts(roots, {seen[index].result for index in events})
+    if hidden and not events:
+        raise LogitsNotFoundError("; ".join(map(_not_seen, hidden)))
     if not events:
         raise LogitsNotFoundError(
             "the recorded loss holds no softmax, sigmoid or log-sum-exp between itself and the "
             "last parameters of the model; a squared error alone has no convergence radius"
         )
-    return replace(_plan(events, seen, {}), is_by_hand=by_hand)
+    return replace(_plan(events, seen, {}), hidden=tuple(hidden))
+
+
+def _not_seen(part: str) -> str:
+    return f"the loss holds a part whose logits are not seen, {part}"
 
 
 def plan_of_outputs(
@@ -224,9 +222,9 @@ def plan_of_outputs(
         if any(is_behind(nodes[other], nodes[name]) for other in free if other != name):
             del outputs[name]
     losses_inside = [nodes[name] for name in unknown if name in is_single]
-    by_hand = is_by_hand(losses_inside, {seen[index].result for index in events})
-    if not events and not outputs and by_hand:
-        raise LogitsNotFoundError(f"{_BY_HAND}. {_HOW_TO_WRITE}")
+    hidden = hidden_parts(losses_inside, {seen[index].result for index in events})
+    if hidden and not events and not outputs:
+        raise LogitsNotFoundError("; ".join(map(_not_seen, hidden)))
     if not events and not outputs:
         raise LogitsNotFoundError(
             "the gradient of the loss does not sum to zero over the classes of any tensor that the "
@@ -242,7 +240,7 @@ def plan_of_outputs(
         and not (name in is_single and events)
         and nodes[name] not in within and not any(is_behind(node, nodes[name]) for node in kept)
     ]  # fmt: skip
-    return replace(_plan(events, seen, outputs, tuple(left_out)), is_by_hand=by_hand)
+    return replace(_plan(events, seen, outputs, tuple(left_out)), hidden=tuple(hidden))
 
 
 def _probabilities(nodes: Mapping[str, Node], seen: Mapping[int, LossInput]) -> dict[str, int]:

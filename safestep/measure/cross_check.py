@@ -336,15 +336,19 @@ def culprit(error: BaseException, module: nn.Module) -> str:
         module: The root module.
 
     Returns:
-        For instance ``"encoder.0.attention (Attention)"``; ``"the model"`` if none is known.
+        For instance ``"encoder.0.attention (Attention)"``; ``"the model"`` if none is known; with
+        the name of a ``torch.autograd.Function`` before it if the error came from one.
     """
     names = {id(child): name for name, child in module.named_modules()}
-    found = "the model"
+    found, function = "the model", ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         child = frame.f_locals.get("self")
         if id(child) in names:
             found = f"{names[id(child)] or 'the model'} ({type(child).__name__})"
-    return found
+        kind = frame.f_locals.get("cls")
+        if isinstance(kind, type) and issubclass(kind, torch.autograd.Function):
+            function = f"{kind.__name__} in "
+    return function + found
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Softmaxes that a loss writes by hand, risk sets, and a batch that is one row."""
+"""Parts of a loss whose logits are not seen, risk sets, and a batch that is one row."""
 
 import copy
 import warnings
@@ -115,6 +115,78 @@ def test_other_exponentials_are_no_softmax_by_hand(extra):
             return functional.cross_entropy(logits, LABELS) + 0.1 * extra(logits)
 
         assert step(model, loss).status == "ok"
+
+
+class LogProbability(torch.autograd.Function):
+    """The log-probabilities of labels, without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        logs = logits.log_softmax(1)
+        ctx.save_for_backward(logs)
+        return logs[torch.arange(8), LABELS]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (logs,) = ctx.saved_tensors
+        return gradient[:, None] * (functional.one_hot(LABELS, 3) - logs.exp())
+
+
+class Reversed(torch.autograd.Function):
+    """Turn the gradient of a loss around."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def test_an_own_function_is_named_as_the_obstacle_and_as_a_doubt():
+    model = network()
+    with pytest.warns(UserWarning, match="not seen, LogProbability, a torch.autograd.Function"):
+        last = step(model, lambda: -LogProbability.apply(model(INPUTS)).mean())
+    assert last.status == "unmeasured"
+
+    def both():
+        logits = model(INPUTS)
+        return functional.cross_entropy(logits / 5, LABELS) - LogProbability.apply(logits).mean()
+
+    model = network()
+    guard = SafeStep(torch.optim.SGD(model.parameters(), 0.1), model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            guard.record(both)
+            both().backward()
+            guard.optimizer.step()
+    said = " ".join(str(warning.message) for warning in caught)
+    assert guard.last.estimator == "difference"
+    assert "LogProbability in the model has no forward-mode derivative" in said
+    assert "r may be larger than measured: the loss holds a part" in said
+
+
+def test_an_own_function_of_the_models_output_is_measured_without_record():
+    model = network()
+    before = copy.deepcopy(model)
+
+    last = step(model, lambda: -LogProbability.apply(model(INPUTS)).mean(), record=False)
+
+    r = expected(before, model, lambda net: net(INPUTS.double()))
+    assert last.normalized_step == pytest.approx(r, rel=1e-3)
+
+
+def test_an_own_function_of_a_known_loss_hides_nothing():
+    model = network()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        last = step(model, lambda: Reversed.apply(functional.cross_entropy(model(INPUTS), LABELS)))
+
+    assert last.status == "ok"
+    assert not any("not seen" in str(warning.message) for warning in caught)
 
 
 def partial_likelihood(scores):

@@ -1,0 +1,92 @@
+"""Find the parts of a loss whose logits no known function is given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch.autograd.function import BackwardCFunction
+
+from safestep.capture.autograd_graph import Node, is_behind, loss_side
+
+# Operations that add exponentials up, by the name of their node.
+_SUMS = (
+    "Add", "Sub", "Rsub", "Sum", "Mean", "Cumsum", "Mm", "Bmm", "Mv", "Dot", "IndexAdd",
+    "ScatterAdd",
+)  # fmt: skip
+
+
+def hidden_parts(roots: Collection[Node], stops: Collection[Node]) -> list[str]:
+    """Return the parts of a loss that may be a softmax or sigmoid of logits that are not seen.
+
+    A sum of exponentials vanishes at complex steps, as that of a softmax does. A user's own
+    ``torch.autograd.Function`` may hold anything.
+
+    Args:
+        roots: ``grad_fn`` of the losses.
+        stops: Results of softmaxes, sigmoids and losses that are known.
+
+    Returns:
+        What each part is, and what to do.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(2, 3, requires_grad=True)
+        >>> hidden_parts([z.exp().sum(-1).log().sum().grad_fn], [])[0].partition(". ")[0]
+        'the logarithm or quotient of a sum of exponentials, a softmax or sigmoid written by hand'
+        >>> hidden_parts([z.exp().sum().grad_fn], [])
+        []
+    """
+    side = loss_side(roots, stops)
+    nodes = side.difference(stops)
+    is_by_hand = any(
+        _sums_exponentials(operand, nodes, is_summed=is_summed)
+        for node in nodes
+        for operand, is_summed in _operands(node)
+    )
+    own = {
+        type(node).__name__.removesuffix("Backward")
+        for node in nodes
+        if isinstance(node, BackwardCFunction) and not any(is_behind(node, stop) for stop in stops)
+    }
+    return [_BY_HAND] * is_by_hand + [_OF_A_FUNCTION.format(name) for name in sorted(own)]
+
+
+_BY_HAND = (
+    "the logarithm or quotient of a sum of exponentials, a softmax or sigmoid written by hand. "
+    "Write it with torch.softmax, log_softmax, logsumexp or softplus"
+)
+_OF_A_FUNCTION = (
+    "{}, a torch.autograd.Function. Without guard.record its gradient at what the model returns "
+    "may show the logits; or write it with torch's own functions"
+)
+
+
+def _operands(node: Node) -> Iterator[tuple[Node, bool]]:
+    """Yield what a logarithm or quotient is singular in, and whether it is a sum by itself."""
+    name = _kind(node)
+    parts = [following for following, _ in node.next_functions]
+    if name in {"Log", "Log2", "Log10", "Log1P", "Reciprocal"}:
+        yield parts[0], name == "Log1P"
+    elif name == "Div" and len(parts) > 1:
+        yield parts[1], False
+    elif name in {"Logaddexp", "Logaddexp2"}:
+        yield node, False
+
+
+def _sums_exponentials(start: Node, nodes: Collection[Node], *, is_summed: bool) -> bool:
+    queue, seen = [(start, is_summed)], set()
+    while queue:
+        node, is_sum = state = queue.pop()
+        if state in seen or node not in nodes:
+            continue
+        seen.add(state)
+        kind = _kind(node)
+        if kind.startswith("Logaddexp") or (is_sum and kind in {"Exp", "Exp2"}):
+            return True
+        is_sum |= kind in _SUMS
+        queue += [(following, is_sum) for following, _ in node.next_functions]
+    return False
+
+
+def _kind(node: Node) -> str:
+    return type(node).__name__.partition("Backward")[0]
