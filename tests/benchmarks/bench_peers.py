@@ -60,7 +60,9 @@ def _train(
             group["lr"] = rate * factor
         try:
             losses.append(_step(task, model, rule, situation, step, generator))
-        except RuntimeError:  # too many skipped steps in a row
+        except RuntimeError as error:
+            if "in a row" not in str(error):  # else the guard ended the run
+                raise
             break
     return losses
 

@@ -135,8 +135,11 @@ class AGC(Rule):
         for param in self.model.parameters():
             if param.grad is not None and param.ndim > 1:
                 axes = tuple(range(1, param.ndim))
-                limit = 0.01 * param.detach().norm(dim=axes, keepdim=True).clamp(min=1e-3)
-                scale = limit / param.grad.norm(dim=axes, keepdim=True).clamp(min=1e-6)
+                weight, grad = (
+                    torch.linalg.vector_norm(each, dim=axes, keepdim=True)
+                    for each in (param.detach(), param.grad)
+                )
+                scale = 0.01 * weight.clamp(min=1e-3) / grad.clamp(min=1e-6)
                 is_touched |= bool((scale < 1).any())
                 param.grad.mul_(scale.clamp(max=1))
         self.touched += is_touched

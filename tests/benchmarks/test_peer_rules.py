@@ -98,6 +98,18 @@ def test_agc_bounds_each_unit_by_its_weights():
             assert float(grad.norm()) == pytest.approx(min(float(was.norm()), bound), rel=1e-5)
 
 
+def test_agc_takes_the_filters_of_a_convolution_as_its_units():
+    torch.manual_seed(0)
+    rule = AGC(nn.Conv2d(2, 3, 3), 1e-2, (0.9, 0.999))
+    give(rule, [5.0, 1.0])
+
+    rule.allows(torch.tensor(1.0))
+
+    weight = rule.model.weight
+    for unit, grad in zip(weight.detach(), weight.grad, strict=True):
+        assert float(grad.norm()) == pytest.approx(0.01 * float(unit.norm()), rel=1e-5)
+
+
 def test_agc_is_that_of_the_package():
     package = pytest.importorskip("pytorch_optimizer.optimizer.agc")
     rule = rule_of(AGC)
