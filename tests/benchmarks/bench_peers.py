@@ -111,6 +111,7 @@ def _wanted(arguments: argparse.Namespace) -> list[tuple[str, str, str, str]]:
         for situation in arguments.situation
         for rule in arguments.rule
         if not (situation in RATES and RULES[rule].finds_rate)
+        and not (situation != "healthy" and RULES[rule].healthy_only)
     ]
 
 

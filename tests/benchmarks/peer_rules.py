@@ -30,9 +30,11 @@ class Rule:
         optimizer: What makes the steps.
         touched: Number of steps that the rule changed, None where it cannot be told.
         finds_rate: Whether the rule finds its learning rate and does not use the given one.
+        healthy_only: Whether the rule is there to show what it does to a healthy run, and no more.
     """
 
     finds_rate = False
+    healthy_only = False
 
     def __init__(self, model: nn.Module, lr: float, betas: tuple[float, float]) -> None:
         self.model, self.betas = model, betas
@@ -330,6 +332,32 @@ class Set(Guarded):
     options: ClassVar = {"action": "set"}
 
 
+class Adadelta(Rule):
+    """Adadelta with torch's defaults, whose healthy steps are long."""
+
+    healthy_only = True
+
+    def make(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adadelta(self.model.parameters())
+
+
+class GuardedAdadelta(Adadelta, Guarded):
+    """Adadelta with torch's defaults, and a guard."""
+
+    allows = Rule.allows
+
+
+class GuardedScheduleFree(ScheduleFree, Guarded):
+    """AdamW without a schedule, and a guard."""
+
+    healthy_only = True
+    allows = Rule.allows
+
+    def __init__(self, model: nn.Module, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(model, lr, betas)
+        self.touched = 0
+
+
 RULES: dict[str, type[Rule]] = {
     "nothing": Rule,
     "clip_grad_norm_": Clip,
@@ -347,11 +375,15 @@ RULES: dict[str, type[Rule]] = {
     "safestep, certified": Certified,
     "safestep, decrease": Decrease,
     "safestep, set": Set,
+    "Adadelta": Adadelta,
+    "Adadelta, safestep": GuardedAdadelta,
+    "schedule-free, safestep": GuardedScheduleFree,
 }
 _NEEDS = {
     "StableAdamW": "optimi",
     "Stable-SPAM": "pytorch_optimizer",
     "schedule-free": "schedulefree",
+    "schedule-free, safestep": "schedulefree",
     "Prodigy": "prodigyopt",
 }
 

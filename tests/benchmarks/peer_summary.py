@@ -32,6 +32,10 @@ class Runs:
         """Read the file."""
         return cls(json.loads(Path(path).read_text()))
 
+    def seeds(self, task: str) -> int:
+        """Return how many seeds were run."""
+        return len(self.runs[task]["nothing"]["healthy"])
+
     def values(self, task: str, rule: str, situation: str, column: str) -> list[float]:
         """Return a column over the seeds; a loss that is not finite is infinite."""
         place = self.columns.index(column)
