@@ -69,8 +69,8 @@ class PartOfBatch:
         self._spreads = []
         sizes = None if update.is_sharded else _sizes(update.calls)
         for row in rows:
-            if sizes is not None:
-                count = len(row.tangent) * sizes[0] // sizes[1]
+            count = 0 if sizes is None else len(row.tangent) * sizes[0] // sizes[1]
+            if count:  # a tile of a large vocabulary may hold few rows
                 mask = None if row.mask is None else row.mask[:count]
                 self._spreads.append(logit_spread(row.tangent[:count], mask=mask).amax().double())
             yield row
