@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
-from math import isfinite, nan, pi
+from math import inf, isfinite, nan, pi
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ from safestep.radius.batch import BatchRadius, BatchRule
 _ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part of it
 # That the model has no forward-mode derivative is not the reason of these.
 _OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
+
+# Differences that go ever nearer where r is over 1, until two in a row have this ratio or less.
+_APPROACHES, _SETTLED = 4, 1.2
 
 
 class CheckedEstimator:
@@ -209,10 +212,7 @@ class CheckedEstimator:
 
     def _by_difference(self, update: Update) -> Measurement:
         """Return what the difference measures, its error too where that is large."""
-        found = self._difference(update)
-        if not found.is_sure and found.r > 1 and isfinite(found.r):
-            nearer = self._difference(update, found.r)
-            found = min(found, nearer, key=lambda each: each.error / each.r)
+        found = self._settled_difference(update)
         if found.is_sure or not isfinite(found.r):
             return _measurement(Estimator.DIFFERENCE, found.smallest)
         warning = None
@@ -222,6 +222,19 @@ class CheckedEstimator:
         return _measurement(
             Estimator.DIFFERENCE, found.smallest, remarks=(str(found),), warning=warning
         )
+
+    def _settled_difference(self, update: Update) -> Difference:
+        """Return a difference that goes no further than the logits are linear, if one can."""
+        found = self._difference(update)
+        goes_all_the_way = _has_half_parameters(update)
+        for _ in range(_APPROACHES):
+            if not 1 < found.r < inf or (found.is_sure and not goes_all_the_way):
+                break
+            nearer = self._difference(update, found.r)
+            if max(found.r, nearer.r) < _SETTLED * min(found.r, nearer.r):
+                return min(found, nearer, key=lambda each: each.error / each.r)
+            found = replace(nearer, error=max(nearer.error, abs(nearer.r - found.r)))
+        return found
 
     def _fall_back(self, error: RuntimeError, update: Update) -> Measurement:
         obstacle = (
@@ -259,7 +272,7 @@ class CheckedEstimator:
         first = found.estimator
         error = first.error_half if self._is_half(update) else first.error
         outcome = second.compare(r, error)
-        goes_all_the_way = any(is_half(param.dtype) for param in update.params)
+        goes_all_the_way = _has_half_parameters(update)
         if outcome is Outcome.DIFFERS and goes_all_the_way and min(r, second.r) > 1:
             outcome = Outcome.UNSETTLED  # beyond the radius the logits are not linear
         if outcome is Outcome.AGREES:
@@ -293,6 +306,10 @@ class CheckedEstimator:
 
     def _is_repeatable(self, update: Update) -> bool:
         return is_repeatable(update.calls, self._module, self.finder)
+
+
+def _has_half_parameters(update: Update) -> bool:
+    return any(is_half(param.dtype) for param in update.params)
 
 
 def _of_another_draw() -> str:

@@ -292,9 +292,10 @@ def difference_scale(
         A distance that suits the precision, in lengths of the update: at most 1/128 of the update
         and of the radius (1/2 in half precision), unless rounding of the parameters needs more. 1
         if a norm is zero or not finite, or if the parameters are in half precision, which rounds a
-        part of an update away.
+        part of an update away, unless the update is longer than the radius.
     """
-    if any(is_half(param.dtype) for param in params):
+    are_half = any(is_half(param.dtype) for param in params)
+    if are_half and reach <= 1:
         return 1.0
     # Norms of whole parameters even if each rank holds a shard: all ranks need the same distance.
     norm = partial(norm_over_ranks, params) if are_sharded(params) else joint_norm
@@ -303,6 +304,8 @@ def difference_scale(
         return 1.0
     usual, least = _DISTANCE.get(dtype, _DISTANCE_HALF)
     share, ratio = _SHARE_HALF if is_half(dtype) else _SHARE, total / step
+    if are_half:
+        return min(1.0, max(share / reach, usual * ratio))
     return max(min(usual * ratio, share / reach), least * ratio)
 
 
