@@ -211,7 +211,7 @@ def ladder_radius(
         spread = logit_spread(logit_tangent, mask=mask)
     if rung not in RUNG_OPTIONS:
         names = " or ".join(map(repr, RUNG_OPTIONS))
-        raise ValueError(f"ladder_radius: expected `rung` {names}, got {rung!r}.")
+        raise ValueError(f"ladder_radius: expected `rung` {names}, got {rung!r}. Choose one.")
     highest = RUNGS[rung]
     if not highest.needs_logits:
         return math.pi / spread
@@ -221,7 +221,9 @@ def ladder_radius(
             "Pass them, or ask for rung='bound'."
         )
     if limit is not None and not limit > 0:
-        raise ValueError(f"ladder_radius: expected `limit` > 0, got {limit}.")
+        raise ValueError(
+            f"ladder_radius: expected `limit` > 0, got {limit}. 1.0 is the radius itself."
+        )
     if limit is None and not only_smallest and isinstance(logits, Tensor):
         return highest.of_rows(logits, logit_tangent, mask)
     source = _source_of(logits, logit_tangent, mask, spread.detach())

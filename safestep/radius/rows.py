@@ -28,19 +28,22 @@ def check_rows(
     shape = tuple(logit_tangent.shape)
     if not shape or shape[-1] == 0:
         raise ValueError(
-            f"{where}: expected `logit_tangent` with classes on the last axis, got shape {shape}."
+            f"{where}: expected `logit_tangent` with classes on the last axis, got shape {shape}. "
+            "Move them there: tensor.movedim(axis, -1)."
         )
     if logits is not None and logits.shape != logit_tangent.shape:
         raise ValueError(
             f"{where}: expected `logits` of the shape of `logit_tangent`, {shape}, "
-            f"got {tuple(logits.shape)}."
+            f"got {tuple(logits.shape)}. Give each logit its tangent."
         )
     if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"{where}: expected `mask` of dtype bool, got {mask.dtype}.")
+        raise TypeError(
+            f"{where}: expected `mask` of dtype bool, got {mask.dtype}. Pass mask.bool()."
+        )
     if mask is not None and mask.shape not in {shape, shape[:-1]}:
         raise ValueError(
             f"{where}: expected `mask` of shape {shape[:-1]} (rows) or {shape} (classes), "
-            f"got {tuple(mask.shape)}."
+            f"got {tuple(mask.shape)}. Give True for each that counts."
         )
 
 
