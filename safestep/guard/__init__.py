@@ -1,1 +1,1 @@
-"""Decide and act on an optimizer's step; may import workers and below."""
+"""Decide and act on an optimizer's step; may import report and below."""

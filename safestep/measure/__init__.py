@@ -1,1 +1,1 @@
-"""Go from an update to a radius; may import report and below, and uses capture and radius."""
+"""Go from an update to a radius; may import capture and below."""

@@ -48,9 +48,13 @@ def _secant(
 
 
 class Estimator(str, Enum):
-    """How the radius of an update was found; the value is its name in logs and reports.
+    """How the radius of an update was found; the value is the name in a log.
+
+    The entries stand in the order of trust, the most trusted first.
 
     Attributes:
+        way: Its name on a report's page.
+        meaning: What it does, and when it is used, for a reader of the page.
         run: Yields the logits of an update and their tangents, given the update, the module, the
             finder of logits, what looks inside the model and the update's length in radii (1 if
             unknown). None if nothing is run.
@@ -59,12 +63,34 @@ class Estimator(str, Enum):
         error_half: The same, in half precision.
     """
 
-    JVP = "jvp", _jvp, True, 0.02, 0.1
-    SECANT = "secant", _secant, True, 0.2, 0.2
-    DIFFERENCE = "difference", _difference, True, 0.02, 0.2
-    SAMPLED = "sampled", _jvp
-    PREDICTED = "predicted", None
+    JVP = (
+        "jvp", "exact",
+        "the derivative of the logits along the step, by forward-mode differentiation",
+        _jvp, True, 0.02, 0.1,
+    )  # fmt: skip
+    DIFFERENCE = (
+        "difference", "difference",
+        "a finite difference of the logits along a small part of the step",
+        _difference, True, 0.02, 0.2,
+    )  # fmt: skip
+    SAMPLED = (
+        "sampled", "sampled",
+        "exact for some examples of a batch, scaled to all; where r is far under the limit",
+        _jvp,
+    )  # fmt: skip
+    SECANT = (
+        "secant", "secant",
+        "the change of the logits over the whole step; used where r is well under the limit",
+        _secant, True, 0.2, 0.2,
+    )  # fmt: skip
+    PREDICTED = (
+        "predicted", "predicted",
+        "not measured: an upper estimate of r from the steps before; used where it is far under "
+        "the limit",
+    )  # fmt: skip
 
+    way: str
+    meaning: str
     run: Run | None
     is_option: bool
     error: float
@@ -73,6 +99,8 @@ class Estimator(str, Enum):
     def __new__(
         cls,
         name: str,
+        way: str,
+        meaning: str,
         run: Run | None = None,
         is_option: bool = False,
         error: float = 0.0,
@@ -81,6 +109,7 @@ class Estimator(str, Enum):
         """Return the member that an entry describes."""
         self = str.__new__(cls, name)
         self._value_ = name
+        self.way, self.meaning = way, meaning
         self.run, self.is_option = run, is_option
         self.error, self.error_half = error, error_half
         return self
@@ -88,4 +117,4 @@ class Estimator(str, Enum):
 
 ESTIMATOR_OPTIONS = ("auto", *(each.value for each in Estimator if each.is_option))
 # For type checkers, which cannot read it from the entries: a test compares the two.
-EstimatorOption = Literal["auto", "jvp", "secant", "difference"]
+EstimatorOption = Literal["auto", "jvp", "difference", "secant"]

@@ -1,4 +1,4 @@
-"""Draw a run, or radii, on matplotlib axes; may import capture and below.
+"""Draw a run, or radii, on matplotlib axes; may import workers and below.
 
 Each figure of the report is one entry: a plot function under ``@figure`` of ``registry``, in one of
 the modules below. The order of the modules is the order of the figures.

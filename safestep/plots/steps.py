@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from safestep.plots.log_axis import make_log, use_log_scale
+from safestep.plots.measured_how import how_measured
 from safestep.plots.registry import figure, has_step
 from safestep.plots.style import (
     COLORS,
@@ -20,7 +21,6 @@ from safestep.plots.style import (
     show_whole_run,
 )
 from safestep.plots.wording import count, number, percent
-from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
 from safestep.runlog.series import FEW, StepSeries, positive, step_series, thin
 

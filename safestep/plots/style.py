@@ -8,6 +8,8 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from safestep.radius.ladder import RUNGS
+
 # After Okabe and Ito's colours for the colour-blind, some darkened: each has a contrast of 3 or
 # more with a white page. INK and PAPER stand for the page's own text and background.
 INK, PAPER = "#1f2320", "#fefeff"
@@ -23,12 +25,9 @@ COLORS = {
     "cosine": "#0b8a92",
     "noise_scale": "#a6611a",
 }
-LADDER_COLORS = {  # from the sure and small to the true and large
-    "bound": COLORS["radius"],
-    "closed form": COLORS["learning_rate"],
-    "certified": "#0077bb",
-    "exact": INK,
-}
+_BY_RUNG = (COLORS["radius"], COLORS["learning_rate"], COLORS["grad_norm"], "#0077bb", "#aa4499")
+# From the sure and small to the true and large; a rung beyond the colours has the text's.
+LADDER_COLORS = {**dict(zip(RUNGS, _BY_RUNG, strict=False)), "exact": INK}
 SERIES_COLORS = tuple(sorted({*COLORS.values(), *LADDER_COLORS.values()} - {INK}))
 MAX_MARKS = 3000  # more are drawn as pixels, not as vectors
 

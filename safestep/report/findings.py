@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from safestep.plots.measured_how import how_measured
 from safestep.plots.wording import count, number, sentence
 from safestep.report.drift import drifted_workers
 from safestep.report.episodes import rate_jump
@@ -12,7 +13,6 @@ from safestep.report.finding import Finding, Judge, bad_batch, is_over, touched
 from safestep.report.gradient import wrong_gradient
 from safestep.report.rates import OFTEN, safe_learning_rate, too_cold, too_hot, would_have_stayed
 from safestep.report.rises import RISES, tell_worst
-from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
 from safestep.runlog.series import worker_noun
 

@@ -14,6 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from safestep.measure.registry import Estimator
+from safestep.plots.measured_how import how_measured
 from safestep.plots.rates import say_lowered
 from safestep.plots.style import SERIES_COLORS
 from safestep.plots.wording import number
@@ -21,7 +23,6 @@ from safestep.report.evidence import gather
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import Verdict
 from safestep.runlog.folder import list_runs
-from safestep.runlog.measured_how import how_measured
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, step_series
 
@@ -35,12 +36,7 @@ _REGIME_COLORS = {
 }  # fmt: skip
 _DARK_LIFT = 0.35  # share of white that keeps the figures' colours legible on the dark page
 _WAYS = {
-    "exact": "the derivative of the logits along the step, by forward-mode differentiation",
-    "difference": "a finite difference of the logits along a small part of the step",
-    "sampled": "exact for some examples of a batch, scaled to all; where r is far under the limit",
-    "secant": "the change of the logits over the whole step; used where r is well under the limit",
-    "predicted": "not measured: an upper estimate of r from the steps before; used where it is far "
-    "under the limit",
+    **{each.way: each.meaning for each in Estimator},
     "unmeasured": "neither measured nor predicted; such a step passes unguarded, unless it was not "
     "taken at all",
 }

@@ -4,12 +4,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from safestep.measure.registry import Estimator
 from safestep.runlog.reader import Run
 
-# In the order of trust: the words that a record's estimator begins with. Any other word is an
-# estimator too, trusted more than a prediction alone.
-_WORDS = ("jvp", "difference", "secant", "predicted")
-_WAYS = {"jvp": "exact"}  # what a word is called where it is not the way's name itself
+# By the word that a record's estimator begins with, in the order of trust.
+_WAYS = {each.value: each.way for each in Estimator}
 
 
 @lru_cache(maxsize=16)
@@ -22,16 +21,16 @@ def how_measured(run: Run) -> dict[str, np.ndarray]:
         run: The run.
 
     Returns:
-        By way, "exact", "difference", "secant", "predicted", "unmeasured", "unknown" and any
-        other that a record names, a mask over the steps in rising order. Shape ``[T]`` each; each
-        step is in one.
+        A mask over the steps in rising order by way: that of each estimator, "unmeasured",
+        "unknown" and any other that a record names, which is trusted more than a prediction
+        alone. Shape ``[T]`` each; each step is in one.
     """
     steps, groups = np.unique(run.steps["step"], return_inverse=True)
     nothing = np.full(len(groups), None, dtype=object)
     texts, status = run.steps.get("estimator", nothing), run.steps.get("status", nothing)
     words = [text.split(" ")[0] if isinstance(text, str) else "" for text in texts]
-    others = sorted({*words} - {*_WORDS, ""})
-    known = [*_WORDS[:-1], *others, _WORDS[-1]]
+    *measured, predicted = _WAYS
+    known = [*measured, *sorted({*words} - {*_WAYS, ""}), predicted]
     ranks = {word: rank for rank, word in enumerate(known, start=1)}
     unmeasured = len(known) + 1
     rank = np.array([ranks.get(word, 0) for word in words], dtype=int)
