@@ -194,9 +194,9 @@ class Journal:
             _logger.info("step %d was not taken: %s", report.step, report.reason)
             return
         _logger.info(
-            "step %d: r = %.3g, radius %.3g, scaled by %.3g (row %s; intervention %d)",
+            "step %d: r = %.3g, radius %.3g, scaled by %.3g (row %s; intervention %d%s)",
             report.step, report.normalized_step, report.radius, report.scale, report.bottleneck,
-            count,
+            count, f"; {report.reason}" if report.reason else "",
         )  # fmt: skip
 
 

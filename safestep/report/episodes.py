@@ -1,5 +1,7 @@
 """The stretches of a run where the guard stepped in or r was over the limit, in words."""
 
+from collections import Counter
+
 import numpy as np
 
 from safestep.plots.wording import count, number, sentence, steps_between
@@ -89,6 +91,7 @@ def tell(evidence: Evidence, episode: Episode) -> str:
     if clipped.any():
         least = float(series.scale[inside][clipped].min())
         facts.append(f"scaled by {number(least)}{' or more' if clipped.sum() > 1 else ''}")
+        facts.append(_why_scaled(evidence, series.step[inside][clipped]))
     if skipped.any():
         facts.append(_not_taken(evidence, series.step[inside][skipped]))
     story = ", ".join(fact for fact in facts if fact)
@@ -129,6 +132,12 @@ def rate_jump(evidence: Evidence, episode: Episode) -> str:
     is_partial = (first, last) != (0, len(times) - 1)
     where = f" at {_where(evidence, episode.first + first, episode.first + last)}" * is_partial
     return f"learning rate x{number(float(np.nanmax(times)))}{where}"
+
+
+def _why_scaled(evidence: Evidence, steps: np.ndarray) -> str:
+    """Return the most frequent reason beside r, empty where there is none."""
+    told = [evidence.why_scaled[step] for step in steps.tolist() if step in evidence.why_scaled]
+    return Counter(told).most_common(1)[0][0] if told else ""
 
 
 def _not_taken(evidence: Evidence, steps: np.ndarray) -> str:

@@ -34,6 +34,7 @@ class Evidence:
         is_over_band: Whether the loss that followed was over the band, in stretches of more than
             ten steps: in a long run a shorter one is chance. Shape ``[T]``.
         reasons: By number of a step that was not taken, why.
+        why_scaled: By number of a step that was scaled, why, where the log has more than r to say.
         episodes: What `find_episodes` found; empty before.
     """
 
@@ -44,6 +45,7 @@ class Evidence:
     edges: np.ndarray
     is_over_band: np.ndarray
     reasons: dict[int, str]
+    why_scaled: dict[int, str]
     episodes: "list[Episode]"
 
 
@@ -82,6 +84,7 @@ def gather(run: Run) -> Evidence:
         is_over_band[first : last + 1] = last - first >= _LASTING
     status, reasons = run.steps.get("status"), run.steps.get("reason")
     skipped = np.flatnonzero(status == "skipped") if status is not None else []
+    scaled = np.flatnonzero(status == "clipped") if status is not None else []
     return Evidence(
         series=series,
         limit=float(limit) if isinstance(limit, (int, float)) and limit > 0 else 1.0,
@@ -91,6 +94,9 @@ def gather(run: Run) -> Evidence:
         is_over_band=is_over_band,
         reasons={} if reasons is None else {
             int(run.steps["step"][at]): str(reasons[at] or "unknown") for at in skipped
+        },
+        why_scaled={} if reasons is None else {
+            int(run.steps["step"][at]): str(reasons[at]) for at in scaled if reasons[at]
         },
         episodes=[],
     )  # fmt: skip

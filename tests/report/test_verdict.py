@@ -150,6 +150,26 @@ def test_many_episodes_are_told_by_the_worst_and_counted(tmp_path):
     assert len(verdict.sentences) < 12
 
 
+def test_steps_that_were_held_say_after_which(tmp_path):
+    held = range(101, 117)
+    is_touched = [100 <= step < 117 for step in range(200)]
+    log_steps(
+        tmp_path, noisy_losses(),
+        status=["clipped" if touched else "ok" for touched in is_touched],
+        normalized_step=[2.0 if touched else 0.5 for touched in is_touched],
+        scale=[0.5 if touched else 1.0 for touched in is_touched],
+        reason=[
+            "held within the limit for 16 steps after step 100" if step in held
+            else "the linearised loss would change by 1 nats" if step == 100 else None
+            for step in range(200)
+        ],
+    )  # fmt: skip
+
+    _, story = story_of(tmp_path)
+
+    assert "scaled by 0.5 or more, held within the limit for 16 steps after step 100;" in story
+
+
 def test_loss_that_rises_inside_the_radius_is_no_healthy_run(tmp_path):
     log_steps(tmp_path, [*noisy_losses(100), *(noisy_losses(100) + 2)])
 
