@@ -67,7 +67,8 @@ class Recorder:
         self._count = 0  # of calls that began
         self._trained_by = (-1, True)  # the latest backward pass, and whether it trains
         self._backward = -1  # torch's number of the backward pass that queued the latest call
-        self._step_start: tuple[int, ...] | None = None
+        self._is_in_step = False
+        self._step_start: tuple[int, ...] | None = None  # parameters of its first call
         self._evidence = EvidenceKeeper()
         self._order = OutputOrder()
         self._others: list[Tensor] | None = None  # parameters that the optimizer does not hold
@@ -118,12 +119,12 @@ class Recorder:
         self._told.clear()
 
     def begin_step(self) -> None:
-        """Record calls only at the present parameters, until `take`.
+        """Record calls only at the parameters of the first one from now on, until `take`.
 
         An optimizer like LBFGS evaluates its closure again at other parameters; what the gradient
         shows there (rows that are fitted, rows that count) is not so at the start of the step.
         """
-        self._step_start = _versions(self._params())
+        self._is_in_step = True
 
     def take(self) -> list[Call]:
         """Return the queued calls and forget them."""
@@ -131,7 +132,7 @@ class Recorder:
         self._calls.clear()
         self._told.clear()
         self._idle.stepped()
-        self._step_start = None
+        self._is_in_step, self._step_start = False, None
         self._conditions.effects.end_step()
         return calls
 
@@ -160,7 +161,7 @@ class Recorder:
         self._open.append(None)
         if is_within or not torch.is_grad_enabled():
             return
-        if self._step_start is not None and self._step_start != _versions(self._params()):
+        if self._is_in_step and not self._is_at_start():
             return
         self._void_cleared()
         if self._idle.is_looking:
@@ -225,6 +226,12 @@ class Recorder:
         except Exception as error:
             self.failures.note(f"reading the norm of {name}'s gradient", error, is_needed=False)
             return (_UNKNOWN,)
+
+    def _is_at_start(self) -> bool:
+        """Return whether the parameters are those of the first call of the step."""
+        now = _versions(self._params())
+        self._step_start = self._step_start or now
+        return now == self._step_start
 
     def _is_training(self) -> bool:
         """Return whether the backward pass under way computes gradients of trained parameters."""

@@ -1,4 +1,4 @@
-"""Forward calls on tensors that stand in for parameters, and gradients inside a call."""
+"""Forward calls at other parameters than the step starts from, and gradients inside a call."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from safestep import SafeStep
+from safestep import SafeStep, logits_jvp
 
 INPUTS, TARGETS = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 
@@ -82,3 +82,42 @@ def test_a_model_that_computes_a_gradient_itself_is_measured(estimator):
     tolerance = 0.1 if estimator == "secant" else 2e-3  # a secant ends where the step does
     assert guard.last.estimator == estimator
     assert guard.last.normalized_step == pytest.approx(expected, rel=tolerance)
+
+
+class Ahead(torch.optim.SGD):
+    """Evaluates its closure where the momentum leads, as schedule-free's closure variants do."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        places = [param.clone() for group in self.param_groups for param in group["params"]]
+        for param in self.param_groups[0]["params"]:
+            param.mul_(0.9)
+        with torch.enable_grad():
+            loss = closure()
+        for param, place in zip(self.param_groups[0]["params"], places, strict=True):
+            param.copy_(place - self.param_groups[0]["lr"] * param.grad)
+        return loss
+
+
+def test_an_optimizer_that_moves_before_its_closure_is_measured_and_clipped():
+    model = network()
+    before = copy.deepcopy(model)
+    optimizer = Ahead(model.parameters(), lr=1e3)
+    guard = SafeStep(optimizer, model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(INPUTS), TARGETS)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+    update = {
+        n: p.detach() - dict(before.named_parameters())[n] for n, p in model.named_parameters()
+    }
+    _, tangent = logits_jvp(before, update, INPUTS)
+    assert guard.last.status == "clipped"
+    assert float((tangent.amax(-1) - tangent.amin(-1)).max()) / torch.pi == pytest.approx(
+        1, rel=1e-3
+    )
