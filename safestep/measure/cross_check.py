@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from math import inf, isfinite, nan, pi
+from threading import RLock
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ from safestep.radius.batch import BatchRadius, BatchRule
 _ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part of it
 # That the model has no forward-mode derivative is not the reason of these.
 _OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
-
 # Differences that go ever nearer where r is over 1, until two in a row have this ratio or less.
 _APPROACHES, _SETTLED = 4, 1.2
+_MEASURING = RLock()  # forward mode and the choice of kernels belong to the process, not the thread
 
 
 class CheckedEstimator:
@@ -103,12 +104,9 @@ class CheckedEstimator:
         Raises:
             RuntimeError: If no estimator works, or no tangent reaches the logits.
         """
-        if quick is Estimator.SAMPLED:
-            found = self._sampled(update)
-        elif quick is not None:
-            found = _measurement(quick, self._smallest(quick, update))
-        else:
-            found = self._checked(update)
+        # Ranks of shards wait for each other while they measure, so they must not wait for a lock.
+        with nullcontext() if update.is_sharded else _MEASURING:
+            found = self._found(update, quick)
         lacks = {what: None for call in update.calls for what in call.lacks}
         warning = found.warning or self.finder.warning
         if not lacks:
@@ -128,6 +126,13 @@ class CheckedEstimator:
             update: The update.
         """
         return SecondGradient.of(update, self._module, is_coarse=self._is_half(update))
+
+    def _found(self, update: Update, quick: Estimator | None) -> Measurement:
+        if quick is Estimator.SAMPLED:
+            return self._sampled(update)
+        if quick is not None:
+            return _measurement(quick, self._smallest(quick, update))
+        return self._checked(update)
 
     def _checked(self, update: Update) -> Measurement:
         if update.is_sharded:
