@@ -17,15 +17,22 @@ class JoinShadow:
 
     Args:
         ddp: The model.
+        enter: Called on every rank when the context is made.
         leave: Called for every step that the other ranks take, before DDP answers for its own
             collectives.
         rejoin: Called at the end with whether this rank had data to the end.
     """
 
-    def __init__(self, ddp: Any, leave: Callable[[], None], rejoin: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        ddp: Any,
+        enter: Callable[[], None],
+        leave: Callable[[], None],
+        rejoin: Callable[[bool], None],
+    ) -> None:
         self._ddp = ddp
         self._below = ddp.join_hook  # DDP's own, or that of another guard
-        self.leave, self._rejoin = leave, rejoin
+        self._enter, self.leave, self._rejoin = enter, leave, rejoin
         self._is_on, self._is_within = True, False
         ddp.join_hook = self
 
@@ -37,8 +44,12 @@ class JoinShadow:
     def __call__(self, **kwargs: Any) -> Any:
         """Return what a rank without data does, in the form of a torch JoinHook."""
         hook = self._below(**kwargs)
-        self._is_within = self._is_on
-        return _Both(hook, self) if self._is_on else hook
+        if not self._is_on:
+            return hook
+        self._is_within = False
+        self._enter()
+        self._is_within = True
+        return _Both(hook, self)
 
     def rejoin(self, is_last: bool) -> None:
         """End the context."""

@@ -29,7 +29,8 @@ class PresentRanks:
 
     Args:
         group: The ranks.
-        name: Another one for each user of the group, the same on every rank.
+        name: A new one for each context, the same on every rank: keys of an earlier one, or of a
+            process that was killed, may still be there.
     """
 
     def __init__(self, group: ProcessGroup, name: str) -> None:
@@ -37,7 +38,7 @@ class PresentRanks:
         self._timeout = group_timeout(group)
         self._size, self._index = dist.get_world_size(group), dist.get_rank(group)
         self._absent: set[int] = set()
-        self.rounds = 0  # the same number on all present ranks
+        self._rounds = 0  # the same number on all present ranks
         self.is_absent = False
 
     def leave(self) -> None:
@@ -47,13 +48,11 @@ class PresentRanks:
             self._store.set(f"absent/{self._index}", "")
             self._store.add("absent", 1)
 
-    def come_back(self) -> None:
-        """Be present again. Call it on every rank, when all have run out of data."""
-        self._absent.clear()
-        if self.is_absent:
-            self.is_absent = False
-            self._store.delete_key(f"absent/{self._index}")
-            self._store.add("absent", -1)
+    def close(self) -> None:
+        """Leave no key behind. Call it when all ranks have run out of data."""
+        self._forget(self._rounds)
+        self._store.delete_key(f"absent/{self._index}")
+        self._store.delete_key("absent")
 
     def gathered(self, numbers: Sequence[float]) -> Tensor:
         """Return the numbers of every present rank.
@@ -70,7 +69,7 @@ class PresentRanks:
         """
         if self._store.add("absent", 0) > len(self._absent):
             self._absent = {r for r in range(self._size) if self._store.check([f"absent/{r}"])}
-        self.rounds += 1
+        self._rounds += 1
         self._store.set(self._place(self._index), pack(f"{len(numbers)}d", *numbers))  # type: ignore[arg-type]
         places = {r: self._place(r) for r in range(self._size) if r not in self._absent}
         self._store.wait(list(places.values()), self._timeout)
@@ -78,12 +77,11 @@ class PresentRanks:
         for rank, place in places.items():
             found = self._store.get(place)
             rows[rank] = torch.tensor(unpack(f"{len(numbers)}d", found), dtype=torch.float64)
-        self.forget(self.rounds - 1)  # which all have read, for all have come to this one
+        self._forget(self._rounds - 1)  # which all have read, for all have come to this one
         return rows
 
-    def forget(self, number: int) -> None:
-        """Remove what this rank told in a round."""
-        self._store.delete_key(self._place(self._index, number))
+    def _forget(self, number: int) -> None:
+        self._store.delete_key(f"{number}/{self._index}")
 
-    def _place(self, rank: int, number: int | None = None) -> str:
-        return f"{self.rounds if number is None else number}/{rank}"
+    def _place(self, rank: int) -> str:
+        return f"{self._rounds}/{rank}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
+from os import urandom
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -60,9 +59,9 @@ class Ranks:
         inner = getattr(model, "_orig_mod", model)  # torch.compile wraps
         is_ddp = self.size > 1 and isinstance(inner, DistributedDataParallel)
         self._shadow: JoinShadow | None = None
+        self._present: PresentRanks | None = None  # within join()
         if is_ddp:
-            self._present = PresentRanks(self._whole_group, _new_name(self._whole_group))
-            self._shadow = JoinShadow(inner, self._present.leave, self._rejoin)
+            self._shadow = JoinShadow(inner, self._enter, self._leave, self._rejoin)
         self._state: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
 
     def share(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
@@ -89,7 +88,7 @@ class Ranks:
             RuntimeError: If a rank does not take part.
         """
         try:
-            if self._shadow is not None and self._shadow.is_joining:
+            if self._present is not None and self._shadow is not None and self._shadow.is_joining:
                 return self._present.gathered(numbers)
             return gathered(numbers, self._group)
         except RuntimeError as error:
@@ -124,14 +123,22 @@ class Ranks:
         if self._shadow is not None:
             self._shadow.detach()
 
+    def _enter(self) -> None:
+        mine = int.from_bytes(urandom(6), "big")  # exact in float64
+        name = self.gather([mine], "that it enters join()")[0, 0]
+        self._present = PresentRanks(self._whole_group, f"{int(name)}")
+
+    def _leave(self) -> None:
+        if self._present is not None:
+            self._present.leave()
+
     def _rejoin(self, is_last: bool) -> None:
         """Take the state of a rank that was there to the end, as DDP takes its parameters."""
+        assert self._present is not None
         was_absent = self._present.is_absent
-        self._present.come_back()
-        mine = [self.index if is_last else -1, was_absent, self._present.rounds]
-        source, is_any_absent, rounds = gathered(mine, self._group).amax(0).tolist()
-        self._present.forget(self._present.rounds)
-        self._present.rounds = int(rounds)
+        mine = [self.index if is_last else -1, was_absent]
+        source, is_any_absent = gathered(mine, self._group).amax(0).tolist()
+        self._present.close()
         if not is_any_absent or self._state is None:
             return
         get, put = self._state
@@ -156,11 +163,3 @@ class Ranks:
             "a rank that ended. Every rank needs a SafeStep on this optimizer, and as many steps "
             "as the others; where data are uneven, train within `with ddp.join():`."
         )
-
-
-_users: WeakKeyDictionary[ProcessGroup, Iterator[int]] = WeakKeyDictionary()
-
-
-def _new_name(group: ProcessGroup) -> str:
-    """Return a name that no other user of the group has, by the order in which they come."""
-    return str(next(_users.setdefault(group, count())))
