@@ -24,6 +24,7 @@ def ranks(tmp_path_factory):
         ("estimator", "same `estimator` on every rank, got jvp on rank 0 and auto on ranks 1, 2"),
         ("optimizer", "same `optimizer` on every rank, got Adam on ranks 0, 1 and SGD on rank 2"),
         ("shape", "got at place 0 0.weight (8, 6) on ranks 0, 1 and 0.weight (9, 6) on rank 2"),
+        ("names", "got at place 0 0.weight (8, 6) on ranks 0, 1 and first.weight (8, 6) on rank"),
         ("resumed", "same `number of steps so far` on every rank, got 0 on ranks 0, 2 and 40"),
     ],
 )
@@ -118,6 +119,7 @@ def test_a_rank_that_does_not_take_part_is_waited_for_no_longer_than_the_timeout
     found = json.loads((tmp_path / "rank0.json").read_text())
 
     assert found["seconds"] < 5 + 2
+    assert found["is_unmoved"]
     assert f"at step {step}, got nothing from at least one" in found["error"]
     waited = {
         "unguarded": "its options, parameter names and shapes",

@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ def main(rank, output):
         "estimator": error(rank, estimator="jvp" if rank == 0 else "auto"),
         "optimizer": error(rank, kind=torch.optim.SGD if rank == 2 else torch.optim.Adam),
         "shape": error(rank, width=9 if rank == 2 else 8, is_wrapped=False),
+        "names": error(rank, is_renamed=rank == 2, is_wrapped=False),
         "resumed": error(rank, first_step=40 if rank == 1 else 0),
         "alike": error(rank),
         "joined": joined(rank, is_guarded=True),
@@ -49,9 +51,15 @@ def main(rank, output):
     torch.save(found, f"{output}/rank{rank}.pt")
 
 
-def error(rank, *, kind=torch.optim.Adam, width=8, first_step=0, is_wrapped=True, **options):
+def error(
+    rank, *, kind=torch.optim.Adam, width=8, first_step=0, is_wrapped=True, is_renamed=False,
+    **options,
+):  # fmt: skip
     """Return what the first step of this rank raised."""
     model = network(width)
+    if is_renamed:
+        names = ("first", "middle", "last")
+        model = nn.Sequential(OrderedDict(zip(names, model, strict=True)))
     optimizer = kind(model.parameters(), lr=0.01)
     wrapped = DistributedDataParallel(model) if is_wrapped else model
     try:

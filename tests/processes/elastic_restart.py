@@ -22,8 +22,9 @@ NUM_STEPS, SAVED_EVERY = 12, 4
 
 
 def main(folder: Path, dies_at: int) -> None:
-    dist.init_process_group("gloo")
-    rank, attempt = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    connect(attempt)
+    rank = dist.get_rank()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 4))
     ddp = DistributedDataParallel(model)
@@ -46,6 +47,14 @@ def main(folder: Path, dies_at: int) -> None:
     found = {"first": first, "after": model.state_dict(), "reports": reports}
     torch.save(found, folder / f"final{rank}.pt")
     dist.destroy_process_group()
+
+
+def connect(attempt):
+    """Join the group: without a prefix, a rank may find the address of one that was killed."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(*place, is_master=False))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
 
 
 def save(path, step, parts):

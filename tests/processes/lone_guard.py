@@ -27,11 +27,12 @@ def main(rank, output, fault):
         loss.backward()
         if fault == "ends" and step == 2 and rank == 1:
             os._exit(0)
-        start = time.monotonic()
+        start, before = time.monotonic(), [param.clone() for param in ddp.parameters()]
         try:
             optimizer.step()
         except RuntimeError as error:
             found = {"error": str(error), "seconds": time.monotonic() - start}
+            found["is_unmoved"] = all(map(torch.equal, before, ddp.parameters()))
             Path(output, f"rank{rank}.json").write_text(json.dumps(found))
             os._exit(0)
         if guard is None:
