@@ -1,196 +1,21 @@
 """Print the fault table: what was broken on purpose, what survived it, and what was lost.
 
-Usage: ``python tests/benchmarks/fault_table.py > fault_table.md``. A row is one function in FAULTS.
+Usage: ``python tests/benchmarks/fault_table.py > fault_table.md``. A row is one function of
+``run_faults`` or ``rank_faults``. It takes some five minutes.
 """
 
-import os
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-from safestep import read_run
-from safestep.runlog.reader import list_runs
-from safestep.runlog.writer import RunLog
-
-FAULTS: dict[str, Callable[[Path], tuple[str, str, str]]] = {}
-
-
-def fault(name: str):
-    """Add a function to the table: it returns what was tried, what survived and what was lost."""
-
-    def add(function):
-        FAULTS[name] = function
-        return function
-
-    return add
-
-
-def write(log: RunLog, *steps: int) -> None:
-    """Write one record a step."""
-    for step in steps:
-        log.write("step", {"step": step})
-
-
-def count(path: Path) -> int:
-    """Return how many steps are read."""
-    return len(read_run(path).steps["step"])
-
-
-def fork(folder: Path, num_steps: int) -> int:
-    """Start a process that logs steps; it has all imported already. Return its id."""
-    child = os.fork()
-    if child == 0:
-        write(RunLog(folder, {}), *range(num_steps))
-        os._exit(0)
-    return child
-
-
-@fault("process killed while it writes")
-def kill(folder):
-    lost = 0
-    for number in range(30):
-        place = folder / str(number)
-        child = fork(place, 10**6)
-        while not (place / "run.jsonl").exists():
-            time.sleep(0.001)
-        time.sleep(0.002 * number)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            steps = read_run(place).steps["step"]
-        lost += int(steps[-1]) + 1 - len(steps)
-    return "30 kills", "30 logs", f"{lost} records before the one being written"
-
-
-@fault("script run again in one folder")
-def again(folder):
-    for _ in range(3):
-        os.waitpid(fork(folder, 1000), 0)
-    return tell_runs(folder, 3)
-
-
-@fault("three processes at once in one folder")
-def at_once(folder):
-    for child in [fork(folder, 1000) for _ in range(3)]:
-        os.waitpid(child, 0)
-    return tell_runs(folder, 3)
-
-
-@fault("notebook cell run twice, first guard attached")
-def cell(folder):
-    logs = []
-    for _ in range(2):
-        logs.append(RunLog(folder, {}))
-        write(logs[-1], *range(1000))
-    return tell_runs(folder, 2)
-
-
-def tell_runs(folder, num_runs):
-    """Return the row of runs of 1,000 steps each."""
-    whole = sum(count(run.path) == 1000 for run in list_runs(folder))
-    return f"{num_runs} runs of 1,000 steps", f"{whole} runs", f"{num_runs - whole} runs"
-
-
-@fault("folder deleted while it is written to")
-def deleted(folder):
-    log = RunLog(folder, {})
-    write(log, 0)
-    shutil.rmtree(folder)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        write(log, *range(100))
-    return "100 records after it", f"training; {len(caught)} warning", "the log"
-
-
-@fault("disk full")
-def full(folder):
-    import resource
-
-    log = RunLog(folder, {})
-    write(log, *range(100))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 20, limit[1]))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        write(log, *range(100, 200))
-        said = len(caught)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        kept = count(folder)
-    survived = f"training; {kept} records; {said} warning"
-    return "100 records before, 100 after", survived, "those after it"
-
-
-@fault("record torn in the middle of a log")
-def torn(folder):
-    log = RunLog(folder, {})
-    write(log, 0)
-    with log.path.open("a") as file:
-        file.write('{"kind": "step", "st')
-    write(log, 1, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kept = count(folder)
-    return "3 records around it", f"{kept} records", f"{3 - kept} records"
-
-
-@fault("one list of 250,000 numbers, 700 kB log")
-def long_list(folder):
-    with RunLog(folder, {}) as log:
-        log.write("workers", {"step": 0, "loss": [0] * 250_000})
-        for step in range(1, 512):
-            log.write("workers", {"step": step, "loss": [0]})
-    return peak(folder)
-
-
-@fault("512 keys, each in few of 500,000 records")
-def many_keys(folder):
-    with RunLog(folder, {}) as log:
-        write(log, 0)
-    with log.path.open("a") as file:
-        file.writelines(
-            f'{{"kind":"step","step":{step},"k{step % 500}":1}}\n' for step in range(500_000)
-        )
-    return peak(folder)
-
-
-@fault("line of 500 MB without an end")
-def long_line(folder):
-    with RunLog(folder, {}) as log:
-        write(log, 0)
-    with log.path.open("ab") as file:
-        for _ in range(500):
-            file.write(b"[" * 1_000_000)
-    return peak(folder)
-
-
-def peak(folder):
-    """Return the row of a log that is read in a process of its own."""
-    code = (
-        "import resource, sys, warnings; warnings.simplefilter('ignore'); import safestep\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\n"
-        "before = peak(); run = safestep.read_run(sys.argv[1])\n"
-        "lost = '; '.join(run.left_out) or ('that line' if run.torn else 'nothing')\n"
-        "print(f'read with {peak() - before:.0f} MB', '|', lost)\n"
-    )
-    size = os.path.getsize(folder / "run.jsonl") / 1e6
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True
-    )
-    survived, _, lost = done.stdout.strip().partition(" | ")
-    return f"{size:.1f} MB", survived, lost
+import rank_faults
+import run_faults
 
 
 def main() -> None:
     """Write the table, one row a fault."""
     sys.stdout.write("| fault | tried | survived | lost |\n|---|---|---|---|\n")
-    for name, function in FAULTS.items():
+    for name, function in (run_faults.FAULTS | rank_faults.FAULTS).items():
         with tempfile.TemporaryDirectory() as folder:
             row = function(Path(folder) / "run")
         sys.stdout.write(f"| {' | '.join((name, *row))} |\n")
