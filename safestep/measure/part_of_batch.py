@@ -70,7 +70,8 @@ class PartOfBatch:
         sizes = None if update.is_sharded else _sizes(update.calls)
         for row in rows:
             count = 0 if sizes is None else len(row.tangent) * sizes[0] // sizes[1]
-            if count:  # a tile of a large vocabulary may hold few rows
+            # A tile of a large vocabulary may hold few rows, and a single row has no axis of them.
+            if count and row.tangent.ndim > 1:
                 mask = None if row.mask is None else row.mask[:count]
                 self._spreads.append(logit_spread(row.tangent[:count], mask=mask).amax().double())
             yield row
