@@ -59,6 +59,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             share of what its slope promises; see SafeStep.
         rollback: Number of steps that can be undone, each kept as a copy; see SafeStep.
         rollback_after: Number of skipped or clipped steps in a row that undo them; see SafeStep.
+        keep_batches: Largest number of files with inputs of clipped or skipped steps; see SafeStep.
 
     Attributes:
         guard: The SafeStep while the Trainer trains, else None.
@@ -95,6 +96,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
         sufficient_decrease: float | None = None,
         rollback: int | None = None,
         rollback_after: int | None = None,
+        keep_batches: int = 0,
     ) -> None:
         self.guard: SafeStep | None = None
         self.last: StepReport | None = None
@@ -114,6 +116,7 @@ class StepSafetyCallback(TrainerCallback, ExportableState):
             "sufficient_decrease": sufficient_decrease,
             "rollback": rollback,
             "rollback_after": rollback_after,
+            "keep_batches": keep_batches,
         }
         self._has_logits = logits is not None
         self._state: dict[str, Any] | None = None

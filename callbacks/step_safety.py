@@ -62,6 +62,7 @@ class StepSafety(Callback):
             share of what its slope promises; see SafeStep.
         rollback: Number of steps that can be undone, each kept as a copy; see SafeStep.
         rollback_after: Number of skipped or clipped steps in a row that undo them; see SafeStep.
+        keep_batches: Largest number of files with inputs of clipped or skipped steps; see SafeStep.
 
     Attributes:
         guards: One SafeStep for each optimizer during training, else empty.
@@ -97,6 +98,7 @@ class StepSafety(Callback):
         sufficient_decrease: float | None = None,
         rollback: int | None = None,
         rollback_after: int | None = None,
+        keep_batches: int = 0,
     ) -> None:
         self.guards: list[SafeStep] = []
         self.last: list[StepReport | None] = []
@@ -116,6 +118,7 @@ class StepSafety(Callback):
             "sufficient_decrease": sufficient_decrease,
             "rollback": rollback,
             "rollback_after": rollback_after,
+            "keep_batches": keep_batches,
         }
         self._states: list[dict[str, Any]] = []
         self._loss: Tensor | float = 0.0

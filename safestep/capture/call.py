@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from safestep.capture.effects import Start
 from safestep.capture.gradient import GradientEvidence, zero_sum_axis
 from safestep.capture.output_gradients import OutputGradients
 from safestep.capture.random_state import CallConditions, RandomState
+from safestep.capture.results import OutputResult
 
 _NO_GRAPH = "does not require grad"  # says torch to who asks for a gradient without a graph
 _LOOKED_AT = 4  # rows of a gradient that show whether it sums to zero over classes
@@ -42,6 +43,7 @@ class Call:
             shows; run when asked.
         samples: By output name, the latest gradient that is not read yet.
         kept: The gradients at the outputs, to audit that of the parameters.
+        results: What is kept of its outputs, by name; None of a call passed to `Recorder.record`.
         empty: Names of outputs that have a gradient and no element.
         obstacle: Why the call cannot run again, None if it can.
         opened: Number of the call, in the order in which calls began.
@@ -67,6 +69,7 @@ class Call:
     unread: dict[str, list[Callable[[], GradientEvidence]]] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
     kept: OutputGradients = field(default_factory=OutputGradients)
+    results: dict[str, OutputResult] | None = None
     empty: list[str] = field(default_factory=list)
     obstacle: str | None = None
     signals: list[Tensor] = field(default_factory=list)
@@ -127,6 +130,13 @@ class Call:
         """By output name, what the gradient of the loss shows about that output."""
         self.read_gradients()
         return self._gradients
+
+    @property
+    def arguments(self) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The arguments; one that was changed since is as before the call where that was kept."""
+        held = self.start.values
+        leaves = [held.get((at, type(leaf)), leaf) for at, leaf in enumerate(self.leaves)]
+        return (leaves, {}) if self.structure is None else tree_unflatten(leaves, self.structure)
 
     def read_gradients(self) -> None:
         """Read the gradients of all backward passes through the outputs."""

@@ -22,6 +22,7 @@ from safestep.capture.idle import IdleWatch
 from safestep.capture.output_gradients import ROOM, OutputOrder
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
+from safestep.capture.results import OutputResult
 from safestep.capture.stand_ins import StandIns
 from safestep.capture.wrappers import calls_under_way, eager_module, without_data_parallel
 from safestep.parallel.norms import each_norm
@@ -182,12 +183,14 @@ class Recorder:
             self._idle.after_call()
         outputs = [(name, tensor) for name, tensor in named_tensors(output) if not tensor.is_leaf]
         call.kept.inside = self._order.of(outputs)
+        call.results = {}
         for name, tensor in outputs:
             values = self._evidence.values(name, tensor)
             failed = partial(self.failures.note, f"reading the gradient of {name}")
             tensor.register_hook(kept_out(self._on_gradient(call, name, values), failed))
-            if self._watches:
-                call.signals += self._ends(name, tensor.detach())
+            ends = self._ends(name, tensor.detach()) if self._watches else ()
+            call.signals += ends
+            call.results[name] = OutputResult.of(tensor, ends)
 
     def _on_gradient(
         self, call: Call, name: str, values: OutputValues | None

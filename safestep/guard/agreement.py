@@ -168,7 +168,7 @@ class Agreement:
         worst = replace(worst, loss=mean_change(mine.loss, rows[findings != ABSENT, 9:]))
         if mine.is_partial:
             worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
-        return replace(worst, slopes=slopes)
+        return replace(worst, slopes=slopes, row=None)
 
     def end_step(self) -> None:
         """Compare replicas where it is time to."""

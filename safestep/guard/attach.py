@@ -50,6 +50,22 @@ def is_within_backward() -> bool:
     return current_graph_task() != -1
 
 
+def why_no_calls() -> str:
+    """Return why no recorded call belongs to the step under way."""
+    return _IN_BACKWARD if is_within_backward() else _NO_CALLS
+
+
+_NO_CALLS = (
+    "no gradient came back through a forward call of `model` since the last step; pass the module "
+    "whose forward computes the logits, or tell the guard the whole step with "
+    "guard.record(training_step, batch)"
+)
+_IN_BACKWARD = (
+    "the optimizer steps within the backward pass, where the step of the other parameters is not "
+    "known yet; step after backward() to measure the radius"
+)
+
+
 def hooked_optimizer(optimizer: Any) -> Any:
     """Return the optimizer whose step is to be hooked, inside wrappers such as Accelerate's.
 

@@ -63,6 +63,11 @@ class Journal:
         """Id of the run, None where this process writes no log."""
         return None if self._log is None else self._log.run
 
+    @property
+    def loss(self) -> Any:
+        """The loss logged for the step under way, None without."""
+        return self._values.get("loss")
+
     def resume(self, run: str | None) -> None:
         """Go on with the run of a checkpoint.
 

@@ -118,12 +118,18 @@ def check_replica_interval(interval: Any, has_replicas: bool) -> None:
         )
 
 
-def check_rollback(rollback: Any, rollback_after: Any) -> None:
-    """Check how far to go back, and when.
+def check_past(rollback: Any, rollback_after: Any, keep_batches: Any, run_dir: Any) -> None:
+    """Check what is kept of the past: how many steps to go back to, and how many batches.
 
     Raises:
-        ValueError: If one is not a positive integer or None, or `rollback_after` is larger.
+        ValueError: If one is not a number of steps or files, `rollback_after` is larger than
+            `rollback`, or there is no folder for files.
     """
+    _check_rollback(rollback, rollback_after)
+    _check_kept_batches(keep_batches, run_dir)
+
+
+def _check_rollback(rollback: Any, rollback_after: Any) -> None:
     for name, value in (("rollback", rollback), ("rollback_after", rollback_after)):
         is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if value is not None and not is_count:
@@ -135,4 +141,18 @@ def check_rollback(rollback: Any, rollback_after: Any) -> None:
         raise ValueError(
             f"SafeStep: expected `rollback_after` to be at most `rollback`, got {rollback_after} "
             f"and {rollback}. A run goes back to before the first of so many interventions."
+        )
+
+
+def _check_kept_batches(keep_batches: Any, run_dir: Any) -> None:
+    is_count = isinstance(keep_batches, int) and not isinstance(keep_batches, bool)
+    if not (is_count and keep_batches >= 0):
+        raise ValueError(
+            "SafeStep: expected `keep_batches` to be an integer of at least 0, got "
+            f"{keep_batches!r}. It is the largest number of files."
+        )
+    if keep_batches and run_dir is None:
+        raise ValueError(
+            f"SafeStep: expected a `run_dir` with `keep_batches`={keep_batches}, got None. The "
+            "files lie beside the run log."
         )

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ class Rollback:
         if self._steps is None:
             return report
         if report is not None and self._is_due(report):
-            last = report.reason or f"r = {report.normalized_step:.3g}"
+            r, reason = report.normalized_step, report.reason
+            last = "; ".join(text for text in (f"r = {r:.3g}" * isfinite(r), reason) if text)
             why = f"{self._after} steps in a row were clipped or skipped (the last: {last})"
             return self._go_back(report, why)
         self._buffers, self._spare = _Buffers.of(self._module, self._spare), None
@@ -158,6 +160,8 @@ class Rollback:
         if self._after is None:
             return False
         is_due = self._in_a_row >= self._after and not self._is_spent
+        if self._ranks.size == 1:
+            return is_due and bool(self._past)
         rows = self._ranks.gather([is_due, self._target], "whether it rolls back")
         targets = {target for _, target in rows.tolist()} - {ABSENT}
         return bool((rows[:, 0] == 1).any()) and len(targets) == 1 and -1 not in targets

@@ -21,17 +21,20 @@ from safestep.guard.attach import (
     hooked_optimizer,
     is_within_backward,
     steps_under_way,
+    why_no_calls,
 )
 from safestep.guard.controller import StepController, StepReport
 from safestep.guard.gradient_watch import GradientWatch
 from safestep.guard.guarded_step import GuardedStep, own_failure
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
+from safestep.guard.kept_batches import KeptBatches
 from safestep.guard.lookahead import Lookahead
-from safestep.guard.options import Action, check_arguments, check_rollback
+from safestep.guard.options import Action, check_arguments, check_past
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
 from safestep.guard.retries import Retries
 from safestep.guard.rollback import Rollback
+from safestep.guard.second_run import SecondRun
 from safestep.guard.snapshot import Snapshot
 from safestep.guard.undo import Undo, carry_out
 from safestep.measure.binding_radius import radii_of_step
@@ -91,10 +94,11 @@ class SafeStep(GuardedStep):
         audit_interval: Measure at least one in so many steps exactly, to audit the gradient there;
             None adds none. See ``safestep.guard.gradient_watch``.
         rollback: Keep the run as it was before each of the last so many steps, for `roll_back`:
-            parameters, buffers of `model`, optimizer state with its groups' options, the guard's
-            state. Each is a copy in memory (12 bytes a parameter for AdamW in float32); the log
-            says how much that is in all. See ``safestep.guard.rollback``.
+            parameters, buffers, optimizer state and guard. Each is a copy in memory (12 bytes a
+            parameter for AdamW in float32); the log says how much that is in all.
         rollback_after: Call `roll_back` after so many skipped or clipped steps in a row.
+        keep_batches: Write the inputs of clipped and skipped steps into at most so many files in
+            `run_dir`, on each rank. See ``safestep.guard.kept_batches``.
 
     Attributes:
         last: The StepReport of the latest step, None before the first.
@@ -145,11 +149,12 @@ class SafeStep(GuardedStep):
         sufficient_decrease: float | None = None,
         rollback: int | None = None,
         rollback_after: int | None = None,
+        keep_batches: int = 0,
     ) -> None:
         optimizer = hooked_optimizer(optimizer)
         check_optimizer(optimizer)
         check_arguments(model, estimator, logits, max_consecutive_skips)
-        check_rollback(rollback, rollback_after)
+        check_past(rollback, rollback_after, keep_batches, run_dir)
         controller = StepController(
             max_normalized_step, radius, action, quantile, max_consecutive_skips,
             sufficient_decrease,
@@ -162,7 +167,7 @@ class SafeStep(GuardedStep):
         self.last_radii: dict[str, Any] = {}
         given = {name: "given" for name, v in (("logits", logits), ("part", part)) if v is not None}
         self._settings: dict[str, Any] = {
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": type(self.optimizer).__name__, "keep_batches": keep_batches,
             "parameters": sum(param.numel() for param in self._trained()),
             "max_normalized_step": max_normalized_step, "radius": radius, "estimator": estimator,
             "action": action, "quantile": quantile, "radii": sorted(radii), "copy": copy,
@@ -188,6 +193,8 @@ class SafeStep(GuardedStep):
         self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
         parts = {"gradient": self._audit, "predictor": self._predictor}
         self._parts = {name: part for name, part in parts.items() if part is not None}
+        kept = KeptBatches(run_dir, keep_batches, ranks)
+        self._second_run = SecondRun(module, ranks, self._journal, kept)
         state = self.state_dict, self.load_state_dict
         self._rollback = Rollback(optimizer, module, rollback, rollback_after, state, ranks)
         self._handles = self._attach()
@@ -207,13 +214,12 @@ class SafeStep(GuardedStep):
     def roll_back(self) -> StepReport:
         """Return the run to `rollback` steps ago, or to the first step that is kept.
 
-        Call it between two steps, on every rank. Put back are parameters, buffers, optimizer state
-        and guard, whose count of steps is that of then. The next steps are those of a run resumed
-        from a checkpoint of then; data, random state and a learning-rate scheduler go on, unless
-        the loop puts them back too.
+        Call it between two steps, on every rank. The next steps, which count from then on, are
+        those of a run resumed from a checkpoint of then. Data, random state and a learning-rate
+        scheduler go on, unless the loop puts them back too.
 
         Returns:
-            The report that ``last`` now is: of status "rolled back", with the step in its reason.
+            The new ``last``: of status "rolled back", with the step in its reason.
 
         Raises:
             RuntimeError: If `rollback` is None, a step is under way or none is kept.
@@ -236,8 +242,8 @@ class SafeStep(GuardedStep):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers."""
         parts = {name: part.state_dict() for name, part in self._parts.items()}
-        own = {**self._controller.state_dict(), **self._rollback.state_dict()}
-        return {**own, "run": self._journal.run, **parts}
+        parts |= {**self._rollback.state_dict(), "run": self._journal.run}
+        return self._controller.state_dict() | parts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` returned.
@@ -259,6 +265,7 @@ class SafeStep(GuardedStep):
         measurement = self._audit.audited(self._controller.step, measurement, update, health)
         lr = float(self.optimizer.param_groups[0].get("lr", nan))
         report = self._controller.decide(measurement, lr)
+        report = self._second_run.explain(report, measurement, update)
         report = carry_out(report, self._undo)
         self._note_radii(measurement, report.step_norm)
         return report, measurement
@@ -339,7 +346,7 @@ class SafeStep(GuardedStep):
         measurement = Measurement(quick or self._estimator.estimator)
         reason = self._obstacle
         if reason is None and not update.calls:
-            reason = _IN_BACKWARD if is_within_backward() else _NO_CALLS
+            reason = why_no_calls()
         if reason is None:
             try:
                 measurement = self._attempt(update, quick) or measurement
@@ -391,12 +398,3 @@ class SafeStep(GuardedStep):
 
 _NO_UPDATE = Update([], [], [], [])
 _QUICK = {Measure.QUICKLY: Estimator.SECANT, Measure.ROUGHLY: Estimator.SAMPLED}
-_NO_CALLS = (
-    "no gradient came back through a forward call of `model` since the last step; pass the module "
-    "whose forward computes the logits, or tell the guard the whole step with "
-    "guard.record(training_step, batch)"
-)
-_IN_BACKWARD = (
-    "the optimizer steps within the backward pass, where the step of the other parameters is not "
-    "known yet; step after backward() to measure the radius"
-)

@@ -341,7 +341,7 @@ def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> 
     return Measurement(
         estimator, radius=smallest.radius, spread=smallest.spread, bottleneck=smallest.index,
         head=smallest.head, reason=_EVERY_ROW if smallest.counts_every_row else None,
-        loss=smallest.change, **others,
+        loss=smallest.change, row=smallest.row, **others,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from safestep.measure.perturb import moved_back
 from safestep.measure.registry import Estimator
 from safestep.measure.slopes import UNSEEN, Slopes
 from safestep.parallel.shards import counted_here
+from safestep.radius.batch import Row
 from safestep.radius.loss_change import NO_CHANGE, LossChange
 
 
@@ -97,6 +98,7 @@ class Measurement:
         is_partial: Whether `step_norm` is that of this worker's shard alone.
         slopes: The loss's slope along the update, by forward mode and from the gradient.
         loss: What linearised logits predict of the loss.
+        row: Where the row is in this worker's batch; None where it may be another worker's.
     """
 
     estimator: Estimator
@@ -113,6 +115,7 @@ class Measurement:
     examples: tuple[int, int] | None = None
     slopes: Slopes = UNSEEN
     loss: LossChange = NO_CHANGE
+    row: Row | None = None
 
     @classmethod
     def predicted(cls, normalized_step: float, step_norm: float) -> Measurement:

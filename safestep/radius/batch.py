@@ -42,6 +42,23 @@ class LogitTangent:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """The place of a row in a batch.
+
+    Attributes:
+        set: Number of its set of rows: a batch has one of each head and micro-batch.
+        sets: How many there are.
+        index: Where it is in its set.
+        shape: The set's ``[*B]``.
+    """
+
+    set: int
+    sets: int
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchRadius:
     """The smallest radius of a batch, as Python numbers.
 
@@ -52,6 +69,7 @@ class BatchRadius:
         head: Which set of logits that row belongs to, None if there is only one.
         counts_every_row: Whether the masks excluded every row, so that all rows were used.
         change: What linearised logits predict of the loss.
+        row: Where that row is, None if no row counts.
     """
 
     radius: float
@@ -60,6 +78,7 @@ class BatchRadius:
     head: str | None
     counts_every_row: bool = False
     change: LossChange = NO_CHANGE
+    row: Row | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,7 @@ class BatchRule:
         Raises:
             ValueError: If there are no rows.
         """
-        heads: list[tuple[str, int]] = []
+        heads: list[tuple[str, torch.Size]] = []
         uncounted: list[Tensor] = []
         change = LossChangeSum()
         row = smallest_row(
@@ -105,9 +124,11 @@ class BatchRule:
             spreads = torch.cat(uncounted)
             spread, index = float(spreads.max()), int(spreads.argmax())
             radius = math.pi / spread if spread else math.inf
-        head = _head_of(int(index), heads)
+        place = _place_of(int(index), [shape for _, shape in heads])
+        names = [name for name, _ in heads]
+        head = names[place.set] if place is not None and len(set(names)) > 1 else None
         found = change.of(total)
-        return BatchRadius(radius, spread, int(index), head, counts_every_row, found)
+        return BatchRadius(radius, spread, int(index), head, counts_every_row, found, place)
 
 
 def smallest_row(
@@ -171,25 +192,24 @@ def _raised(limit: float | None, smallest: float) -> float | None:
 
 def _noting(
     rows: Iterable[LogitTangent],
-    heads: list[tuple[str, int]],
+    heads: list[tuple[str, torch.Size]],
     uncounted: list[Tensor],
     change: LossChangeSum,
 ) -> Iterator[LogitTangent]:
     """Yield the rows unchanged; note heads, spreads of fully masked sets and the loss's change."""
     for row in rows:
         change.add(row.logits, row.tangent, row.mask, row.loss)
-        heads.append((row.name, row.tangent.shape[:-1].numel()))
+        heads.append((row.name, row.tangent.shape[:-1]))
         if row.mask is not None and not bool(row.mask.any()):
             uncounted.append(logit_spread(row.tangent).flatten().double())
         yield row
         del row  # frees its memory before the next one is computed
 
 
-def _head_of(index: int, heads: Sequence[tuple[str, int]]) -> str | None:
-    if len({name for name, _ in heads}) < 2:
-        return None
-    for name, count in heads:
-        index -= count
-        if index < 0:
-            return name
+def _place_of(index: int, shapes: Sequence[torch.Size]) -> Row | None:
+    for number, shape in enumerate(shapes):
+        if index < shape.numel():
+            place = torch.unravel_index(torch.tensor(index), shape)
+            return Row(number, len(shapes), tuple(map(int, place)), tuple(shape))
+        index -= shape.numel()
     return None
