@@ -251,35 +251,43 @@ def guarded(optimizer: torch.optim.Optimizer, model: nn.Module, rule: str) -> Sa
     return guard
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Return mean result, spread over seeds and steps touched; and the mean rank of each rule."""
-    lines = ["| run | " + " | ".join(RULES) + " |", "|---" * (len(RULES) + 1) + "|"]
-    ranks: dict[str, list[float]] = {rule: [] for rule in RULES}
+def table(results: dict[str, dict[str, float]], rules: list[str]) -> str:
+    """Return mean results, half their range and steps touched, over the seeds that all rules have.
+
+    Accuracy where there is one, then the loss; below, the mean rank of the loss, ties shared.
+    """
+    lines = ["| run | seeds | " + " | ".join(rules) + " |", "|---" * (len(rules) + 2) + "|"]
+    ranks: list[list[float]] = []
     for situation in SITUATIONS:
-        cells, means = [], {}
-        for rule in RULES:
-            found = [
-                value for key, value in results.items()
-                if key.rsplit(" | ", 1)[0] == f"{situation} | {rule}"
-            ]  # fmt: skip
-            if not found:
-                cells.append("")
-                continue
-            losses = [each["loss"] for each in found]
-            means[rule] = statistics.fmean(losses)
-            spread = (max(losses) - min(losses)) / 2
-            told = f"{means[rule]:.3f} +- {spread:.3f}"
-            if "accuracy" in found[0]:
-                accuracy = statistics.fmean(each["accuracy"] for each in found)
-                told = f"{accuracy:.3f} / {told}"
-            cells.append(f"{told} ({statistics.fmean(each['touched'] for each in found):.0f})")
-        lines.append(f"| {situation} | " + " | ".join(cells) + " |")
-        if len(means) == len(RULES):
-            for place, rule in enumerate(sorted(means, key=means.__getitem__)):
-                ranks[rule].append(place + 1)
-    mean_ranks = [f"{statistics.fmean(r):.1f}" if r else "" for r in ranks.values()]
-    lines.append("| mean rank of the loss | " + " | ".join(mean_ranks) + " |")
+        by_rule = [of_rule(results, situation, rule) for rule in rules]
+        seeds = sorted(set.intersection(*map(set, by_rule)))
+        if not seeds:
+            continue
+        found = [[seen[seed] for seed in seeds] for seen in by_rule]
+        means = [statistics.fmean(each["loss"] for each in seen) for seen in found]
+        ranks.append(
+            [sum(m < mean for m in means) + sum(m == mean for m in means) / 2 + 0.5
+             for mean in means]
+        )  # fmt: skip
+        lines.append(f"| {situation} | {len(seeds)} | {' | '.join(map(cell, found))} |")
+    mean_ranks = [f"{statistics.fmean(of_one):.1f}" for of_one in zip(*ranks, strict=True)]
+    lines.append("| mean rank of the loss | | " + " | ".join(mean_ranks) + " |")
     return "\n".join(lines)
+
+
+def of_rule(
+    results: dict[str, dict[str, float]], situation: Situation, rule: str
+) -> dict[str, dict[str, float]]:
+    start = f"{situation} | {rule} | "
+    return {key[len(start) :]: each for key, each in results.items() if key.startswith(start)}
+
+
+def cell(found: list[dict[str, float]]) -> str:
+    losses = [each["loss"] for each in found]
+    told = f"{statistics.fmean(losses):.3f} +- {(max(losses) - min(losses)) / 2:.3f}"
+    if "accuracy" in found[0]:
+        told = f"{statistics.fmean(each['accuracy'] for each in found):.3f} / {told}"
+    return f"{told} ({statistics.fmean(each['touched'] for each in found):.0f})"
 
 
 def main() -> None:
@@ -305,7 +313,7 @@ def main() -> None:
                 print(key, results[key], flush=True)
                 options.json.write_text(json.dumps(results, indent=0))
     if options.table:
-        print(table(results))
+        print(table(results, options.rules))
 
 
 if __name__ == "__main__":
