@@ -289,7 +289,9 @@ class Recorder:
         self._calls.append(call)
         if self._others is None:
             own = set(self._params())
-            self._others = [param for param in self.module.parameters() if param not in own]
+            # Within a call, fully_shard has whole parameters in the place of the optimizer's.
+            everything = () if any(map(is_sharded, own)) else self.module.parameters()
+            self._others = [param for param in everything if param not in own]
         call.kept.begin(self._others)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, Rprop
 
 _SEVERAL = "the optimizer evaluates its closure at several places in a step"
 _IN_PLACE = "the gradients were changed in place during the step, by the optimizer or its closure"
@@ -42,12 +42,13 @@ class UsedGradient:
         if isinstance(optimizer, LBFGS):
             return _SEVERAL
         groups = optimizer.param_groups
-        if any(map(_adds_momentum_in_place, groups)):  # also where a closure made the gradients
+        if isinstance(optimizer, Rprop) or any(map(_adds_momentum_in_place, groups)):
             return _IN_PLACE
+        if type(optimizer).__module__.startswith("torch.optim"):  # of which no other does so
+            return None
         gradient = self._gradient
         is_changed = gradient is not None and gradient._version != self._version
-        # A fused step counts as a change, and makes none but for dividing by a GradScaler's scale.
-        return _IN_PLACE if is_changed and not any(g.get("fused") for g in groups) else None
+        return _IN_PLACE if is_changed else None
 
 
 def _adds_momentum_in_place(group: dict[str, Any]) -> bool:

@@ -197,7 +197,7 @@ def test_trackers_that_the_trainer_put_first_see_r(tmp_path):
 
     train_on(
         small_model(), tmp_path, {"logging_strategy": "steps", "logging_steps": 1},
-        callbacks=[Tracker(), StepSafetyCallback()],
+        callbacks=[Tracker(), StepSafetyCallback(audit_interval=1)],
     )  # fmt: skip
 
     *steps, _ = seen  # the last is the summary of the training

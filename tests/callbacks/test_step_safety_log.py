@@ -37,7 +37,7 @@ def scaler():
 
 
 def test_step_safety_logs_its_names_and_the_run(fit, tmp_path):
-    safety = StepSafety()
+    safety = StepSafety(audit_interval=1)
     logger = CSVLogger(tmp_path, name="logs")
 
     trainer = fit(Classifier(), safety, logger=logger)
@@ -106,7 +106,8 @@ def test_the_audited_gradient_is_that_of_the_mean_loss_and_clipped_as_lightning_
             ratios.append(self.last[0] and self.last[0].gradient_ratio)
 
     plugins = plugins() if plugins else None
-    fit(Clipped(), Noting(), accumulate_grad_batches=2, max_epochs=1, plugins=plugins)
+    safety = Noting(audit_interval=1)
+    fit(Clipped(), safety, accumulate_grad_batches=2, max_epochs=1, plugins=plugins)
 
     assert ratios[1::2] == pytest.approx([0.05 / norm for norm in norms], rel=5e-3)
 
