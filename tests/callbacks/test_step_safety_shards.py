@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from helpers.scripts import run_script
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 pytestmark = pytest.mark.slow
@@ -117,6 +119,12 @@ def test_flattened_and_tensor_parallel_modules_are_measured_by_difference(found,
             assert report["status"] in ("ok", "clipped")
             assert report["estimator"].startswith(("difference", "secant", "predicted"))
             assert report["step_norm"] > 0
+
+
+def test_lightning_itself_keeps_its_own_fsdp_strategy_off_a_cpu():
+    """So a subclass, which it lets pass, stands for it in the tests of flattened modules."""
+    with pytest.raises(ValueError, match="`fsdp` requires a GPU accelerator"):
+        Trainer(accelerator="cpu", devices=2, strategy=FSDPStrategy(), logger=False)
 
 
 def test_flattened_modules_train_bitwise_as_without_a_guard_that_does_not_intervene(found):
