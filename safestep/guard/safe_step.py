@@ -40,6 +40,7 @@ from safestep.guard.undo import Undo, carry_out
 from safestep.measure.binding_radius import radii_of_step
 from safestep.measure.cross_check import CheckedEstimator
 from safestep.measure.inner_radii import RadiusName, inner_watch
+from safestep.measure.part_of_batch import PartOfBatch
 from safestep.measure.registry import EstimatorOption
 from safestep.measure.update import Estimator, Finding, Measurement, Update
 from safestep.parallel.ranks import Ranks
@@ -187,11 +188,14 @@ class SafeStep(GuardedStep):
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         self._inside = inner_watch(module, radii)
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
-        self._estimator = CheckedEstimator(module, controller.rule, first, logits, self._inside)
+        few = PartOfBatch() if is_sparing else None
+        self._estimator = CheckedEstimator(
+            module, controller.rule, first, logits, self._inside, few
+        )
         self._retries = Retries()
         again = self._estimator.second_gradient if self._agreement.is_alone else None
         self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
-        parts = {"gradient": self._audit, "predictor": self._predictor}
+        parts = {"gradient": self._audit, "predictor": self._predictor, "part_of_batch": few}
         self._parts = {name: part for name, part in parts.items() if part is not None}
         kept = KeptBatches(run_dir, keep_batches, ranks)
         self._second_run = SecondRun(module, ranks, self._journal, kept)

@@ -118,6 +118,18 @@ class Schedule:
         if self._tried >= self._first:
             self._gap = min(2 * self._gap, LONGEST_GAP)
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the state as plain numbers."""
+        return {"since": self._since, "gap": self._gap, "tried": self._tried}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take what `state_dict` returned.
+
+        Args:
+            state: The state; it is not changed.
+        """
+        self._since, self._gap, self._tried = state["since"], state["gap"], state["tried"]
+
     def reset(self) -> None:
         """Try again at the next measurement."""
         self._since, self._gap, self._tried = 0, 1, 0

@@ -51,6 +51,7 @@ class CheckedEstimator:
         estimator: The estimator to begin with.
         logits: The user's way from an output to its logits.
         inside: Looks inside the model wherever the estimator is "jvp".
+        part: Learns what a part of a batch tells about all of it; None where all is measured.
 
     Attributes:
         estimator: The estimator in use.
@@ -64,13 +65,14 @@ class CheckedEstimator:
         estimator: Estimator = Estimator.JVP,
         logits: LogitsFn | None = None,
         inside: InnerWatch | None = None,
+        part: PartOfBatch | None = None,
     ) -> None:
         self.estimator = estimator
         self._module = module
         self._rule = rule
         self._inside = inside
         self.finder = LogitFinder(logits)
-        self._part = PartOfBatch()
+        self._part = part
         self._checks = Schedule(FIRST_CHECKS)
         self._retries = Schedule()
         self._has_fallen_back = False
@@ -88,8 +90,9 @@ class CheckedEstimator:
         Args:
             update: The update.
         """
-        is_simple = self.estimator is Estimator.JVP and self._rule.quantile is None
-        return is_simple and not self._is_doubtful and self._part.can_tell(update)
+        if self._part is None or self.estimator is not Estimator.JVP or self._is_doubtful:
+            return False
+        return self._rule.quantile is None and self._part.can_tell(update)
 
     def measure(self, update: Update, quick: Estimator | None = None) -> Measurement:
         """Return what is measured of one update.
@@ -166,10 +169,12 @@ class CheckedEstimator:
         self.finder.show = audit.see
         try:
             with closing(self._rows(self.estimator, update)) as rows:
-                smallest = self._rule.reduce(self._part.noting(rows, update))
+                noted = rows if self._part is None else self._part.noting(rows, update)
+                smallest = self._rule.reduce(noted)
         finally:
             self.finder.show = None
-        self._try_part(smallest, update)
+        if self._part is not None:
+            self._try(self._part, smallest, update)
         slopes = audit.compared(is_coarse=self._is_half(update))
         return _measurement(self.estimator, smallest, slopes=slopes)
 
@@ -179,25 +184,25 @@ class CheckedEstimator:
         Raises:
             RuntimeError: If they are not known to tell enough: another rank's are.
         """
-        if not self.can_sample(update):
+        if self._part is None or not self.can_sample(update):
             raise RuntimeError("a part of the batch is not known to tell enough of all")
         try:
-            part = self._smallest(Estimator.SAMPLED, self._part.of(update))
+            found = self._smallest(Estimator.SAMPLED, self._part.of(update))
         except Exception:
             self._part.distrust()
             raise
-        return self._part.estimate(update, part)
+        return self._part.estimate(update, found)
 
-    def _try_part(self, whole: BatchRadius, update: Update) -> None:
+    def _try(self, part: PartOfBatch, whole: BatchRadius, update: Update) -> None:
         """Learn from a measurement what a part of the batch tells, and check it now and then."""
-        first = self._part.learn(whole)
-        if not self._part.is_due(first):
+        first = part.learn(whole)
+        if not part.is_due(first):
             return
         try:
-            alone = self._smallest(Estimator.SAMPLED, self._part.of(update)).spread
+            alone = self._smallest(Estimator.SAMPLED, part.of(update)).spread
         except Exception:  # the step is measured; only whole batches can be
             alone = nan
-        self._part.compare(first, alone, _ROUNDING_HALF if self._is_half(update) else _ROUNDING)
+        part.compare(first, alone, _ROUNDING_HALF if self._is_half(update) else _ROUNDING)
 
     def _smallest(self, estimator: Estimator, update: Update) -> BatchRadius:
         """Return the smallest radius of the batch."""

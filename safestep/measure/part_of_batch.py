@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import inf, pi
 from statistics import median
+from typing import Any
 
 from torch import Tensor
 
@@ -21,13 +22,16 @@ _LEAST = 2  # examples; of one alone the spread says little about the largest
 _FEWEST = 8  # examples of a batch: of fewer, all are measured
 _WINDOW = 32  # exact measurements that show how much larger the largest spread is
 _FIRST_CHECKS = 2  # that must agree before a part is trusted
+_FIRST_RATIOS = 4
+_VARIATION = 1.6  # of the ratios, largest to median: if they vary more, a part tells too little
 
 
 class PartOfBatch:
     """What the first examples of a batch tell about all of them.
 
     The largest spread of a row is estimated as that among the first examples, times the median of
-    what the last exact measurements found this ratio to be.
+    what the last exact measurements found this ratio to be. Where the ratio varies a lot, as in
+    small batches, a part does not tell enough.
 
     Whether the examples alone have the spreads that they have among all is tried out beside exact
     measurements, the first and then ever fewer. BatchNorm in train mode couples examples, dropout
@@ -42,8 +46,10 @@ class PartOfBatch:
 
     def can_tell(self, update: Update) -> bool:
         """Return whether a part of the batch will do in place of all of it."""
-        is_known = self._agreed >= _FIRST_CHECKS and len(self._ratios) >= _FIRST_CHECKS
-        return is_known and not update.is_sharded and _sizes(update.calls) is not None
+        if self._agreed < _FIRST_CHECKS or len(self._ratios) < _FIRST_RATIOS or update.is_sharded:
+            return False
+        is_steady = max(self._ratios) <= _VARIATION * median(self._ratios)
+        return is_steady and _sizes(update.calls) is not None
 
     def of(self, update: Update) -> Update:
         """Return the update with the first examples of its calls alone.
@@ -125,6 +131,21 @@ class PartOfBatch:
             Estimator.SAMPLED, radius=pi / spread if spread else inf, spread=spread,
             bottleneck=row, head=part.head, examples=_sizes(update.calls),
         )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain numbers and lists."""
+        checks = self._checks.state_dict()
+        return {"ratios": list(self._ratios), "agreed": self._agreed, "checks": checks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` returned.
+
+        Args:
+            state: The state; it is not changed.
+        """
+        self._ratios = deque(state["ratios"], maxlen=_WINDOW)
+        self._agreed = state["agreed"]
+        self._checks.load_state_dict(state["checks"])
 
     def distrust(self) -> None:
         """Measure whole batches until checks agree again."""

@@ -347,7 +347,7 @@ def test_a_check_that_cannot_be_made_is_said_once_and_tried_again_ever_more_rare
     torch.manual_seed(0)
     model, inputs = nn.Linear(4, 5), torch.randn(16, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    guard = SafeStep(optimizer, model)
+    guard = SafeStep(optimizer, model, estimator="jvp")
 
     def step():
         optimizer.zero_grad()

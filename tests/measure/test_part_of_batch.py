@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from safestep import SafeStep, logit_spread, logits_jvp
 from safestep.guard.predictor import FIRST_EXACT
+from safestep.measure.part_of_batch import PartOfBatch
+from safestep.radius.batch import BatchRule, LogitTangent
 
 CLASSES = 5
 # The first rows of one mask are the same for fewer rows; those of the second are not.
@@ -31,7 +34,7 @@ def perceptron(*middle):
     return nn.Sequential(nn.Linear(6, 32), *middle, nn.Tanh(), nn.Linear(32, CLASSES))
 
 
-def train(model, steps, *, r, size=16, **arguments):
+def train(model, steps, *, r, size=64, **arguments):
     """Train with steps of about a given r; return the reports with the exact r of each."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
     guard = SafeStep(optimizer, model, action="monitor")
@@ -68,8 +71,8 @@ def test_estimate_is_near_the_exact_r_and_says_how_many_examples(form):
 
     found = train(model, 60, r=0.3, **arguments)
 
-    sampled = [(report, exact) for report, exact in found if report.estimator == "sampled 2/16"]
-    assert len(sampled) >= 5
+    sampled = [(report, exact) for report, exact in found if report.estimator == "sampled 8/64"]
+    assert len(sampled) >= 3
     ratios = [report.normalized_step / exact for report, exact in sampled]
     assert 0.6 < statistics.median(ratios) < 1.7
     assert min(ratios) > 0.4
@@ -83,7 +86,7 @@ def test_sampled_rows_are_those_of_the_first_examples():
 
     sampled = [report for report, _ in found if report.estimator.startswith("sampled")]
     assert sampled
-    assert {report.bottleneck for report in sampled} <= {0, 1}
+    assert {report.bottleneck for report in sampled} <= set(range(8))
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(32), TWO_MASKS], ids=["norm", "dropout"])
@@ -104,7 +107,40 @@ def test_examples_that_depend_on_each_other_are_measured_together(layer):
 
 def test_batch_too_small_to_cut_is_measured_whole():
     found = train(perceptron(), 40, r=0.3, size=6)
+
     assert not any(report.estimator.startswith("sampled") for report, _ in found)
+
+
+def test_batch_whose_examples_differ_too_much_is_measured_whole():
+    model = perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, model, action="monitor")
+    used = set()
+    for step in range(40):
+        inputs, labels = torch.randn(64, 6), torch.randint(CLASSES, (64,))
+        inputs[8 if step % 4 == 3 else 0] *= 10  # sets r, in the part or outside it
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        used.add(guard.last.estimator.split(" ")[0])
+    assert "sampled" not in used
+
+
+def test_state_comes_back():
+    one, other = PartOfBatch(), PartOfBatch()
+    rows = [LogitTangent("output", torch.zeros(16, 2), torch.eye(16)[:, :2] + torch.ones(16, 1))]
+    update = SimpleNamespace(is_sharded=False, calls=[SimpleNamespace(num_examples=16)])
+    for _ in range(4):
+        whole = BatchRule().reduce(one.noting(rows, update))
+        first = one.learn(whole)
+        if one.is_due(first):
+            one.compare(first, first, 0.0)
+    assert one.can_tell(update)
+
+    other.load_state_dict(one.state_dict())
+
+    assert other.can_tell(update)
+    assert other.state_dict() == one.state_dict()
 
 
 def test_batch_that_is_shorter_once_is_measured_all_the_same():
@@ -130,7 +166,7 @@ def test_training_is_bitwise_the_same_while_parts_are_measured():
         used = set()
         for _ in range(40):
             optimizer.zero_grad()
-            inputs, labels = torch.randn(16, 6), torch.randint(CLASSES, (16,))
+            inputs, labels = torch.randn(64, 6), torch.randint(CLASSES, (64,))
             cross_entropy(model(inputs), labels).backward()
             optimizer.step()
             used.add(None if guard is None else guard.last.estimator.split(" ")[0])
