@@ -112,8 +112,8 @@ def test_batch_too_small_to_cut_is_measured_whole():
 
 
 def test_batch_whose_examples_differ_too_much_is_measured_whole():
-    model = perceptron()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model = nn.Linear(6, CLASSES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     guard = SafeStep(optimizer, model, action="monitor")
     used = set()
     for step in range(40):
