@@ -35,7 +35,10 @@ def train(seed, barrier=None):
 
 def test_two_threads_that_measure_at_once_find_what_each_finds_alone():
     alone = [train(seed) for seed in range(2)]
-    together, barrier = {}, threading.Barrier(2)
+    together, barrier = (
+        {},
+        threading.Barrier(2, timeout=60),
+    )  # a thread that failed leaves none waiting
     threads = [
         threading.Thread(target=lambda seed=seed: together.update({seed: train(seed, barrier)}))
         for seed in range(2)
