@@ -6,9 +6,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from safestep import SafeStep, worker_dispersion
 from safestep.runlog.writer import RunLog
+
+# Its thread would outlive the test: what a model draws could then be another thread's draw.
+tqdm.monitor_interval = 0
 
 
 def pytest_collectstart():

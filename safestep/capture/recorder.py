@@ -120,12 +120,14 @@ class Recorder:
         self._told.clear()
 
     def begin_step(self) -> None:
-        """Record calls only at the parameters of the first one from now on, until `take`.
+        """Record calls only at the parameters of the first one that waits or comes, until `take`.
 
         An optimizer like LBFGS evaluates its closure again at other parameters; what the gradient
         shows there (rows that are fitted, rows that count) is not so at the start of the step.
         """
+        # Schedule-free optimizers move before they evaluate; SAM after an evaluation of its own.
         self._is_in_step = True
+        self._step_start = _versions(self._params()) if self._calls else None
 
     def take(self) -> list[Call]:
         """Return the queued calls and forget them."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer, Rprop
 
 _SEVERAL = "the optimizer evaluates its closure at several places in a step"
+_ANEW = "the gradients were computed anew during the step"
 _IN_PLACE = "the gradients were changed in place during the step, by the optimizer or its closure"
 
 
@@ -20,7 +21,8 @@ class UsedGradient:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._gradient = next((p.grad for p in params if p.grad is not None), None)
+        self._param = next((p for p in params if p.grad is not None), None)
+        self._gradient = None if self._param is None else self._param.grad
         self._version = -1 if self._gradient is None else self._gradient._version
 
     def obstacle(self, optimizer: Optimizer) -> str | None:
@@ -46,9 +48,11 @@ class UsedGradient:
             return _IN_PLACE
         if type(optimizer).__module__.startswith("torch.optim"):  # of which no other does so
             return None
-        gradient = self._gradient
-        is_changed = gradient is not None and gradient._version != self._version
-        return _IN_PLACE if is_changed else None
+        if self._param is None or self._gradient is None:
+            return None
+        if self._param.grad is not self._gradient:
+            return _ANEW
+        return _IN_PLACE if self._gradient._version != self._version else None
 
 
 def _adds_momentum_in_place(group: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ def loop_call(model, loss, *inputs):
     """Return what a recorder knows of a forward call after `loss` of its output went backward."""
     call = SimpleNamespace(
         run=run_within(lambda: model(*inputs)),
-        gradients={}, empty=[], obstacle=None, modes=([], []), undrawn=(),
+        gradients={}, empty=[], obstacle=None, modes=([], []), undrawn=(), examples=None,
     )  # fmt: skip
     output = model(*inputs)
     tensors = [(name, t) for name, t in named_tensors(output) if t.requires_grad]
@@ -40,7 +40,13 @@ def loop_call(model, loss, *inputs):
 def step_call(step):
     """Return what a recorder knows of a training step that it was told of."""
     return SimpleNamespace(
-        run=run_within(step), gradients={}, empty=[], obstacle=None, modes=([], []), undrawn=()
+        run=run_within(step),
+        gradients={},
+        empty=[],
+        obstacle=None,
+        modes=([], []),
+        undrawn=(),
+        examples=None,
     )
 
 
