@@ -70,6 +70,9 @@ class GradientWatch:
       match in a run it is none: the loss may have terms that do not pass through the outputs of the
       model. The run is then not audited until the two match.
 
+    Without an interval nobody has said that the loss is one of the outputs alone: what would be an
+    alarm is then only written down, and the run is not audited until the two match.
+
     Several ranks make no second gradient. There, an alarm takes two audited steps in a row whose
     ratio is off by more than 2 % (10 % in half precision); two equal ones if the ratio is below 1.
 
@@ -230,7 +233,13 @@ class GradientWatch:
         self._since, self._obstacle = step, None
         last = "" if self._matched is None else f"; it matched at step {self._matched}"
         ratio = f"ratio {_near_one(slopes.ratio)} since step {step}"
-        text = f"gradient does not match the loss: {ratio} ({why}{last})"
+        found = f"{ratio} ({why}{last})"
+        if self._interval is None:  # a penalty that grows from zero, gradient surgery: not asked
+            self._obstacle = f"the gradient is no longer that of the model's outputs: {found}"
+            text = f"the gradient is not audited: {self._obstacle}"
+            self._tell(GradientEvent(step, step, "not audited", text))
+            return
+        text = f"gradient does not match the loss: {found}"
         self._tell(GradientEvent(step, step, "wrong", text, _TO_REPAIR))
 
 

@@ -196,7 +196,8 @@ def test_trackers_that_the_trainer_put_first_see_r(tmp_path):
             seen.append(dict(logs))
 
     train_on(
-        small_model(), tmp_path, {"logging_strategy": "steps", "logging_steps": 1},
+        small_model(), tmp_path,
+        {"logging_strategy": "steps", "logging_steps": 1, "max_grad_norm": 1e6},
         callbacks=[Tracker(), StepSafetyCallback(audit_interval=1)],
     )  # fmt: skip
 

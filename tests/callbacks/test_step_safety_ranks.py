@@ -122,7 +122,7 @@ def test_step_safety_names_the_rank_that_cannot_run_its_step_again(faulty):
         reports = faulty[scenario][0]["reports"]
         assert len(reports) == 4
         assert {report["status"] for report in reports} == {status}
-        assert {r["reason"] for r in reports} == {"rank 1: KeyError: 'labels are gone'"}
+        assert all(r["reason"].startswith("rank 1: KeyError: 'labels are gone'") for r in reports)
 
 
 @pytest.mark.slow

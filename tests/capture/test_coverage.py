@@ -318,7 +318,7 @@ def test_r_is_measured_and_training_unchanged_for(name, table):
     watched, plain = build(name), build(name)
     torch.manual_seed(1)
     optimizers = [torch.optim.AdamW(case.model.parameters(), lr=1e-3) for case in (watched, plain)]
-    guard = SafeStep(optimizers[0], watched.model, action="monitor")
+    guard = SafeStep(optimizers[0], watched.model, action="monitor", estimator="jvp")
     ratios = []
     for _ in range(10):
         before = copy.deepcopy(watched.model)

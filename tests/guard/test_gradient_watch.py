@@ -183,11 +183,24 @@ def test_audits_leave_training_bitwise_as_it_is(tmp_path):
     assert torch.equal(*weights)
 
 
-def test_what_a_run_knows_goes_on_after_a_resume():
+def test_a_penalty_that_grows_is_written_down_and_nobody_is_warned():
+    """Nobody has said that the loss is one of the outputs alone."""
     told = []
     watch = GradientWatch(None, told.append, {}, None)
     feed(watch, [(1.0 + 1e-5 * (step % 3), 1.0) for step in range(20)])
-    resumed = GradientWatch(None, told.append, {}, None)
+
+    feed(watch, [(1.3, 1.1), (1.31, 1.2)], first=20)
+
+    (event,) = told
+    assert event.finding == "not audited"
+    assert event.advice is None
+
+
+def test_what_a_run_knows_goes_on_after_a_resume():
+    told = []
+    watch = GradientWatch(1, told.append, {}, None)
+    feed(watch, [(1.0 + 1e-5 * (step % 3), 1.0) for step in range(20)])
+    resumed = GradientWatch(1, told.append, {}, None)
     resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
 
     feed(resumed, [(1.3, 1.1), (1.31, 1.2)], first=20)
@@ -208,7 +221,7 @@ def test_what_a_run_knows_goes_on_after_a_resume():
 )
 def test_several_ranks_judge_by_the_ratio_alone(ratios, alarms):
     told = []
-    watch = GradientWatch(None, told.append, {}, None)
+    watch = GradientWatch(1, told.append, {}, None)
     feed(watch, [(1.0 + 1e-5 * (step % 3), 1.0) for step in range(20)])
 
     feed(watch, ratios, first=20)

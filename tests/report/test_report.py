@@ -66,7 +66,7 @@ def test_report_of_a_spiked_run_opens_with_what_happened(spiked_run, tmp_path):
     assert "Protected: the guard scaled down" in page.words
     assert "learning rate x10,000" in page.words
     assert sum(label.startswith("The loss went") for label in page.values("aria-label")) == 1
-    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.pdf"))) == 7
+    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.pdf"))) == 8
     assert all(file.stat().st_size > 2000 for file in tmp_path.iterdir())
 
 
