@@ -121,7 +121,7 @@ class SecondRun:
 
     def _outputs(self, update: Update) -> list[Any]:
         outputs = []
-        with torch.no_grad(), update.at_start():
+        with update.alone(), torch.no_grad(), update.at_start():
             for call in update.calls:
                 with without_side_effects(self._module, call.undrawn):
                     outputs.append(call.run())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Generator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from math import inf, isfinite, nan, pi
-from threading import RLock
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ _ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part o
 _OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
 # Differences that go ever nearer where r is over 1, until two in a row have this ratio or less.
 _APPROACHES, _SETTLED = 4, 1.2
-_MEASURING = RLock()  # forward mode and the choice of kernels belong to the process, not the thread
 
 
 class CheckedEstimator:
@@ -107,8 +105,7 @@ class CheckedEstimator:
         Raises:
             RuntimeError: If no estimator works, or no tangent reaches the logits.
         """
-        # Ranks of shards wait for each other while they measure, so they must not wait for a lock.
-        with nullcontext() if update.is_sharded else _MEASURING:
+        with update.alone():
             found = self._found(update, quick)
         lacks = {what: None for call in update.calls for what in call.lacks}
         warning = found.warning or self.finder.warning

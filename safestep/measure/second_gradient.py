@@ -91,7 +91,8 @@ def _gradients(update: Update, params: Sequence[Tensor], module: nn.Module) -> l
     ends = LossEnds(update.calls, is_made=update.is_made)
     total = [torch.zeros_like(param, memory_format=torch.preserve_format) for param in params]
     for call in update.calls:
-        with without_side_effects(module, call.undrawn), torch.enable_grad():
+        isolated = without_side_effects(module, call.undrawn)
+        with update.alone(), isolated, torch.enable_grad():
             pairs = list(ends.of(call, call.run(), _has_graph))
             roots, seeds = map(list, zip(*pairs, strict=True))
             found = torch.autograd.grad(roots, params, seeds, allow_unused=True)

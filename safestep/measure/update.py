@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import compress
 from math import inf, nan, pi
+from threading import RLock
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from safestep.measure.slopes import UNSEEN, Slopes
 from safestep.parallel.shards import counted_here
 from safestep.radius.batch import Row
 from safestep.radius.loss_change import NO_CHANGE, LossChange
+
+# Forward mode, the choice of kernels and the functions that are made visible are the process's.
+_ONE_AT_A_TIME = RLock()
 
 
 @dataclass(slots=True)
@@ -46,6 +51,11 @@ class Update:
     def parts(self) -> list[Tensor]:
         """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""
         return list(compress(self.change, counted_here(self.params)))
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Return a context in which no other thread runs a call again."""
+        # Ranks of shards wait for each other while they measure, so they must not wait for a lock.
+        return nullcontext() if self.is_sharded else _ONE_AT_A_TIME
 
     def at_start(self) -> AbstractContextManager[None]:
         """Return a context in which the parameters are where the update begins."""
