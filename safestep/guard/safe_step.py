@@ -178,20 +178,18 @@ class SafeStep(GuardedStep):
         }  # fmt: skip
         self._journal = Journal(run_dir, self._settings, process_group, owners=model.parameters())
         ranks = Ranks(self._trained(), process_group, model)
-        ranks.share(self.state_dict, self.load_state_dict)
-        self._agreement = Agreement(
-            optimizer, ranks, self._journal.tell_drift, replica_check_interval
-        )
+        state = self.state_dict, self.load_state_dict
+        ranks.share(*state)
+        tell = self._journal.tell_drift
+        self._agreement = Agreement(optimizer, ranks, tell, replica_check_interval)
         limits = max_normalized_step, controller.passes_long_steps
         self._predictor = Predictor(*limits) if is_sparing else None
         module = recorder.module
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        self._inside = inner_watch(module, radii)
+        inside = self._inside = inner_watch(module, radii)
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
         few = PartOfBatch() if is_sparing else None
-        self._estimator = CheckedEstimator(
-            module, controller.rule, first, logits, self._inside, few
-        )
+        self._estimator = CheckedEstimator(module, controller.rule, first, logits, inside, few)
         self._retries = Retries()
         again = self._estimator.second_gradient if self._agreement.is_alone else None
         self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
@@ -199,7 +197,6 @@ class SafeStep(GuardedStep):
         self._parts = {name: part for name, part in parts.items() if part is not None}
         kept = KeptBatches(run_dir, keep_batches, ranks)
         self._second_run = SecondRun(module, ranks, self._journal, kept)
-        state = self.state_dict, self.load_state_dict
         self._rollback = Rollback(optimizer, module, rollback, rollback_after, state, ranks)
         self._handles = self._attach()
 
@@ -396,8 +393,7 @@ class SafeStep(GuardedStep):
             self._journal.warn_once(f"the {kind} radius is not measured: {reason}")
 
     def _trained(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        return [p for group in groups for p in group["params"] if p.requires_grad]
+        return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
 
 
 _NO_UPDATE = Update([], [], [], [])
