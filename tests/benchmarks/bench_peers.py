@@ -5,101 +5,33 @@ is in the JSON file is not run again: stop it when you like, and go on with the 
 
     python tests/benchmarks/bench_peers.py
 
-The file then has every run; ``--table`` prints what peer_summary.py makes of it, and notebook 07
-shows it. The tasks and situations are in peer_tasks.py, the rules in peer_rules.py.
+The file then has every run; ``--table`` prints what peers/summary.py makes of it, and notebook 07
+shows it. Tasks, situations and rules are one entry each in peers/tasks.py, peers/situations.py and
+peers/rules.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
+import subprocess
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from time import monotonic, process_time
+from time import monotonic
 from typing import Any
 
 import torch
-from peer_rules import RULES, Rule, available
-from peer_summary import COLUMNS, Runs, table
-from peer_tasks import RATES, SITUATIONS, STEPS, TASKS, Situation, Task
+from peers import rules, tasks
+from peers.ranks import train_anywhere
+from peers.rules import RULES
+from peers.situations import RATES, SITUATIONS, STEPS
+from peers.summary import COLUMNS, Runs, table
+from peers.tasks import TASKS
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 SAVE_SECONDS = 20
-
-
-def run(task: Task, rule_type: type[Rule], situation: Situation, seed: int) -> list[Any]:
-    """Train once and return what came out, in the order of COLUMNS."""
-    torch.manual_seed(seed)
-    model = task.model()
-    start, _ = task.evaluate(model)
-    rule = rule_type(model, task.lr, situation.betas)
-    begin, losses = process_time(), _train(task, model, rule, situation, seed)
-    seconds = process_time() - begin
-    rule.before_evaluation()
-    final, accuracy = task.evaluate(model)
-    return [
-        _short(final), _short(accuracy), rule.touched, round(seconds, 2),
-        _short(_spike_score(losses)), len(losses), _short(start),
-    ]  # fmt: skip
-
-
-def _train(
-    task: Task, model: torch.nn.Module, rule: Rule, situation: Situation, seed: int
-) -> list[float]:
-    """Train and return the losses, fewer than STEPS where the rule ended the run."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    rates = [group["lr"] for group in rule.optimizer.param_groups]
-    losses = []
-    for step in range(STEPS):
-        factor = min(1.0, (step + 1) / situation.warm_up) * situation.rate(step)
-        for group, rate in zip(rule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        try:
-            losses.append(_step(task, model, rule, situation, step, generator))
-        except RuntimeError as error:
-            if "in a row" not in str(error):  # else the guard ended the run
-                raise
-            break
-    return losses
-
-
-def _step(
-    task: Task, model: torch.nn.Module, rule: Rule, situation: Situation, step: int,
-    generator: torch.Generator,
-) -> float:  # fmt: skip
-    """Make one step of training and return the loss before it."""
-    inputs, targets = situation.spoil(step, *task.batch(generator))
-
-    def forward() -> torch.Tensor:
-        with situation.context():
-            logits = model(inputs)
-        return situation.logits(step, logits.float())
-
-    logits = forward()
-    loss_of = task.loss(logits, targets, generator)
-    loss = loss_of(logits)
-    rule.optimizer.zero_grad()
-    loss.backward()
-    rule.step(loss.detach(), lambda: loss_of(forward()))
-    return float(loss.detach())
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.4g}") if math.isfinite(value) else None
-
-
-def _spike_score(losses: list[float]) -> float:
-    """Return the share of losses over the rolling mean of 64 by more than 7 standard deviations."""
-    spikes = 0
-    for index in range(32, len(losses)):
-        before = [x for x in losses[max(0, index - 64) : index] if math.isfinite(x)]
-        limit = statistics.mean(before) + 7 * statistics.stdev(before) if len(before) > 1 else 0.0
-        spikes += not losses[index] <= limit
-    return spikes / max(1, len(losses) - 32)
 
 
 def _wanted(arguments: argparse.Namespace) -> list[tuple[str, str, str, str]]:
@@ -120,7 +52,13 @@ def _load(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     packages = ("torch", "torch-optimi", "pytorch-optimizer", "schedulefree", "prodigyopt")
     versions = {name: version(name) for name in packages}
-    return {"columns": COLUMNS, "steps": STEPS, "versions": versions, "runs": {}}
+    return {"columns": COLUMNS, "steps": STEPS, "versions": versions, "commits": [], "runs": {}}
+
+
+def _commit() -> str:
+    """Return the commit of the code that is run."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _save(path: Path, found: dict[str, Any]) -> None:
@@ -134,8 +72,8 @@ def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--rule", nargs="+", choices=RULES, default=available())
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=tasks.available())
+    parser.add_argument("--rule", nargs="+", choices=RULES, default=rules.available())
     parser.add_argument("--situation", nargs="+", choices=SITUATIONS, default=list(SITUATIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -144,6 +82,8 @@ def main() -> None:
     warnings.simplefilter("ignore", UserWarning)
     found = _load(arguments.json)
     if not arguments.table:
+        if (commit := _commit()) not in found["commits"]:
+            found["commits"].append(commit)
         train(found, _wanted(arguments), arguments.json)
     for task in arguments.task:
         print(f"\n{table(Runs(found), task)}")
@@ -159,7 +99,7 @@ def train(found: dict[str, Any], wanted: list[tuple[str, str, str, str]], path: 
     ]
     try:
         for task, rule, situation, seed in tqdm(missing, "runs", smoothing=0.05):
-            result = run(TASKS[task], RULES[rule], SITUATIONS[situation], int(seed))
+            result = train_anywhere(task, rule, situation, int(seed))
             of_rule = runs.setdefault(task, {}).setdefault(rule, {})
             of_rule.setdefault(situation, {})[seed] = result
             if monotonic() - saved > SAVE_SECONDS:

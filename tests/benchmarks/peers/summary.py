@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# Where options were chosen; what is reported comes from the other tasks.
+TUNED = ("character GPT", "digits MLP")
 COLUMNS = ["loss", "accuracy", "touched", "seconds", "spikes", "steps", "start"]
 
 
@@ -32,9 +35,13 @@ class Runs:
         """Read the file."""
         return cls(json.loads(Path(path).read_text()))
 
-    def seeds(self, task: str) -> int:
-        """Return how many seeds were run."""
-        return len(self.runs[task]["nothing"]["healthy"])
+    def seeds(self, task: str, rule: str = "nothing", situation: str = "healthy") -> list[str]:
+        """Return the seeds that were run."""
+        return sorted(self.runs[task].get(rule, {}).get(situation, {}))
+
+    def has(self, task: str, rule: str, situations: Iterable[str]) -> bool:
+        """Return whether a rule was run in all of the situations, by one seed at least."""
+        return all(self.seeds(task, rule, situation) for situation in situations)
 
     def values(self, task: str, rule: str, situation: str, column: str) -> list[float]:
         """Return a column over the seeds; a loss that is not finite is infinite."""
@@ -46,26 +53,32 @@ class Runs:
         """Return the mean over the seeds, NaN where nothing was run."""
         return statistics.fmean(self.values(task, rule, situation, column) or [math.nan])
 
-    def kept(self, task: str, rule: str, situation: str) -> list[float]:
+    def kept(self, task: str, rule: str, situation: str) -> dict[str, float]:
         """Return, by seed, the share of the progress that healthy AdamW makes, in [0, 1].
 
         kept = (loss before training - final loss) / (the same of healthy AdamW on that seed).
         """
         rows = self.runs[task].get(rule, {}).get(situation, {})
         loss, start = self.columns.index("loss"), self.columns.index("start")
-        shares = []
+        shares = {}
         for seed, row in rows.items():
             plain = self.runs[task]["nothing"]["healthy"][seed]
             progress = plain[start] - plain[loss]
             final = math.inf if row[loss] is None else row[loss]
-            shares.append(min(1.0, max(0.0, (plain[start] - final) / progress)))
+            shares[seed] = min(1.0, max(0.0, (plain[start] - final) / progress))
         return shares
 
-    def time_ratio(self, task: str, rule: str, situation: str = "healthy") -> float:
-        """Return the CPU time as a multiple of that of AdamW alone, healthy."""
-        seconds = self.values(task, rule, situation, "seconds")
-        plain = self.values(task, "nothing", "healthy", "seconds")
-        return statistics.median(seconds) / statistics.median(plain) if seconds else math.nan
+    def kept_of_all(self, task: str, rule: str, situations: Iterable[str]) -> dict[str, float]:
+        """Return `kept` as the mean of the situations, by seed that was run in all of them."""
+        found = [self.kept(task, rule, situation) for situation in situations]
+        seeds = sorted(set(found[0]).intersection(*found[1:]))
+        return {seed: statistics.fmean(shares[seed] for shares in found) for seed in seeds}
+
+    def time_ratios(self, task: str, rule: str) -> list[float]:
+        """Return the CPU time of a healthy run as a multiple of AdamW alone, by seed."""
+        place = self.columns.index("seconds")
+        seconds, plain = (self.runs[task].get(r, {}).get("healthy", {}) for r in (rule, "nothing"))
+        return [seconds[seed][place] / plain[seed][place] for seed in sorted(seconds)]
 
     def rates(self, task: str, rule: str) -> dict[float, float]:
         """Return the mean held-out loss by the factor of the learning rate."""
@@ -107,7 +120,7 @@ def table(runs: Runs, task: str) -> str:
         cells += [
             f"{touched:.0f}" if math.isfinite(touched) else "?",
             f"{statistics.fmean(spikes):.3f}", f"x{runs.span(task, rule):.3g}",
-            f"{runs.time_ratio(task, rule):.2f}",
+            f"{statistics.fmean(runs.time_ratios(task, rule) or [math.nan]):.2f}",
         ]  # fmt: skip
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)

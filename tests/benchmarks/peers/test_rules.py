@@ -4,17 +4,10 @@ import math
 
 import pytest
 import torch
-from benchmarks.peer_rules import (
-    AGC,
-    AdaGC,
-    Clip,
-    Guarded,
-    LineSearch,
-    Rule,
-    SkipStep,
-    UpdateRMS,
-    ZClip,
-)
+from benchmarks.peers.gradient_rules import AGC, AdaGC, Clip, SkipStep, ZClip
+from benchmarks.peers.guarded_rules import Guarded
+from benchmarks.peers.rule import Rule
+from benchmarks.peers.update_rules import LineSearch, UpdateRMS
 from helpers.compare import assert_bitwise_equal
 from torch import nn
 
