@@ -42,6 +42,11 @@ preserve_versions = _find(
     "to write to parameters for a while and leave no trace that autograd could object to",
 )
 
+# Tensor parallelism.
+have_same_size = _find(
+    "ops.aten._has_same_storage_numel.default", "to give a distributed tensor a tangent"
+)
+
 # Kernels that have no public name.
 safe_softmax = _find("_safe_softmax", "for attention rows that a mask hides whole")
 softmax_backward = _find("_softmax_backward_data", "as the forward derivative of a softmax")
@@ -102,6 +107,10 @@ ATTRIBUTES = {
     "_get_fsdp_state": "module of fully_shard: the way to its reduce-scatter",
     "_fsdp_param_group": "state of fully_shard: the way to its reduce-scatter",
     "_reduce_scatter_comm": "group of fully_shard: its reduce-scatter, to listen to",
+    "_FromTorchTensor": "torch.distributed.tensor: the way into a DTensor, to carry a tangent",
+    "_ToTorchTensor": "torch.distributed.tensor: the way out of a DTensor, to carry a tangent",
+    "_op_dispatcher": "DTensor: to answer what torch asks when one gets a tangent",
+    "_custom_op_handlers": "dispatcher of DTensor: the answers",
     "_PipelineStageBase": "torch.distributed.pipelining.stage: to find the stages of a pipeline",
     "_get_ddp_logging_data": "DistributedDataParallel: to see another communication hook",
 }

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 from torch.distributed.pipelining import stage as pipelining_stage
+from torch.distributed.tensor import _api as dtensor_api
 
 from safestep import _torch
 
@@ -116,6 +117,9 @@ def holders():
         "_get_backend": group,
         "_timeout": torch._C._distributed_c10d.Backend.Options,
         "_PipelineStageBase": pipelining_stage,
+        **dict.fromkeys(["_FromTorchTensor", "_ToTorchTensor"], dtensor_api),
+        "_op_dispatcher": dtensor_api.DTensor,
+        "_custom_op_handlers": dtensor_api.DTensor._op_dispatcher,
         "_get_ddp_logging_data": ddp,
         "_get_fsdp_state": FSDPModule,
     }

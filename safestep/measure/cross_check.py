@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
@@ -14,6 +13,13 @@ from torch import nn
 
 from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
 from safestep.measure.audit import FIRST_CHECKS, Difference, ErrorBand, Outcome, Schedule
+from safestep.measure.doubts import (
+    INSTEAD,
+    first_sentence,
+    lacks_derivative,
+    of_a_difference,
+    of_another_draw,
+)
 from safestep.measure.estimators import (
     LogitTangent,
     MissingTangentError,
@@ -25,7 +31,12 @@ from safestep.measure.part_of_batch import PartOfBatch
 from safestep.measure.precision import coarsest, is_half
 from safestep.measure.second_gradient import SecondGradient
 from safestep.measure.update import Estimator, Measurement, Update
-from safestep.parallel.shards import is_tensor_parallel, refuse_hybrids
+from safestep.parallel.shards import (
+    any_over_ranks,
+    is_flattened,
+    is_tensor_parallel,
+    refuse_hybrids,
+)
 from safestep.radius.batch import BatchRadius, BatchRule
 
 _ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part of it
@@ -136,15 +147,7 @@ class CheckedEstimator:
 
     def _checked(self, update: Update) -> Measurement:
         if update.is_sharded:
-            refuse_hybrids(self._module)
-            # Every forward pass gathers: ranks that ran different ones would wait for each other.
-            if self.estimator is Estimator.JVP and is_tensor_parallel(update.params, self._module):
-                self.estimator = Estimator.DIFFERENCE  # pieces have no forward-mode derivative
-            if self.estimator is Estimator.DIFFERENCE:
-                found = self._difference(update)  # once: a second one is each rank's own decision
-                remarks = () if found.is_sure or not isfinite(found.r) else (str(found),)
-                return _measurement(self.estimator, found.smallest, remarks=remarks)
-            return self._measured(update)
+            return self._of_shards(update)
         if self._has_fallen_back and self._retries.is_due():
             self.estimator = Estimator.JVP
         if self.estimator is Estimator.DIFFERENCE:
@@ -157,6 +160,42 @@ class CheckedEstimator:
             return self._fall_back(error, update)
         self._has_fallen_back = False
         return self._check(found, update) if self._checks.is_due() else found
+
+    def _of_shards(self, update: Update) -> Measurement:
+        # With passes that all ranks run alike: in each they wait for each other.
+        refuse_hybrids(self._module)
+        warning = None
+        if any(map(is_flattened, update.params)) and self.estimator is Estimator.JVP:
+            self.estimator = Estimator.DIFFERENCE  # what is flattened leaves its tangent behind
+        if self.estimator is Estimator.JVP and is_tensor_parallel(update.params, self._module):
+            exact, warning = self._of_pieces(update)
+            if exact is not None:
+                return exact
+            self.estimator = Estimator.DIFFERENCE
+        if self.estimator is not Estimator.DIFFERENCE:
+            return self._measured(update)
+        found = self._difference(update)  # once: a second one is each rank's own decision
+        is_usual = found.error <= self._usual_error(Estimator.DIFFERENCE, update) * found.r
+        remarks = () if is_usual or not isfinite(found.r) else (str(found),)
+        return _measurement(self.estimator, found.smallest, remarks=remarks, warning=warning)
+
+    def _of_pieces(self, update: Update) -> tuple[Measurement | None, str | None]:
+        # What forward mode measures of tensor parallelism, or None and why it does not.
+        try:
+            found = self._measured(update)
+        except (LogitsNotFoundError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:  # on every rank: all run the same code
+            return None, lacks_derivative(error, self._module) + INSTEAD
+        if not self._checks.is_due():
+            return found, None
+        second, r = self._difference(update), found.spread / pi
+        error = self._usual_error(Estimator.JVP, update)
+        is_other = isfinite(r) and second.compare(r, error) is Outcome.DIFFERS
+        if any_over_ranks(update.params, is_other):
+            return None, of_a_difference(found.estimator, r, second)
+        self._checks.relax()
+        return found, None
 
     def _measured(self, update: Update) -> Measurement:
         """Return what the estimator in use measures, and the slopes of the loss if it is exact."""
@@ -225,7 +264,7 @@ class CheckedEstimator:
         warning = None
         if self._checks.is_due():
             self._checks.relax()
-            warning = None if self._is_repeatable(update) else _of_another_draw()
+            warning = None if self._is_repeatable(update) else of_another_draw()
         return _measurement(
             Estimator.DIFFERENCE, found.smallest, remarks=(str(found),), warning=warning
         )
@@ -244,10 +283,7 @@ class CheckedEstimator:
         return found
 
     def _fall_back(self, error: RuntimeError, update: Update) -> Measurement:
-        obstacle = (
-            f"{culprit(error, self._module)} has no forward-mode derivative "
-            f"({_first_sentence(error)})"
-        )
+        obstacle = lacks_derivative(error, self._module)
         try:
             found = self._by_difference(update)
         except LogitsNotFoundError as other:
@@ -256,8 +292,7 @@ class CheckedEstimator:
             raise error from None
         self.estimator, self._has_fallen_back = Estimator.DIFFERENCE, True
         self._retries.relax()
-        warning = f"{obstacle}; r is measured by finite difference instead"
-        return replace(found, warning=warning)
+        return replace(found, warning=f"{obstacle}{INSTEAD}")
 
     def _check(self, found: Measurement, update: Update) -> Measurement:
         """Return the measurement, or that of the difference where the two surely differ."""
@@ -268,7 +303,7 @@ class CheckedEstimator:
             second = self._difference(update, max(1.0, r))
         except Exception as error:  # the step is measured; what could not be is the check
             self._checks.relax(at_once=True)
-            text = _first_sentence(error)
+            text = first_sentence(error)
             if isinstance(error, MissingTangentError) and self._is_half(update):
                 return replace(found, remarks=(f"not checked: {text}",))  # rounded away
             warning = f"r by {name} could not be checked by difference ({text})"
@@ -277,8 +312,7 @@ class CheckedEstimator:
         if is_beyond_secant or not isfinite(second.r):
             return found
         first = found.estimator
-        error = first.error_half if self._is_half(update) else first.error
-        outcome = second.compare(r, error)
+        outcome = second.compare(r, self._usual_error(first, update))
         goes_all_the_way = _has_half_parameters(update)
         if outcome is Outcome.DIFFERS and goes_all_the_way and min(r, second.r) > 1:
             outcome = Outcome.UNSETTLED  # beyond the radius the logits are not linear
@@ -296,11 +330,11 @@ class CheckedEstimator:
         if not self._is_repeatable(update):
             self._checks.relax()
             remark = f"r {r:.3g}; difference {second}"
-            return replace(found, remarks=(remark,), warning=found.warning or _of_another_draw())
+            return replace(found, remarks=(remark,), warning=found.warning or of_another_draw())
         if outcome is Outcome.UNSETTLED:
             self._checks.relax()
             return replace(found, remarks=(f"not checked: difference {second}",))
-        warning = None if self._has_warned else _of_a_difference(found.estimator, r, second)
+        warning = None if self._has_warned else of_a_difference(found.estimator, r, second)
         self._is_doubtful = self._has_warned = True
         self._checks.reset()
         return _measurement(
@@ -311,32 +345,15 @@ class CheckedEstimator:
     def _is_half(self, update: Update) -> bool:
         return is_half(coarsest(self.finder.dtypes | {param.dtype for param in update.params}))
 
+    def _usual_error(self, estimator: Estimator, update: Update) -> float:
+        return estimator.error_half if self._is_half(update) else estimator.error
+
     def _is_repeatable(self, update: Update) -> bool:
         return is_repeatable(update.calls, self._module, self.finder)
 
 
 def _has_half_parameters(update: Update) -> bool:
     return any(is_half(param.dtype) for param in update.params)
-
-
-def _of_another_draw() -> str:
-    return (
-        "a call that is repeated gives other logits: it draws from a random generator that is out "
-        "of reach, and r is that of another draw"
-    )
-
-
-def _of_a_difference(estimator: Estimator, r: float, second: Difference) -> str:
-    text = (
-        f"two estimators of one step differ: {estimator.value} r {r:.3g}; difference {second}, "
-        "which counts"
-    )
-    if estimator is not Estimator.JVP:
-        return text
-    return text + (
-        ". Look for a `detach` or a kept copy of a parameter on the way to the logits: the "
-        "gradient then lacks that part too"
-    )
 
 
 def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> Measurement:
@@ -350,31 +367,3 @@ def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> 
 _EVERY_ROW = (
     "no row has a gradient, so the update is momentum alone, and all rows of the batch count"
 )
-
-
-def culprit(error: BaseException, module: nn.Module) -> str:
-    """Return the name and type of the innermost submodule that an error passed through.
-
-    Args:
-        error: An error that was raised while `module` ran.
-        module: The root module.
-
-    Returns:
-        For instance ``"encoder.0.attention (Attention)"``; ``"the model"`` if none is known; with
-        the name of a ``torch.autograd.Function`` before it if the error came from one.
-    """
-    names = {id(child): name for name, child in module.named_modules()}
-    found, function = "the model", ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        child = frame.f_locals.get("self")
-        if id(child) in names:
-            found = f"{names[id(child)] or 'the model'} ({type(child).__name__})"
-        kind = frame.f_locals.get("cls")
-        if isinstance(kind, type) and issubclass(kind, torch.autograd.Function):
-            function = f"{kind.__name__} in "
-    return function + found
-
-
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".")[:160]

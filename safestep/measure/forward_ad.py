@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,8 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safestep._torch import mkldnn_enabled, preserve_versions, set_mkldnn_enabled, unpack_dual
 from safestep.capture.unwinding import undone
+from safestep.measure.dtensors import tangents_of_dtensors
 from safestep.measure.jvp_rules import TangentRules, dual_of
-from safestep.parallel.shards import is_sharded, local, tangents_when_gathered
+from safestep.parallel.shards import (
+    are_sharded,
+    distributed_like,
+    gathered_params,
+    local,
+    tangents_when_gathered,
+)
 
 
 @runtime_checkable
@@ -48,22 +55,26 @@ def tangents_in_place(
         Nothing.
     """
     _load_forward_ad()
-    whole = tuple(param for param in params if not is_sharded(param))
+    has_shards = are_sharded(params)
+    gathered = gathered_params(module) if has_shards and module is not None else frozenset()
+    own = tuple(param for param in params if param not in gathered)
     shards: dict[Tensor, Tensor] = {}
-    is_written = isinstance(tangents, Written) and len(whole) == len(params)
     with (
         forward_ad.dual_level(),
-        preserve_versions(whole),
+        preserve_versions(own),
+        tangents_of_dtensors() if has_shards else nullcontext(),
         ExitStack() as stack,
     ):
-        if is_written:
-            tangents.write(list(map(_zero_tangent, params)))  # type: ignore[attr-defined]
-        # One at a time: the copy also copies the tangent, and a lazy sequence computes each item.
-        for param, tangent in () if is_written else zip(params, tangents, strict=True):
-            if is_sharded(param):
-                shards[param] = local(tangent)
-            else:
-                param.copy_(dual_of(param.detach(), tangent.to(param)))
+        if isinstance(tangents, Written) and not has_shards:
+            tangents.write(list(map(_zero_tangent, params)))
+        else:
+            # One at a time: the copy also copies the tangent, and a lazy sequence computes each.
+            for param, tangent in zip(params, tangents, strict=True):
+                if param in gathered:
+                    shards[param] = local(tangent)
+                else:
+                    tangent = distributed_like(param, local(tangent).to(local(param)))
+                    param.copy_(dual_of(param.detach(), tangent))
         if module is not None and shards:
             stack.enter_context(tangents_when_gathered(module, shards))
         yield

@@ -66,16 +66,26 @@ def is_tensor_parallel(params: Iterable[Tensor], module: nn.Module) -> bool:
     Returns:
         False where ``fully_shard`` alone distributes parameters: it gathers them to compute.
     """
-    gathered = {
+    gathered = gathered_params(module, of_pieces=False)
+    return any(
+        is_flattened(param) or (_placing(param) is not None and param not in gathered)
+        for param in params
+    )
+
+
+def gathered_params(module: nn.Module, *, of_pieces: bool = True) -> frozenset[Tensor]:
+    """Return the parameters that ``fully_shard`` gathers when the module runs.
+
+    Args:
+        module: The module that runs.
+        of_pieces: Count those too that are pieces of tensor parallelism when they are gathered.
+    """
+    return frozenset(
         param.sharded_param
         for child in sharding_modules(module)
         for group in _param_groups(child)
         for param in group.fsdp_params
-        if not param.is_dtensor  # else it is a piece even when it is gathered
-    }
-    return any(
-        is_flattened(param) or (_placing(param) is not None and param not in gathered)
-        for param in params
+        if of_pieces or not param.is_dtensor
     )
 
 
@@ -122,6 +132,26 @@ def counted_here(params: Sequence[Tensor]) -> list[bool]:
         return [is_first or is_flattened(param) for param in params]
     root = max(map(_root, meshes), key=lambda mesh: mesh.ndim)
     return [_is_first_holder(param, root) for param in params]
+
+
+def any_over_ranks(params: Sequence[Tensor], is_so: bool) -> bool:
+    """Return whether something is so on any of the ranks that hold shards; each must call it.
+
+    Args:
+        params: The parameters, one of which is a DTensor or what is left of one.
+        is_so: Whether it is so on this rank.
+
+    Returns:
+        The same on every rank.
+    """
+    root = max(
+        (_root(placing[0]) for placing in map(_placing, params) if placing is not None),
+        key=lambda mesh: mesh.ndim,
+    )
+    number = torch.tensor(float(is_so), device=root.device_type)
+    for group in root.get_all_groups():
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    return bool(number)
 
 
 def sharding_groups(param: Tensor) -> tuple[Any, ...]:
@@ -203,7 +233,7 @@ def tangents_when_gathered(module: nn.Module, tangents: Mapping[Tensor, Tensor])
         Nothing.
 
     Raises:
-        RuntimeError: If a parameter is a DTensor for another reason, such as tensor parallelism.
+        RuntimeError: If a parameter is in none of the modules that gather it.
     """
     reshard(module)
     missing = dict(tangents)
@@ -218,10 +248,7 @@ def tangents_when_gathered(module: nn.Module, tangents: Mapping[Tensor, Tensor])
             ]
             handles.append(child.register_forward_pre_hook(_WriteTangents(places)))
         if missing:
-            raise RuntimeError(
-                "parameters are distributed in another way than by fully_shard alone (tensor "
-                "parallelism), for which the radius is not measured"
-            )
+            raise RuntimeError("a sharded parameter is in none of the modules that gather it")
         yield
     finally:
         for handle in handles:
@@ -238,22 +265,38 @@ class _WriteTangents:
     def __call__(self, *_: Any) -> None:
         for owner, name, param, tangent in self._places:
             gathered = getattr(owner, name)
-            if is_sharded(gathered):
-                raise RuntimeError("parameters stay distributed in the forward pass")
-            whole = _gather(param, tangent).to(gathered)
-            gathered.copy_(forward_ad.make_dual(gathered.detach(), whole))
+            whole = _gathered(distributed_like(param, tangent), gathered)
+            gathered.copy_(forward_ad.make_dual(gathered.detach(), whole.to(gathered)))
 
 
-def _gather(param: Any, shard: Tensor) -> Tensor:
-    """Return the whole tensor from each rank's shard, laid out like `param`."""
-    return (
-        type(param)
-        .from_local(
-            shard, param.device_mesh, param.placements, run_check=False,
-            shape=param.shape, stride=param.stride(),
-        )
-        .full_tensor()
+def distributed_like(param: Any, shard: Tensor) -> Any:
+    """Return a tensor of which each rank holds a shard, as it holds one of a parameter.
+
+    Args:
+        param: The parameter.
+        shard: This rank's shard of the tensor; all of it where the parameter is no DTensor.
+
+    Returns:
+        A DTensor, or `shard` itself.
+    """
+    if not is_sharded(param):
+        return shard
+    return type(param.detach()).from_local(
+        shard, param.device_mesh, param.placements, run_check=False,
+        shape=param.shape, stride=param.stride(),
     )  # fmt: skip
+
+
+def _gathered(tensor: Any, like: Any) -> Any:
+    """Return a distributed tensor as ``fully_shard`` gathers a parameter: whole, or a piece."""
+    if not is_sharded(like):
+        return tensor.full_tensor()
+    from torch.distributed.tensor import Replicate  # here, as it takes a second where none is
+
+    kept = dict(zip(like.device_mesh.mesh_dim_names, like.placements, strict=True))
+    placements = [kept.get(dim, Replicate()) for dim in tensor.device_mesh.mesh_dim_names]
+    piece = tensor.redistribute(placements=placements).to_local()
+    return distributed_like(like, piece)
 
 
 def _own_modules(child: nn.Module) -> Iterator[nn.Module]:
