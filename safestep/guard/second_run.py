@@ -130,15 +130,17 @@ class SecondRun:
 
 _TOLD = {
     Sameness.SAME: (
-        "run again, its batch gives the same result bit for bit: it is the data or the rate"
+        "run again, its batch gives the same result bit for bit: the data or the rate is the "
+        "cause, not this machine"
     ),
     Sameness.ROUNDED: (
-        "run again, its batch gives the same result up to rounding: it is the data or the rate"
+        "run again, its batch gives the same result up to rounding: the data or the rate is the "
+        "cause, not this machine"
     ),
     Sameness.UNKNOWN: "its batch was not compared with a second run: {why}",
     Sameness.OTHER: (
-        "run again, its batch gives another result{where}: it is this machine, or state outside "
-        "the model"
+        "run again, its batch gives another result{where}: this machine, or state outside the "
+        "model, is the cause"
     ),
 }
 _UNSEEN = (

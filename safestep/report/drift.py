@@ -5,11 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from safestep.plots.wording import count, percent, sentence
+from safestep.plots.wording import count, number, percent, sentence
 from safestep.runlog.reader import Run
 from safestep.runlog.series import scalar, worker_noun
 
 _MAX_WORKERS = 5  # named one by one
+_LEVEL_OF = 50  # records from the beginning of a drift on, whose medians are told
+_COLUMNS = {
+    "loss": ("loss", "loss"),
+    "gradient norm": ("grad_norm", "gradient norm"),
+    "cosine to the mean": ("cosine_to_mean", "gradient's cosine to the mean"),
+}  # by the quantity of an event, the column and the words for it
 _OFTEN = 10  # flags within twenty records; alike workers have one in a hundred steps
 
 
@@ -28,7 +34,7 @@ def drifted_workers(run: Run) -> list[str]:
             since = event.get("since", event.get("step"))
             date = float(since) if isinstance(since, (int, float)) else np.inf
             who = f"{event.get('name')} {event.get('rank', event.get('ranks'))}"
-            found.setdefault(who, (date, _tell(event, since, worker_noun(run))))
+            found.setdefault(who, (date, _tell(event, since, worker_noun(run), run)))
     sentences = [text for _, text in sorted(found.values(), key=lambda item: item[0])]
     sentences = sentences or _standing_out(run)
     if len(sentences) > _MAX_WORKERS:
@@ -37,14 +43,35 @@ def drifted_workers(run: Run) -> list[str]:
     return sentences
 
 
-def _tell(event: dict[str, Any], since: Any, noun: str) -> str:
-    """Return an event as a sentence; its message is quoted in plain words."""
+def _tell(event: dict[str, Any], since: Any, noun: str, run: Run) -> str:
+    """Return an event as a sentence: in levels where the log has them, else its message."""
+    levels = _levels(event, run)
+    if levels:
+        what = f"{noun} {event['rank']} drifted from step {since} on"
+        return sentence(f"{what}: {levels}")
     message = re.sub(r"^ranks? [^:]{0,99}: | since step \d+", "", str(event.get("message")))
     message = message.replace(" MADs", " times the usual spread")
     noun = "replica" if event.get("name") == "replica" else noun
     who = event.get("rank", event.get("ranks"))
     whose = f"{noun} {who}" if isinstance(who, int) else f"a {noun}"
     return sentence(f"{whose} drifted from step {since} on ({message})")
+
+
+def _levels(event: dict[str, Any], run: Run) -> str:
+    """Return the level of what deviates beside that of the others, from its beginning on."""
+    quantity, rank, since = (event.get(name) for name in ("quantity", "rank", "since"))
+    name, word = _COLUMNS.get(str(quantity), ("", ""))
+    values = run.workers.get(name)
+    if values is None or values.ndim != 2 or not isinstance(since, (int, float)):
+        return ""
+    if not isinstance(rank, int) or not 0 <= rank < values.shape[1] or values.shape[1] < 2:
+        return ""
+    inside = values[run.workers["step"] >= since][:_LEVEL_OF]
+    own, others = inside[:, rank], np.delete(inside, rank, axis=1)
+    if not np.isfinite(own).any() or not np.isfinite(others).any():
+        return ""
+    mine, theirs = (number(float(np.median(of[np.isfinite(of)]))) for of in (own, others))
+    return f"its {word} was {mine}, that of the others {theirs}"
 
 
 def _standing_out(run: Run) -> list[str]:

@@ -10,6 +10,7 @@ from safestep.report.evidence import Episode, Evidence
 from safestep.runlog.series import spans
 
 _LOOKBACK = 20  # steps before an episode that say what was usual
+_MAX_STRETCHES = 3  # named one by one
 _MIN_RATE_JUMP = 1.5  # a learning rate so many times the usual one is named as the cause
 
 
@@ -28,13 +29,19 @@ def say_lost(evidence: Evidence, first: int = 0, last: int | None = None) -> str
     lost = spans(np.isinf(evidence.loss[first:end]))
     if not lost:
         return ""
-    begin, until = (first + at for at in lost[0])
     is_nan = np.isnan(evidence.series.loss[first:end][np.isinf(evidence.loss[first:end])]).all()
-    where = f"at {_where(evidence, begin, until)}"
-    if until == len(evidence.loss) - 1:
-        where = f"from step {evidence.series.step[begin]} on"
-    more = f" and at {count(len(lost) - 1, 'more stretch')}" if len(lost) > 1 else ""
-    return f"not {'a number' if is_nan else 'finite'} {where}{more}"
+    places = [_when(evidence, first + begin, first + until) for begin, until in lost]
+    told, more = places[:_MAX_STRETCHES], len(places) - _MAX_STRETCHES
+    told += [f"at {count(more, 'more stretch')}"] if more > 0 else []
+    where = f"{', '.join(told[:-1])} and {told[-1]}" if len(told) > 1 else told[0]
+    return f"not {'a number' if is_nan else 'finite'} {where}"
+
+
+def _when(evidence: Evidence, first: int, last: int) -> str:
+    """Return where a stretch is, as "from step 30 on" where it reaches the run's end."""
+    if last == len(evidence.loss) - 1:
+        return f"from step {evidence.series.step[first]} on"
+    return f"at {_where(evidence, first, last)}"
 
 
 def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = False) -> str:
@@ -135,9 +142,10 @@ def rate_jump(evidence: Evidence, episode: Episode) -> str:
 
 
 def _why_scaled(evidence: Evidence, steps: np.ndarray) -> str:
-    """Return the most frequent reason beside r, empty where there is none."""
-    told = [evidence.why_scaled[step] for step in steps.tolist() if step in evidence.why_scaled]
-    return Counter(told).most_common(1)[0][0] if told else ""
+    """Return the reason beside r that most of the steps share, empty where there is none."""
+    told = Counter(evidence.why_scaled.get(step, "") for step in steps.tolist())
+    (why, times), *_ = told.most_common(1)
+    return why if times > len(steps) / 2 else ""
 
 
 def _not_taken(evidence: Evidence, steps: np.ndarray) -> str:
@@ -162,6 +170,8 @@ def loss_effect(evidence: Evidence, episode: Episode) -> str:
         return "the log holds no loss"
     if effect.kind == "unknown":
         return _few_losses(evidence, episode)
+    if effect.kind == "held" and not episode.first and effect.after < effect.before:
+        return f"loss fell from {before} to {after}"
     if effect.kind == "held":
         return f"loss unaffected ({before} before, {after} after)"
     if effect.kind == "unclear":
@@ -171,9 +181,11 @@ def loss_effect(evidence: Evidence, episode: Episode) -> str:
         rose = f"rose from {before} to {number(effect.peak)}" * bool(np.isfinite(effect.peak))
         rose = rose or f"was {before}"
         return f"loss {rose} and was not finite from step {step[effect.until]} on"
+    if effect.back is not None and np.isinf(effect.peak):
+        return f"loss was not finite until step {step[effect.back]}, then {after} ({before} before)"
     rose = f"loss rose from {before} to {number(effect.peak)}"
     if np.isinf(effect.peak):
-        rose = f"loss was {before} before and not finite for a while"
+        rose = f"loss went from {before} to not finite"
     if effect.back is not None:
         return f"{rose}, and was back at {after} by step {step[effect.back]}"
     return f"{rose} and stayed up ({after} by step {step[effect.until]})"

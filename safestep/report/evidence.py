@@ -16,6 +16,7 @@ from safestep.report.levels import Effect, effect_of
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, spans, step_series
 
+_SECOND_RUN = ("run again, ", "its batch was not compared")  # how the guard's words on it begin
 _JOINED_GAP = 10  # touched steps so near each other are one story
 _LASTING = 10  # so many steps over the loss band, or under it again, are no chance
 _MAX_JUDGED = 2000  # episodes whose loss is looked at, those of the largest r
@@ -35,6 +36,7 @@ class Evidence:
             ten steps: in a long run a shorter one is chance. Shape ``[T]``.
         reasons: By number of a step that was not taken, why.
         why_scaled: By number of a step that was scaled, why, where the log has more than r to say.
+        second_runs: By number of a step that was touched, what a second run of its batch told.
         episodes: What `find_episodes` found; empty before.
     """
 
@@ -46,6 +48,7 @@ class Evidence:
     is_over_band: np.ndarray
     reasons: dict[int, str]
     why_scaled: dict[int, str]
+    second_runs: dict[int, str]
     episodes: "list[Episode]"
 
 
@@ -82,9 +85,7 @@ def gather(run: Run) -> Evidence:
     is_over_band = np.zeros(len(loss), dtype=bool)
     for first, last in spans(after > edges):
         is_over_band[first : last + 1] = last - first >= _LASTING
-    status, reasons = run.steps.get("status"), run.steps.get("reason")
-    skipped = np.flatnonzero(status == "skipped") if status is not None else []
-    scaled = np.flatnonzero(status == "clipped") if status is not None else []
+    skipped, scaled = (_reasons(run, status) for status in ("skipped", "clipped"))
     return Evidence(
         series=series,
         limit=float(limit) if isinstance(limit, (int, float)) and limit > 0 else 1.0,
@@ -92,14 +93,28 @@ def gather(run: Run) -> Evidence:
         after=after,
         edges=edges,
         is_over_band=is_over_band,
-        reasons={} if reasons is None else {
-            int(run.steps["step"][at]): str(reasons[at] or "unknown") for at in skipped
-        },
-        why_scaled={} if reasons is None else {
-            int(run.steps["step"][at]): str(reasons[at]) for at in scaled if reasons[at]
-        },
+        reasons={step: cause or "unknown" for step, (cause, _) in skipped.items()},
+        why_scaled={step: cause for step, (cause, _) in scaled.items() if cause},
+        second_runs={step: told for step, (_, told) in (skipped | scaled).items() if told},
         episodes=[],
-    )  # fmt: skip
+    )
+
+
+def _reasons(run: Run, status: str) -> dict[int, tuple[str, str]]:
+    """Return by step of a status the reason, and apart from it what a second run told."""
+    reasons, found = run.steps.get("reason"), run.steps.get("status")
+    if reasons is None or found is None:
+        return {}
+    return {
+        int(run.steps["step"][at]): _split(str(reasons[at] or ""))
+        for at in np.flatnonzero(found == status)
+    }
+
+
+def _split(reason: str) -> tuple[str, str]:
+    parts = reason.split("; ")
+    told = [part for part in parts if part.startswith(_SECOND_RUN)]
+    return "; ".join(part for part in parts if part not in told), "; ".join(told)
 
 
 def _known_loss(run: Run, series: StepSeries) -> np.ndarray:

@@ -4,14 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from safestep.plots.measured_how import how_measured
 from safestep.plots.wording import count, number, sentence
 from safestep.report.drift import drifted_workers
 from safestep.report.episodes import rate_jump
 from safestep.report.evidence import Evidence, find_episodes
 from safestep.report.finding import Finding, Judge, bad_batch, is_over, touched
 from safestep.report.gradient import wrong_gradient
-from safestep.report.rates import OFTEN, safe_learning_rate, too_cold, too_hot, would_have_stayed
+from safestep.report.rates import (
+    OFTEN,
+    safe_learning_rate,
+    say_course,
+    too_cold,
+    too_hot,
+    would_have_stayed,
+)
 from safestep.report.rises import RISES, tell_worst
 from safestep.runlog.reader import Run
 from safestep.runlog.series import worker_noun
@@ -86,8 +92,8 @@ def _calm(run: Run, evidence: Evidence) -> Finding:
     peak = number(float(np.nanmax(series.proposed)))
     over = int(is_over(evidence).sum())
     if not over:
-        how = " (predicted or measured)" if how_measured(run)["predicted"].any() else ""
-        return Finding("good", f"Healthy: {total}, r <= {peak}{how}, none touched.")
+        text = f"Healthy: {total}, r <= {peak}, none touched{say_course(evidence)}."
+        return Finding("good", text)
     text = f"Unharmed: r was over the limit at {over:,} of {total} (at most {peak})"
     safe = safe_learning_rate(evidence)
     is_often = over > OFTEN * len(series.step) and safe is not None

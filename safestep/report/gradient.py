@@ -40,12 +40,15 @@ def tell_gradient(run: Run) -> list[str]:
     ratio = ratio[np.isfinite(ratio)]
     is_clipped = ratio < _CLIPPED
     audited = count(len(ratio), "audited step")
+    checked = count(len(ratio), "step")
     if is_clipped.any() and not found:
         share, median = percent(is_clipped.mean()), number(float(np.median(ratio[is_clipped])))
         what = f"the gradient was clipped at {share} of {audited}, to {median} in the median"
         found.append(sentence(what))
     elif len(ratio) and not found:
-        found.append(sentence(f"the gradient matched the loss at {audited}"))
+        found.append(
+            sentence(f"the gradient was checked against the loss at {checked}, and matched")
+        )
     return found or _told(run, "not audited")[:1]
 
 

@@ -11,6 +11,7 @@ from safestep.runlog.reader import Run
 OFTEN = 0.5  # share of steps from which on something is no accident
 _FAR_UNDER = 0.01  # of the limit: an r so small leaves room for a larger learning rate
 _FIRST_TRY = 10  # times the learning rate: r then grows as much, and stays under the limit
+_LITTLE = 0.1  # of the loss: a fall by less is called little
 _MOST = 0.95  # share of the steps that a suggested learning rate would have kept under the limit
 
 
@@ -42,22 +43,30 @@ def too_cold(run: Run, evidence: Evidence) -> Finding | None:
     peak = float(np.quantile(r, 0.99)) / evidence.limit
     if not 0 < peak < _FAR_UNDER:
         return None
-    text = f"The learning rate could be larger: r was at most {number(peak)} of the limit"
-    text += f" at 99 % of the steps{_say_course(evidence)}."
+    text = "The learning rate could be larger: r is far below the limit"
+    text += f" ({number(peak)} of it or less at 99 % of the steps){say_course(evidence)}."
     rate = f", {number(_FIRST_TRY * float(rates.max()))}" if len(rates) else ""
     return Finding("warn", text, f"Try a rate {_FIRST_TRY} times as large first{rate}.")
 
 
-def _say_course(evidence: Evidence) -> str:
-    """Return whether the loss fell over the run, with its levels at both ends; or nothing."""
+def say_course(evidence: Evidence) -> str:
+    """Return whether the loss fell over the run, with its levels at both ends.
+
+    Args:
+        evidence: The run's evidence.
+
+    Returns:
+        A clause that begins with a semicolon; empty where the log holds too few losses.
+    """
     ends = course(evidence.loss)
     if ends is None:
         return ""
     first, last, noise = ends
-    levels = f"{number(first)} at first, {number(last)} at the end"
     if first - last > noise:
-        return f", and the loss fell ({levels})"
-    return f", and the loss did not fall beyond its noise ({levels})"
+        little = " only" * (first - last < _LITTLE * abs(first))
+        return f"; the loss fell{little} from {number(first)} to {number(last)}"
+    levels = f"{number(first)} at first, {number(last)} at the end"
+    return f"; the loss did not fall beyond its noise ({levels})"
 
 
 def safe_learning_rate(evidence: Evidence) -> float | None:

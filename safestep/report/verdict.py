@@ -1,5 +1,6 @@
 """Say in words what happened in a run, from its log alone."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,13 @@ from safestep.report.evidence import Evidence, find_episodes, gather
 from safestep.report.finding import Tone
 from safestep.report.findings import drifted, find
 from safestep.report.gradient import tell_gradient
+from safestep.report.levels import course
 from safestep.runlog.reader import Run
 from safestep.runlog.series import FEW, StepSeries, removed_area, step_share
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_HEADLINES = 3
+_MAX_SECOND_RUNS = 2
 _MAX_ROLLBACKS = 3  # told one by one
 
 
@@ -45,7 +48,7 @@ def write_verdict(run: Run) -> Verdict:
     """
     evidence = gather(run)
     workers = drifted_workers(run)
-    ends = [*_loss_course(evidence), *_closing(run, evidence.series)]
+    ends = [*_second_runs(evidence), *_loss_course(evidence), *_closing(run, evidence.series)]
     if not len(evidence.series.step):
         drift = drifted(run)
         headline = drift.told if drift else "The log holds no step yet."
@@ -94,12 +97,31 @@ def _loss_course(evidence: Evidence) -> list[str]:
     first, last = (number(float(evidence.loss[known[at]])) for at in (0, -1))
     if lost and np.isinf(evidence.loss[~np.isnan(evidence.loss)][-1]):
         step = evidence.series.step[known[-1]]
-        course = f"the loss went from {first} to {last} at step {step}, and was {lost}"
-        return [sentence(course)]
-    sentences = [sentence(f"the loss went from {first} to {last}")]
+        return [sentence(f"the loss went from {first} to {last} at step {step}, and was {lost}")]
+    ends = course(evidence.loss)
+    if ends:
+        levels = f"{number(ends[0])} to {number(ends[1])}"
+        how = "medians of the first and the last tenth of the steps"
+        sentences = [sentence(f"the loss went from {levels} ({how})")]
+    else:
+        sentences = [sentence(f"the loss went from {first} to {last}")]
     if lost:
-        sentences.append(sentence(f"it was {lost}"))
+        sentences.append(sentence(f"the loss was {lost}"))
     return sentences
+
+
+def _second_runs(evidence: Evidence) -> list[str]:
+    """Return what second runs of the batches of touched steps told, the most frequent first."""
+    told = Counter(evidence.second_runs.values()).most_common(_MAX_SECOND_RUNS)
+    steps = {text: step for step, text in reversed(evidence.second_runs.items())}
+    return [
+        sentence(text.replace("its batch", f"the batch of {_which(steps[text], times)}"))
+        for text, times in told
+    ]
+
+
+def _which(step: int, times: int) -> str:
+    return f"step {step}" if times == 1 else f"each of {times:,} touched steps"
 
 
 def _closing(run: Run, series: StepSeries) -> list[str]:

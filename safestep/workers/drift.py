@@ -23,6 +23,9 @@ _SPIKE_MADS = 20.0
 _SPIKE_FACTOR = 100.0
 # Largest deviation that counts, for workers whose values are all equal and give no scale.
 _FAR_MADS = 1000.0
+# So many steps are kept to date an event; a part of them is ordinary if its mean deviation is at
+# most this share of that of the steps after it.
+_KEPT, _ORDINARY = 128, 0.2
 # The scale of ordinary deviations is averaged over about this many steps.
 _MEMORY = 50
 
@@ -39,7 +42,7 @@ class WorkerEvent:
         deviation: Mean signed distance from the workers' median since ``since``, in MADs (median
             absolute deviations of the workers); NaN for a non-finite worker. For update norms,
             their relative difference; for checksums, NaN.
-        since: Estimated onset: the step at which the evidence began to grow.
+        since: Estimated onset: the step at which the deviation began.
         message: The event in a sentence.
     """
 
@@ -93,6 +96,8 @@ class WorkerWatch:
         self._scale = np.full(len(QUANTITIES), np.nan)
         self._named = np.zeros(num_workers, dtype=bool)
         self._non_finite = np.zeros(num_workers, dtype=np.int64)
+        self._recent = np.full((_KEPT, len(QUANTITIES), num_workers), np.nan)
+        self._recent_steps = np.zeros(_KEPT, dtype=np.int64)
 
     def update(
         self, step: int, losses: ArrayLike, grad_norms: ArrayLike, cosines_to_mean: ArrayLike
@@ -185,7 +190,10 @@ class WorkerWatch:
         self._count += 1
         scale = np.where(np.isfinite(self._scale), self._scale, _mad(deviations))
         mads = np.nan_to_num(deviations / scale[:, None])
-        self._deviation_sum += mads.clip(-_FAR_MADS, _FAR_MADS)
+        mads = mads.clip(-_FAR_MADS, _FAR_MADS)
+        self._deviation_sum += mads
+        self._recent = np.concatenate([self._recent[1:], mads[None]])
+        self._recent_steps = np.append(self._recent_steps[1:], step)
         # A named worker's evidence is capped at the threshold; at zero the worker is cleared.
         fading = np.where(self._evidence > 0, np.minimum(evidence, self._threshold), 0)
         self._evidence = np.maximum(np.where(self._named, fading, evidence), 0)
@@ -203,8 +211,7 @@ class WorkerWatch:
         deviations = self._deviation_sum / np.maximum(self._count, 1)
         order = np.where(shows, np.abs(deviations), -1)
         side, quantity, rank = (int(i) for i in np.unravel_index(order.argmax(), order.shape))
-        since = int(self._since[side, quantity, rank])
-        deviation = float(deviations[side, quantity, rank])
+        since, deviation = self._dated(side, quantity, rank)
         amount = f"{abs(deviation):.1f} MADs" if abs(deviation) < 0.9 * _FAR_MADS else "far"
         message = (
             f"rank {rank}: {QUANTITIES[quantity]} {amount} "
@@ -214,6 +221,23 @@ class WorkerWatch:
             message += " (of two workers either may be the one that is off)"
         self._name(rank, side, quantity)
         return [WorkerEvent(step, rank, QUANTITIES[quantity], deviation, since, message)]
+
+    def _dated(self, side: int, quantity: int, rank: int) -> tuple[int, float]:
+        """Return when a deviation began, and its mean since then.
+
+        Evidence often grew by chance before: a first part of it that lies within a fifth of the
+        rest is left out, at the cut with the largest change of the mean.
+        """
+        since, count = (int(of[side, quantity, rank]) for of in (self._since, self._count))
+        if count > _KEPT:  # it began before what is kept
+            return since, float(self._deviation_sum[side, quantity, rank] / count)
+        mads = self._recent[-count:, quantity, rank]
+        sums, cuts = np.cumsum(mads), np.arange(1, count)
+        before, after = sums[:-1] / cuts, (sums[-1] - sums[:-1]) / (count - cuts)
+        change = np.sqrt(cuts * (count - cuts)) * np.abs(after - before)
+        change = np.where(np.abs(before) <= _ORDINARY * np.abs(after), change, 0.0)
+        cut = int(cuts[change.argmax()]) if change.any() else 0
+        return int(self._recent_steps[-count:][cut]), float(mads[cut:].mean())
 
     def _name(self, rank: int, side: int, quantity: int) -> None:
         """Stop comparing with the worker; reset the others, whose evidence relied on its values."""

@@ -12,8 +12,14 @@ from torch import nn
 from safestep import SafeStep
 from safestep.guard.second_run import SecondRun
 
-SAME = "run again, its batch gives the same result bit for bit: it is the data or the rate"
-OTHER = "run again, its batch gives another result: it is this machine, or state outside the model"
+SAME = (
+    "run again, its batch gives the same result bit for bit: the data or the rate is the cause, "
+    "not this machine"
+)
+OTHER = (
+    "run again, its batch gives another result: this machine, or state outside the model, is the "
+    "cause"
+)
 
 # The audit of the gradient sees the planted fault as well.
 pytestmark = pytest.mark.filterwarnings("ignore:SafeStep. gradient does not match the loss")
@@ -105,7 +111,7 @@ def test_fault_of_rounding_is_told_from_one_beyond_it():
         train(model, optimizer, batch(), rate=1e4)
         reasons.append(guard.last.reason)
 
-    assert "the same result up to rounding: it is the data or the rate" in reasons[0]
+    assert "the same result up to rounding: the data or the rate is" in reasons[0]
     assert reasons[1].endswith(OTHER)
 
 
@@ -340,7 +346,7 @@ def test_ranks_say_together_what_it_was_and_on_which_rank(ranks, kind):
         sound, faulty = found[kind]
         assert sound == ("clipped", SAME)
         assert faulty[0] == "clipped"
-        assert faulty[1].startswith("run again, its batch gives another result on rank 1: it is th")
+        assert faulty[1].startswith("run again, its batch gives another result on rank 1: this mac")
 
 
 def test_each_rank_keeps_its_own_batch(ranks):

@@ -33,7 +33,9 @@ def trained(tmp_path):
 def test_a_gradient_that_matched_everywhere_is_told_in_the_story(trained):
     verdict = trained(lambda *_: None)
 
-    assert "The gradient matched the loss at 30 audited steps." in verdict.sentences
+    assert (
+        "The gradient was checked against the loss at 30 steps, and matched." in verdict.sentences
+    )
 
 
 def test_a_clipped_gradient_is_told_with_its_share_and_factor(trained):

@@ -14,21 +14,22 @@ from .test_report import Page
 
 # What a reader has to find in the headline of each run of real training.
 EXPECTED = {
-    "healthy_run": r"^Healthy: 120 steps, r <= 0\.\d+",
+    "healthy_run": r"^Healthy: 120 steps, r <= 0\.\d+, none touched; the loss fell from [\d.]+ to "
+    r"[\d.]+\.$",
     "spiked_run": r"^Protected: the guard scaled down 1 of 120 steps \(step 60: r = \d+, learning "
     r"rate x10,000\); .* Look at what raised the learning rate at step 60\.$",
     "hot_run": r"^The learning rate is about [\d.]+ times too large: 0\.\d+ would have stayed "
     r"under the limit at 95 % of the steps; the guard scaled down 120 of 120 steps\.$",
-    "cold_run": r"^The learning rate could be larger: r was at most [\d.e-]+ of the limit at 99 % "
-    r"of the steps, and the loss (fell|did not fall beyond its noise) \([\d.]+ at first, [\d.]+ "
-    r"at the end\)\. Try a rate 10 times as large first, 1e-05\.$",
+    "cold_run": r"^The learning rate could be larger: r is far below the limit \([\d.e-]+ of it or "
+    r"less at 99 % of the steps\); the loss did not fall beyond its noise \([\d.]+ at first, "
+    r"[\d.]+ at the end\)\. Try a rate 10 times as large first, 1e-05\.$",
     "lost_run": r"^Harmed: after step 60, where an r of \d+ \(learning rate x10,000\) was let "
     r"through, the loss rose from 0\..* Go back to a checkpoint from before step 60 and use "
     r"action=\"clip\"\.$",
     "broken_run": r"^Protected: the guard did not take 1 of 120 steps \(.*not finite"
     r".* Look at the batch of step 70\.$",
-    "worker_run": r"^Worker 3 drifted from step 80 on \(loss 9 times the usual spread above "
-    r"the others\)\. Look at its data and its device\.$",
+    "worker_run": r"^Worker 3 drifted from step 80 on: its loss was 2\.\d+, that of the others "
+    r"0\.\d+\. Look at its data and its device\.$",
 }
 TONES = {"healthy_run": "good", "spiked_run": "good", "broken_run": "good", "lost_run": "bad"}
 

@@ -74,10 +74,8 @@ def test_drifting_worker_is_named(worker_run):
     verdict, _story = story_of(worker_run)
 
     assert verdict.tone == "warn"
-    assert verdict.headline == (
-        "Worker 3 drifted from step 80 on (loss 9 times the usual spread above the others). "
-        "Look at its data and its device."
-    )
+    assert verdict.headline.startswith("Worker 3 drifted from step 80 on: its loss was ")
+    assert verdict.headline.endswith(". Look at its data and its device.")
 
 
 def test_worker_that_often_stands_out_is_named_without_an_event(tmp_path):
@@ -101,6 +99,45 @@ def test_step_that_was_not_taken_is_told_with_its_reason(tmp_path):
     _, story = story_of(tmp_path)
 
     assert f"1 intervention at step 50: not taken ({reason}); loss unaffected (" in story
+
+
+def test_second_runs_are_told_once_and_not_with_each_step(tmp_path):
+    cause = "the gradient is not finite: head.weight"
+    told = "run again, its batch gives the same result bit for bit: the data is the cause"
+    reason, losses = np.full(200, None, dtype=object), noisy_losses()
+    reason[50:56] = reason[100] = f"{cause}; {told}"
+    losses[50:56] = np.nan
+    status = np.where(reason == None, "ok", "skipped")  # noqa: E711
+    log_steps(tmp_path, losses, reason=list(reason), status=list(status), normalized_step=0.5)
+
+    verdict, story = story_of(tmp_path)
+
+    assert story.count("bit for bit") == 1
+    assert "Run again, the batch of each of 7 touched steps gives the same result" in story
+    assert f"the guard did not take 7 of 200 steps ({cause}); " in verdict.headline
+    assert "run again" not in verdict.headline
+    assert "loss was not finite until step 56, then 1 (1 before)" in story
+
+
+def test_row_is_named_only_where_it_set_the_radius_of_most_steps(tmp_path):
+    rows = ["row 3 set the radius"] * 2 + ["row 4 set the radius"]
+    for name, reason in (("most", rows), ("half", [*rows, "row 5 set the radius"])):
+        steps = len(reason)
+        log_steps(tmp_path / name, np.ones(steps), reason=reason, status=["clipped"] * steps,
+                  normalized_step=4.0, scale=0.25)  # fmt: skip
+
+    stories = [story_of(tmp_path / name)[1] for name in ("most", "half")]
+
+    assert ["set the radius" in story for story in stories] == [True, False]
+
+
+def test_loss_of_a_run_scaled_throughout_is_said_to_have_fallen(tmp_path):
+    log_steps(tmp_path, np.linspace(2, 1, 150), normalized_step=4.0, scale=0.25, status="clipped")
+
+    _, story = story_of(tmp_path)
+
+    assert "; loss fell from 2 to 1.1" in story
+    assert "unaffected" not in story
 
 
 def test_loss_that_comes_back_is_told_with_the_step(tmp_path):

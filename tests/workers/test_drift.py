@@ -57,8 +57,31 @@ def test_a_worker_always_at_the_extreme_is_named_alone_and_once(num_workers, del
 
     assert event.rank == num_workers - 1
     assert 100 <= event.step <= 100 + delay
-    # Chance may add steps of evidence before the onset.
-    assert 70 <= event.since <= 100
+    # Chance may add steps of evidence before the onset; a shift so small does not show them.
+    assert 70 <= event.since <= 100 + delay // 4
+
+
+@pytest.mark.parametrize("num_workers", [4, 8])
+def test_a_clear_fault_is_dated_at_its_first_step(num_workers):
+    for seed in range(20):
+        values = draw(num_workers, 200, seed)
+        values[100:, 0, 0] += 20.0
+
+        event = watch_all(values)[0]
+
+        assert (event.rank, event.since) == (0, 100)
+
+
+def test_a_slow_drift_is_dated_near_its_beginning():
+    """Which part of a slope is still ordinary is a matter of choice: a quarter at most."""
+    for seed in range(20):
+        values = np.random.default_rng(seed).normal(size=(200, 3, 4))
+        values[60:, 0, 0] += 0.3 * np.arange(140)
+
+        (event, *_) = watch_all(values)
+
+        assert event.rank == 0
+        assert 40 <= event.since <= 60 + (event.step - 60) / 2
 
 
 def test_a_worker_below_the_others_is_named():
