@@ -36,7 +36,9 @@ class WorkerConsistency(Callback):
     Logged at the trainer's ``log_every_n_steps``, the same on every rank: ``workers/loss_std``,
     ``workers/loss_range``, ``workers/grad_norm_std``, ``workers/grad_norm_cv``,
     ``workers/pairwise_cosine`` and ``workers/noise_scale``. A deviating worker causes a warning of
-    the logger "safestep" and an event in ``run.jsonl``, which also has every worker's numbers.
+    the logger "safestep" and an event in ``run.jsonl``, which also has every worker's numbers and,
+    where ranks accumulate, those of each micro-batch. Under ``fully_shard`` Lightning reduces each
+    batch: the gradients of a step are then those of its last batch.
 
     Args:
         every: Number of optimizer steps from one measurement to the next.
@@ -109,10 +111,13 @@ class WorkerConsistency(Callback):
         """Measure, while the gradients are neither unscaled nor clipped."""
         if self.metrics is None or self._loss is None:
             return
-        if trainer.world_size > 1:
-            self.metrics.record(self._loss)
-        elif trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
+        accumulates = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
+        # DDP's last batch is the one that it reduces; fully_shard reduces each in Lightning.
+        tells_itself = isinstance(trainer.strategy.model, DistributedDataParallel)
+        if accumulates and not tells_itself:
             self.metrics.record(self._loss, is_last=self._is_last_of_step(trainer))
+        elif trainer.world_size > 1:
+            self.metrics.record(self._loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -11,11 +11,11 @@ from matplotlib.ticker import NullLocator
 from safestep.plots.log_axis import PlainLogFormatter
 from safestep.plots.registry import figure, has_worker_columns
 from safestep.plots.style import COLORS, INK, MAX_MARKS, make_axes, note, say
-from safestep.plots.wording import count, number, plural
+from safestep.plots.wording import count, number, percent, plural
 from safestep.runlog.reader import Run
-from safestep.runlog.series import scalar, worker_noun
+from safestep.runlog.series import micro_means, scalar, worker_noun
 
-__all__ = ["HEATMAP_QUANTITIES", "plot_worker_heatmap"]
+__all__ = ["HEATMAP_QUANTITIES", "plot_micro_batches", "plot_worker_heatmap"]
 
 HEATMAP_QUANTITIES = {
     "loss": "loss (nats)",
@@ -53,7 +53,32 @@ def plot_worker_heatmap(run: Run, ax: Axes | None = None, *, quantity: str = "lo
     values = run.workers.get(quantity)
     if values is None or values.ndim != 2 or not np.isfinite(values).any():
         return say(ax, f"the log holds no {unit.split(' (')[0]} by {noun}")
-    steps, shown = _columns(run.workers["step"], values)
+    _draw(ax, run.workers["step"], values, unit)
+    _mark_outliers(ax, run)
+    return ax
+
+
+def plot_micro_batches(run: Run, ax: Axes | None = None) -> Axes:
+    """Draw the loss of every micro-batch of a step, the mean over the ranks, over time.
+
+    Args:
+        run: The run.
+        ax: Axes to draw on; a new pyplot figure without.
+
+    Returns:
+        The axes.
+    """
+    ax = make_axes(ax, "Micro-batches: loss", "micro-batch of the step")
+    steps, values = micro_means(run, "loss")
+    if not np.isfinite(values).any():
+        return say(ax, "the log holds no loss by micro-batch")
+    _draw(ax, steps, values, HEATMAP_QUANTITIES["loss"])
+    return ax
+
+
+def _draw(ax: Axes, steps: np.ndarray, values: np.ndarray, unit: str) -> None:
+    """Draw a row for each column of the values; at least one of them is finite."""
+    steps, shown = _columns(steps, values)
     edges = np.append(steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1))
     image = ax.pcolormesh(
         edges, np.arange(values.shape[1] + 1) - 0.5, shown.T,
@@ -67,8 +92,6 @@ def plot_worker_heatmap(run: Run, ax: Axes | None = None, *, quantity: str = "lo
     bar.ax.tick_params(colors=INK, which="both")
     ax.set_yticks(_ranks(values.shape[1]))
     ax.grid(visible=False)
-    _mark_outliers(ax, run)
-    return ax
 
 
 def _columns(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -145,3 +168,25 @@ for _quantity, _unit in HEATMAP_QUANTITIES.items():
         says=_says(_quantity), has_data=has_worker_columns(_quantity),
         is_first=_quantity == "loss",
     )(partial(plot_worker_heatmap, quantity=_quantity))  # fmt: skip
+
+
+def _micro_says(run: Run) -> str:
+    values = micro_means(run, "loss")[1]
+    known = values[np.isfinite(values).all(axis=1)]
+    if not len(known) or known.shape[1] < 2:
+        return "Each step's micro-batches have losses of their own."
+    spread = float(np.median(known.std(axis=1) / np.abs(known.mean(axis=1)).clip(1e-300)))
+    means = known.mean(axis=0)
+    low, high = int(means.argmin()), int(means.argmax())
+    return (
+        f"In the median step the micro-batches' losses differ by {percent(spread)} of their mean; "
+        f"on average number {low} has the lowest ({number(float(means[low]))}) and number {high} "
+        f"the highest ({number(float(means[high]))})."
+    )
+
+
+figure(
+    "micro_batches",
+    caption="One row for each micro-batch of a step, the first below: mean loss of the ranks.",
+    says=_micro_says, has_data=lambda run: bool(np.isfinite(micro_means(run, "loss")[1]).any()),
+)(plot_micro_batches)  # fmt: skip

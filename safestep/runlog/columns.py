@@ -13,7 +13,7 @@ FIELDS: dict[str, Literal["number", "text", "list"]] = {
         ("step", "normalized_step", "radius", "step_norm", "spread", "scale", "learning_rate",
          "effective_learning_rate", "seconds", "time", "bottleneck", "gradient_ratio",
          "divergence", "loss_slope", "loss_std", "loss_range", "grad_norm_std", "grad_norm_cv",
-         "pairwise_cosine", "noise_scale", "outlier"),
+         "pairwise_cosine", "noise_scale", "outlier", "micro"),
         "number",
     ),
     **dict.fromkeys(("grad_norm", "cosine_to_mean"), "list"),  # "loss" is a list only of workers

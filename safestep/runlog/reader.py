@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +38,8 @@ class Run:
         left_out: One sentence about each thing of the file that is not in the columns.
         nan_losses: Steps whose record says that the loss was NaN, which the columns cannot tell
             from a loss that was not logged; None where the file does not say.
+        micro: A row for each micro-batch of each step, where ranks accumulate gradients: ``step``
+            and ``micro`` ``[K]``, per-worker ``loss`` and ``grad_norm`` ``[K, N]``.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Run:
     torn: bool = False
     left_out: tuple[str, ...] = ()
     nan_losses: frozenset[int] | None = None
+    micro: Columns = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column of the steps: ``run["radius"]`` is ``run.steps["radius"]``.
@@ -136,7 +139,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _read_jsonl(path: Path) -> Run:
-    steps, workers = ColumnBuilder(path), ColumnBuilder(path)
+    builders = {kind: ColumnBuilder(path) for kind in ("step", "workers", "micro")}
     events: list[dict[str, Any]] = []
     unreadable: list[int] = []
     nan_losses: set[int] = set()
@@ -153,27 +156,27 @@ def _read_jsonl(path: Path) -> Run:
                 torn = True
             elif record.pop("run", run) != run:
                 num_foreign += 1
-            elif kind == "step":
-                steps.add(record, number)
-                if record.get("loss") == "nan" and isinstance(record.get("step"), int):
+            elif kind in builders:
+                builders[kind].add(record, number)
+                is_nan = kind == "step" and record.get("loss") == "nan"
+                if is_nan and isinstance(record.get("step"), int):
                     nan_losses.add(record["step"])
-            elif kind == "workers":
-                workers.add(record, number)
             elif kind == "event":
                 events.append(record)
                 if record.get("name") == "logits":
                     header.setdefault("logits", record.get("message"))
                 if record.get("name") in ("resumed", "rolled back"):
-                    steps.start_segment()
-                    workers.start_segment()
-    columns = steps.build(), workers.build()
-    left_out = _left_out(unreadable, num_foreign) + steps.left_out + workers.left_out
+                    for builder in builders.values():
+                        builder.start_segment()
+    steps, workers, micro = (builder.build() for builder in builders.values())
+    left_out = _left_out(unreadable, num_foreign)
+    left_out += [text for builder in builders.values() for text in builder.left_out]
     if torn:
         warn_user(f"read_run: skipped the torn last line of {path}.")
     if left_out:
         warn_user(f"read_run: {'; '.join(left_out)}, in {path}.")
-    nan = frozenset(nan_losses) if "loss" in columns[0] else None
-    return Run(path, header, *columns, events, torn, tuple(left_out), nan)
+    nan = frozenset(nan_losses) if "loss" in steps else None
+    return Run(path, header, steps, workers, events, torn, tuple(left_out), nan, micro)
 
 
 def _left_out(unreadable: list[int], num_foreign: int) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
-KINDS = ("step", "workers", "event")
+KINDS = ("step", "workers", "micro", "event")
 
 
 def encode(record: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ import numpy as np
 from safestep.runlog.reader import Run
 
 HUGE = 1e100  # numbers up to it can be squared and summed
+MAX_MICRO_BATCHES = 256  # a log is untrusted: no number in it may fill the memory
 FEW = 0.05  # share of touched steps under which a mean over the run tells of one wild step alone
 
 
@@ -118,11 +119,11 @@ def drawable(run: Run) -> Run:
         column = np.where(is_huge, np.copysign(HUGE, column), column)
         return np.where(size < 1e-100, 0.0, column)
 
-    steps, workers = (
+    steps, workers, micro = (
         {name: within(column) for name, column in columns.items()}
-        for columns in (run.steps, run.workers)
+        for columns in (run.steps, run.workers, run.micro)
     )
-    return replace(run, steps=steps, workers=workers)
+    return replace(run, steps=steps, workers=workers, micro=micro)
 
 
 def positive(values: np.ndarray) -> np.ndarray:
@@ -186,6 +187,28 @@ def worker_mean(run: Run, name: str, steps: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # workers at inf and at -inf
         mean[position[is_there]] = values[is_there].mean(axis=1)
     return mean
+
+
+def micro_means(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean over the workers of a quantity of each micro-batch of each step.
+
+    Args:
+        run: The run.
+        name: "loss" or "grad_norm".
+
+    Returns:
+        Step numbers ``[T]`` and means ``[T, M]``, NaN where a worker has none; empty if the log
+        has no micro-batches.
+    """
+    values, place = run.micro.get(name), run.micro.get("micro")
+    if values is None or values.ndim != 2 or place is None or not len(place):
+        return np.empty(0), np.empty((0, 0))
+    steps, row = np.unique(run.micro["step"], return_inverse=True)
+    is_known = (place >= 0) & (place < MAX_MICRO_BATCHES)
+    means = np.full((len(steps), int(place[is_known].max(initial=-1)) + 1), np.nan)
+    with np.errstate(invalid="ignore"):  # workers at inf and at -inf
+        means[row[is_known], place[is_known].astype(int)] = values[is_known].mean(axis=1)
+    return steps, means
 
 
 def removed_area(series: StepSeries) -> float:

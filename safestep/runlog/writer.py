@@ -2,9 +2,10 @@
 
 The file is made to outlive the process. Its first line is a header (``kind`` "header"); every other
 line is one record with its ``kind`` and the id of its ``run``: "step" (the fields of StepReport),
-"workers" (per-worker lists beside scalars) or "event" (``name``, ``message``). Each line is strict
-JSON: JSON has no number for NaN and infinities, so they are the strings "nan", "inf" and "-inf",
-which ``float`` and its like in other languages parse. ``safestep.read_run`` reads it back.
+"workers" (per-worker lists beside scalars), "micro" (per-worker lists of one micro-batch of a step)
+or "event" (``name``, ``message``). Each line is strict JSON: JSON has no number for NaN and
+infinities, so they are the strings "nan", "inf" and "-inf", which ``float`` and its like in other
+languages parse. ``safestep.read_run`` reads it back.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class RunLog:
         """Append one record, handed to the system before the call returns.
 
         Args:
-            kind: "step", "workers" or "event".
+            kind: "step", "workers", "micro" or "event".
             record: JSON values, numpy or torch scalars and arrays among them.
 
         Raises:

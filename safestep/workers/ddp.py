@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from safestep.parallel.checksum import checksum
 from safestep.workers.dispersion import WorkerSums, unit_squared_norm_of_two
+from safestep.workers.kinds import MicroValues
 from safestep.workers.local_gradients import LocalGradients, squared_norm
 
 
@@ -28,7 +29,9 @@ class DdpWorkers:
             is_reduced=lambda: ddp.require_backward_grad_sync,
         )
         self._losses: list[Tensor] = []
+        self._num_slots = 0  # for micro-batches: the same number on every rank
         self.checksums: Tensor | None = None
+        self.micro: MicroValues | None = None
         self.num_workers = dist.get_world_size(self._group)
 
     def begin_step(self, *, is_measured: bool) -> None:
@@ -41,6 +44,7 @@ class DdpWorkers:
         """Take one backward's loss; the hooks already took the gradient."""
         if self._gradients.is_on:
             self._losses.append(loss.detach().double())
+        self._gradients.end_backward()
 
     def is_complete(self, is_last: bool | None) -> bool:
         """Return whether the last backward ended the step: by default, if DDP reduced it."""
@@ -58,15 +62,14 @@ class DdpWorkers:
             Losses ``[N]`` and sums, float64 on the CPU; the same on every rank.
         """
         rank = dist.get_rank(self._group)
+        added = self._gradients.added()
         sums = self._gradients.sums(share=rank, num_shares=self.num_workers)
-        loss = torch.stack(self._losses).mean().to(sums.device)
+        losses = torch.stack(self._losses).to(sums.device)
         parameters = checksum(self._gradients.parameters).to(sums.device)
-        mine = torch.cat([loss[None], sums / scale**2, parameters])
-        everyone = [torch.empty_like(mine) for _ in range(self.num_workers)]
-        dist.all_gather(everyone, mine, group=self._group)
-        table = torch.stack(everyone).cpu()
-        losses, squared_norms, mean_products, mean_shares = table[:, :4].unbind(1)
+        mine = torch.cat([losses.mean()[None], sums / scale**2, parameters])
+        table, self.micro = self._gather(mine, losses, len(losses) * added.sqrt() / scale)
         self.checksums = table[:, 4:]
+        losses, squared_norms, mean_products, mean_shares = table[:, :4].unbind(1)
         unit_squared_norm = torch.tensor(torch.nan, dtype=torch.float64)
         if self.num_workers == 2 and self._is_mean_exact():
             unit_squared_norm = unit_squared_norm_of_two(squared_norms, mean_products)
@@ -77,6 +80,32 @@ class DdpWorkers:
         return losses, WorkerSums(
             squared_norms, mean_products, mean_shares.sum(), unit_squared_norm
         )
+
+    def _gather(
+        self, mine: Tensor, losses: Tensor, norms: Tensor
+    ) -> tuple[Tensor, MicroValues | None]:
+        """Return all ranks' numbers ``[N, K]``, and those of their micro-batches if there are any.
+
+        The latter are in the same message, once it is known how many there are: a step with more
+        of them than any before takes a second one.
+        """
+        count = len(losses)
+        while True:
+            slots = mine.new_full((2, self._num_slots), torch.nan)
+            if count <= self._num_slots:
+                slots[:, :count] = torch.stack((losses, norms))
+            message = torch.cat([mine, mine.new_tensor([count]), slots.flatten()])
+            everyone = [torch.empty_like(message) for _ in range(self.num_workers)]
+            dist.all_gather(everyone, message, group=self._group)
+            table = torch.stack(everyone).cpu()
+            most = int(table[:, len(mine)].amax())
+            if most <= max(1, self._num_slots):
+                break
+            self._num_slots = most
+        if most == 1:
+            return table[:, : len(mine)], None
+        micro = table[:, len(mine) + 1 :].unflatten(1, (2, -1)).permute(1, 2, 0)[:, :most]
+        return table[:, : len(mine)], MicroValues(*micro)
 
     def detach(self) -> None:
         """Remove every hook from the model."""

@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from safestep.parallel.shards import is_sharded, sharding_modules
 from safestep.workers.dispersion import WorkerSums, add_to_gram, sums_of_gram
+from safestep.workers.kinds import MicroValues
 
 
 class FsdpWorkers:
@@ -21,6 +22,10 @@ class FsdpWorkers:
     all workers' gradients of its own shard; it adds up their inner products. Steps that are not
     measured pay nothing. A measured one pays one more transfer of the size of the gradients, and
     memory for one group of parameters.
+
+    Where gradients accumulate on each rank and are reduced at the end of a step, no norm of a
+    micro-batch's own gradient is known. Where each backward pass is reduced, the norm of each is,
+    and the step's gradients are those of its last micro-batch.
 
     Args:
         model: A module that ``fully_shard`` was applied to, itself or to parts of it.
@@ -37,7 +42,9 @@ class FsdpWorkers:
         self._group = mesh.get_group()
         self._losses: list[Tensor] = []
         self.num_workers = mesh.size()
-        self.gram: Tensor | None = None
+        self.gram: Tensor | None = None  # of the backward pass under way
+        self._grams: list[Tensor | None] = []  # of each that was reduced or not
+        self.micro: MicroValues | None = None
         self.is_measured, self.was_reduced = True, False
         self._modules = list(sharding_modules(model))
         self._own = [_comm_of(module) for module in self._modules]
@@ -47,12 +54,15 @@ class FsdpWorkers:
     def begin_step(self, *, is_measured: bool) -> None:
         """Forget the last step; look at the coming gradients if this one is measured."""
         self._losses.clear()
+        self._grams.clear()
         self.gram, self.is_measured, self.was_reduced = None, is_measured, False
 
     def add(self, loss: Tensor) -> None:
         """Take one backward's loss; its gradients were seen when they were reduced."""
         if self.is_measured:
             self._losses.append(loss.detach().double())
+            self._grams.append(self.gram)
+            self.gram = None
 
     def is_complete(self, is_last: bool | None) -> bool:
         """Return whether the last backward ended the step: by default, if it was reduced."""
@@ -68,16 +78,21 @@ class FsdpWorkers:
         Returns:
             Losses ``[N]`` and sums, float64 on the CPU; the same on every rank.
         """
-        loss = torch.stack(self._losses).mean()
-        gram = self.gram
-        if gram is None:  # nothing was reduced: no parameter had a gradient
-            gram = loss.new_zeros(self.num_workers, self.num_workers)
-        losses = torch.zeros_like(gram[0])
-        losses[dist.get_rank(self._group)] = loss
-        table = torch.cat([losses[None], gram / scale**2])
+        losses, size = torch.stack(self._losses), self.num_workers
+        count, last = len(losses), self._grams[-1]
+        gram = losses.new_zeros(size, size) if last is None else last / scale**2
+        norms = losses.new_full((count, size), torch.nan)
+        if count > 1 and None not in self._grams:  # each was reduced, each of a part of the loss
+            gram = gram * count**2
+            norms = torch.stack([g.diagonal() for g in self._grams if g is not None])
+            norms = norms * (count / scale) ** 2
+        mine = losses.new_zeros(count + 1, size)
+        mine[:, dist.get_rank(self._group)] = torch.cat([losses.mean()[None], losses])
+        table = torch.cat([mine[:1], gram, mine[1:], norms])
         dist.all_reduce(table, group=self._group)
-        table = table.cpu()
-        return table[0], sums_of_gram(table[1:])
+        mean, gram, losses, norms = table.cpu().split([1, size, count, count])
+        self.micro = MicroValues(losses, norms.sqrt()) if count > 1 else None
+        return mean[0], sums_of_gram(gram)
 
     def detach(self) -> None:
         """Give every module its own reduction back."""

@@ -1,10 +1,25 @@
 """What every kind of worker offers: ranks of DDP, or micro-batches of one process."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from safestep.workers.dispersion import WorkerSums
+
+
+@dataclass(frozen=True, slots=True)
+class MicroValues:
+    """What each rank saw of each of its micro-batches. Float64, NaN where it had fewer.
+
+    Attributes:
+        losses: Their losses. Shape ``[M, N]``.
+        grad_norms: Norms of their own gradients, of a loss that was divided by their number before
+            backward, as usual; NaN where a rank never sees them. Shape ``[M, N]``.
+    """
+
+    losses: Tensor
+    grad_norms: Tensor
 
 
 class Workers(Protocol):
@@ -15,11 +30,13 @@ class Workers(Protocol):
         are_ranks: Whether worker i is the same one at every step, so that it can be watched.
         checksums: Of each rank's replica of the parameters, as of the last `sums`; None where there
             are no replicas. Shape ``[N, 2]``.
+        micro: Of each rank's micro-batches, as of the last `sums`; None where each had one.
     """
 
     num_workers: int
     are_ranks: bool
     checksums: Tensor | None
+    micro: MicroValues | None
 
     def begin_step(self, *, is_measured: bool) -> None:
         """Forget the last step, and prepare the next one."""

@@ -17,7 +17,8 @@ class LocalGradients:
     A hook copies each gradient after it was accumulated. `DistributedDataParallel` reduces in hooks
     of the accumulator node, which run after those of the parameter. So the copy is the worker's own
     gradient with bucket views, a static graph, unused parameters or any comm hook. It costs one
-    pass over the gradients, and memory for one copy of them in float32 or wider.
+    pass over the gradients, and memory for one copy of them in float32 or wider. Where several
+    backward passes accumulate, each takes one more pass, for the norm of what it added.
 
     Args:
         parameters: Parameters to follow. Those that need no gradient are left out.
@@ -35,6 +36,8 @@ class LocalGradients:
         self._flat: Tensor | None = None
         self._views: tuple[Tensor, ...] = ()
         self._kept: set[int] = set()
+        self._added: list[Tensor] = []  # squared norms of what each parameter got in this backward
+        self._backwards: list[Tensor] = []  # the same of each backward, summed
         self.is_on = True
         self.was_reduced = False
         self._hooks = [
@@ -68,6 +71,21 @@ class LocalGradients:
                     mean.append(torch.dot(right, right))
         return torch.stack([_total(products, device) for products in (own, mixed, mean)])
 
+    def end_backward(self) -> None:
+        """Note the end of a backward pass, of several that accumulate or of the only one."""
+        if self.is_on:
+            self._backwards.append(_total(self._added, self._device))
+            self._added = []
+
+    def added(self) -> Tensor:
+        """Return the squared norm of what each backward pass of this step added, in their order.
+
+        Float64, NaN for the only one: that is the gradient itself. Shape ``[M]``.
+        """
+        if len(self._backwards) == 1:
+            return torch.full((1,), torch.nan, dtype=torch.float64, device=self._device)
+        return torch.stack(self._backwards)
+
     def take_unit(self, norm: Tensor) -> Tensor:
         """Return the kept gradient divided by its norm, flat. The caller may change it.
 
@@ -82,6 +100,7 @@ class LocalGradients:
     def clear(self) -> None:
         """Forget the gradients of the last step."""
         self._kept.clear()
+        self._backwards, self._added = [], []
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -94,8 +113,16 @@ class LocalGradients:
             return
         if self._flat is None:
             self._allocate()
-        self._views[index].copy_(_dense(parameter.grad))
+        view, gradient = self._views[index], _dense(parameter.grad)
+        if self._backwards or not self.was_reduced:
+            is_first = index not in self._kept
+            self._added.append(squared_norm(gradient.to(view) if is_first else gradient - view))
+        view.copy_(gradient)
         self._kept.add(index)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters[0].device
 
     def _own(self) -> Tensor:
         """Return this worker's gradient, flat; zero where this step has none."""
@@ -110,7 +137,7 @@ class LocalGradients:
         for parameter in self.parameters:
             dtype = torch.promote_types(dtype, parameter.dtype)
         sizes = [parameter.numel() for parameter in self.parameters]
-        self._flat = torch.empty(sum(sizes), dtype=dtype, device=self.parameters[0].device)
+        self._flat = torch.empty(sum(sizes), dtype=dtype, device=self._device)
         self._views = tuple(
             view.view(parameter.shape)
             for view, parameter in zip(self._flat.split(sizes), self.parameters, strict=True)

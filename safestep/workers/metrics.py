@@ -39,6 +39,10 @@ class WorkerReport:
 
     ``loss``, ``grad_norm`` and ``cosine_to_mean`` are per worker; the other numbers, and
     ``outlier``, are those of `WorkerDispersion`. ``events`` holds the new events.
+
+    Where ranks accumulate gradients, ``micro_loss`` and ``micro_grad_norm`` hold, for each
+    micro-batch, the loss and the gradient norm of every rank; else nothing. A norm that no rank
+    ever sees, as under ``fully_shard`` if only the last backward reduces, is NaN.
     """
 
     step: int
@@ -53,12 +57,23 @@ class WorkerReport:
     noise_scale: float
     outlier: int | None
     events: tuple[WorkerEvent, ...] = ()
+    micro_loss: tuple[tuple[float, ...], ...] = ()
+    micro_grad_norm: tuple[tuple[float, ...], ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return the numbers as the "workers" record of a run log."""
         record = asdict(self)
-        del record["events"]
+        for name in ("events", "micro_loss", "micro_grad_norm"):
+            del record[name]
         return record
+
+    def micro_records(self) -> list[dict[str, Any]]:
+        """Return the numbers of each micro-batch as a "micro" record of a run log."""
+        pairs = enumerate(zip(self.micro_loss, self.micro_grad_norm, strict=True))
+        return [
+            {"step": self.step, "micro": index, "loss": loss, "grad_norm": norm}
+            for index, (loss, norm) in pairs
+        ]
 
 
 class WorkerMetrics:
@@ -74,6 +89,11 @@ class WorkerMetrics:
 
     The mean gradient is the one that DDP computes. A comm hook that compresses changes
     ``cosine_to_mean`` and adds to ``noise_scale``; the other numbers do not change.
+
+    With gradient accumulation on several ranks, call it after each backward: the losses of all
+    micro-batches, and their gradient norms where a rank sees them, reach the log together, in the
+    message that is exchanged at the end of a step. Divide each loss by the number of micro-batches
+    before backward, as usual.
 
     Under DDP every rank must call `record`, so it does not work inside ``ddp.join()``. Zero the
     gradients after each reduction: a second reduction on top of the first mixes the mean into the
@@ -216,6 +236,8 @@ class WorkerMetrics:
     def _tell(self, report: WorkerReport) -> None:
         if self._log:
             self._log.write("workers", report.record())
+            for record in report.micro_records():
+                self._log.write("micro", record)
         for event in report.events:
             _logger.warning("step %d: %s", event.step, event.message)
             if self._log:
@@ -230,6 +252,7 @@ class WorkerMetrics:
         if self._workers.checksums is not None:
             drifted = self._replicas.update(self.step, self._workers.checksums)
             events += [drifted] if drifted else []
+        micro = self._workers.micro
         return WorkerReport(
             step=self.step,
             loss=tuple(loss),
@@ -243,7 +266,13 @@ class WorkerMetrics:
             noise_scale=dispersion.noise_scale.item(),
             outlier=dispersion.outlier,
             events=tuple(events),
+            micro_loss=() if micro is None else _rows(micro.losses),
+            micro_grad_norm=() if micro is None else _rows(micro.grad_norms),
         )
+
+
+def _rows(table: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, table.tolist()))
 
 
 def _workers_of(model: Module, micro_batches: int) -> Workers:

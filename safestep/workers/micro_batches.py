@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from safestep.workers.dispersion import WorkerSums, worker_sums
+from safestep.workers.kinds import MicroValues
 
 
 class MicroBatches:
@@ -21,6 +22,7 @@ class MicroBatches:
 
     are_ranks = False
     checksums: Tensor | None = None  # one process has one copy of the parameters
+    micro: MicroValues | None = None  # they are the workers themselves
 
     def __init__(self, model: Module, num_workers: int) -> None:
         self._model = model

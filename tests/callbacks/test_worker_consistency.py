@@ -202,4 +202,28 @@ def test_two_ranks_of_a_trainer_equal_by_hand_gradients(ranks, every):
     logged = read_run(folder).workers
     assert list(logged["step"]) == steps
     assert np.shape(logged["cosine_to_mean"]) == (len(steps), 2)
+    micro = np.stack([rank["micro"] for rank in found], axis=-1)[::every]  # [steps, M, N]
+    np.testing.assert_allclose([report.micro_loss for report in reports], micro, rtol=1e-6)
+    columns = read_run(folder).micro
+    np.testing.assert_allclose(columns["loss"], micro.reshape(-1, 2), rtol=1e-6)
+    assert columns["step"].tolist() == np.repeat(steps, 2).tolist()
+    assert columns["micro"].tolist() == [0, 1] * len(steps)
     assert found[0]["logged"]["workers/pairwise_cosine"] == pytest.approx(cosines[-1], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_batches_that_fully_shard_accumulates_are_micro_batches_of_one_step(tmp_path):
+    """Lightning lets fully_shard reduce each: a step is still the optimizer's."""
+    run_script("sharded_trainer.py", tmp_path, 2, "consistency")
+    found = [torch.load(tmp_path / f"consistency {rank}.pt", weights_only=False) for rank in (0, 1)]
+
+    reports = found[0]["reports"]
+    micro = np.stack([rank["losses"] for rank in found], axis=-1).reshape(-1, 2, 2)
+    assert found[1]["reports"] == reports
+    assert [report.step for report in reports] == [0, 1]
+    np.testing.assert_allclose([report.micro_loss for report in reports], micro, rtol=1e-6)
+    np.testing.assert_allclose([report.loss for report in reports], micro.mean(1), rtol=1e-6)
+    assert np.isfinite([report.micro_grad_norm for report in reports]).all()
+    np.testing.assert_allclose(
+        [report.grad_norm for report in reports], [r.micro_grad_norm[-1] for r in reports]
+    )

@@ -27,6 +27,7 @@ STEP_PLOTS = [
 ]
 WORKER_PLOTS = [
     plots.plot_worker_heatmap,
+    plots.plot_micro_batches,
     plots.plot_dispersion,
     plots.plot_consistency,
     plots.plot_noise_scale,
@@ -366,3 +367,19 @@ def test_loss_change_says_means_and_their_agreement(tmp_path):
     ax = plots.plot_loss_change(run, new_axes())
     render(ax)
     assert "rank correlation 1.00" in texts(ax)
+
+
+def test_micro_batches_are_drawn_as_the_mean_of_the_ranks(tmp_path):
+    with RunLog(tmp_path, {}, world_size=2) as log:
+        for step in range(5):
+            for micro in range(3):
+                log.write("micro", {"step": step, "micro": micro, "loss": [1.0, 1.0 + 2 * micro]})
+    run = read_run(tmp_path)
+    (kind,) = [each for each in FIGURES if each.name == "micro_batches"]
+
+    ax = kind.plot(run, new_axes())
+
+    render(ax)
+    assert ax.collections[0].get_array().T.tolist() == [[1.0, 2.0, 3.0]] * 5
+    assert kind.has_data(run)
+    assert "number 0 has the lowest (1) and number 2 the highest (3)" in kind.says(run)

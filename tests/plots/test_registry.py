@@ -33,6 +33,10 @@ def run_of(run_dir, change, *, num_steps):
             for kind, record in (("step", STEP), ("workers", WORKERS)):
                 changed = {name: change(step, value) for name, value in record.items()}
                 log.write(kind, {"step": step, **changed})
+            for micro, loss in enumerate((1.0, 2.0)):
+                log.write("micro", {
+                    "step": step, "micro": micro, "loss": [change(step, loss), 1.5],
+                })  # fmt: skip
     return read_run(run_dir)
 
 

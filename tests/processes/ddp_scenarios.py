@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,18 @@ class Setup:
         loss = torch.tensor([sum(losses) / len(losses)], dtype=torch.float64)
         return gather(loss, self.group)[:, 0], gather(gradient, self.group)
 
+    def micro_by_hand(self, batches):
+        """Return every worker's loss and gradient norm of each of its batches, [M, N]."""
+        losses, norms = [], []
+        for batch in batches:
+            self.reference.zero_grad()
+            loss = self.loss(self.reference, batch)
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(flat_gradient(self.reference).norm().item())
+        mine = torch.tensor([losses, norms], dtype=torch.float64)
+        return gather(mine, self.group).permute(1, 2, 0)
+
     def snapshot(self, report, losses, gradients):
         return {
             "report": dataclasses.asdict(report),
@@ -160,8 +173,27 @@ def accumulation(setup, inside=True):
             report = report if inside else setup.metrics.record(loss)
             assert (report is not None) == (index == 2)
         found = setup.snapshot(report, *by_hand)
+        found["micro"] = setup.micro_by_hand(batches)
         setup.optimizer.step()
     return found
+
+
+def accumulation_uneven(setup):
+    """The first rank has two micro-batches, the others three; a message a step after the first."""
+    counts = []
+    for _ in range(STEPS):
+        number = 2 if setup.rank == 0 else 3
+        setup.optimizer.zero_grad()
+        with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as messages:
+            for index in range(number):
+                is_last = index == number - 1
+                with contextlib.nullcontext() if is_last else setup.ddp.no_sync():
+                    loss = setup.loss(setup.ddp, setup.batch())
+                    (loss / number).backward()
+                    report = setup.metrics.record(loss)
+        counts.append(messages.call_count)
+        setup.optimizer.step()
+    return {"report": dataclasses.asdict(report), "messages": counts}
 
 
 def accumulation_outside(setup):
@@ -319,6 +351,7 @@ SCENARIOS = {
         accumulation_unused_last,
         {"find_unused_parameters": True},
     ),
+    "no_sync, uneven": (3, accumulation_uneven, {}),
     "loss scaler": (3, scaled, {}),
     "float64": (3, steps, {"dtype": torch.float64}),
     "sparse": (3, steps, {"sparse": True}),

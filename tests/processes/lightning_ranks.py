@@ -52,6 +52,7 @@ class Save(Callback):
     def on_train_end(self, trainer, pl_module):
         gradients = np.array(pl_module.gradients)
         found = {
+            "micro": np.reshape(pl_module.losses, (-1, ACCUMULATED)),
             "losses": np.reshape(pl_module.losses, (-1, ACCUMULATED)).mean(1),
             "gradients": gradients.reshape(-1, ACCUMULATED, gradients.shape[-1]).mean(1),
             "reports": self.reports,

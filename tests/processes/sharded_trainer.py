@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from safestep.callbacks import StepSafety
+from safestep.callbacks import StepSafety, WorkerConsistency
 
 SCENARIOS = {
     "clipped": {"lr": 3.0},
@@ -110,7 +110,17 @@ def gathered(net):
     return {name: param.clone() for name, param in whole.items()}
 
 
-def fit(path, *, lr, action="clip", is_manual=False, kind="sharded", ckpt_path=None, **options):
+def fit(
+    path,
+    *,
+    lr,
+    action="clip",
+    is_manual=False,
+    kind="sharded",
+    ckpt_path=None,
+    others=(),
+    **options,
+):
     seed_everything(0, verbose=False)
     inputs = torch.randn(64, 8)
     loader = DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 8, shuffle=True)
@@ -125,7 +135,7 @@ def fit(path, *, lr, action="clip", is_manual=False, kind="sharded", ckpt_path=N
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*([safety] if safety else []), watch],
+        callbacks=[*([safety] if safety else []), watch, *others],
         **{"max_epochs": 1, **options},
     )
     trainer.fit(Sharded(lr, is_manual, kind), loader, ckpt_path=ckpt_path)
@@ -141,14 +151,34 @@ def resumed(path):
     return {"whole": seen(whole), "resumed": seen(resumed)}
 
 
+class Losses(Callback):
+    """Keeps the loss of each batch and the report of each step."""
+
+    def __init__(self, consistency):
+        self.consistency, self.losses, self.reports = consistency, [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
+        if self.consistency.last not in [None, *self.reports]:
+            self.reports.append(self.consistency.last)
+
+
+def consistency(path):
+    watched = WorkerConsistency()
+    losses = Losses(watched)
+    fit(path, lr=0.05, action=None, accumulate_grad_batches=2, others=(watched, losses))
+    return {"losses": losses.losses, "reports": losses.reports}
+
+
 def seen(watch):
     return {"batches": watch.batches, "reports": list(map(asdict, watch.reports))}
 
 
 def main(rank, output, names):
     os.environ["LOCAL_RANK"] = str(rank)  # as torchrun does: the Trainer starts no processes
+    whole = {"resumed": resumed, "consistency": consistency}
     for name in names:
-        found = resumed(output) if name == "resumed" else seen(fit(output, **SCENARIOS[name])[1])
+        found = whole[name](output) if name in whole else seen(fit(output, **SCENARIOS[name])[1])
         torch.save(found, f"{output}/{name} {rank}.pt")
 
 

@@ -29,6 +29,7 @@ def main(rank, output):
         "plain": train(rank),
         "unwatched": train(rank, is_watched=False)["after"],
         "accumulated": train(rank, num_batches=3),
+        "each reduced": train(rank, num_batches=3, is_each_reduced=True),
         "float16 reduction": train(rank, mp_policy=half),
         "every second": train(rank, every=2),
         "scaled": train(rank, scale=64.0),
@@ -46,7 +47,8 @@ class Scaler:
 
 
 def train(
-    rank, *, num_batches=1, is_watched=True, every=1, scale=1.0, **sharding
+    rank, *, num_batches=1, is_watched=True, every=1, scale=1.0, is_each_reduced=False,
+    **sharding,
 ):  # fmt: skip
     torch.manual_seed(0)
     model = network()
@@ -64,20 +66,24 @@ def train(
         reference.load_state_dict(state)
         reference.zero_grad()
         optimizer.zero_grad()
-        total = 0.0
+        total, micro = 0.0, []
         for index, batch in enumerate(batches):
             is_last = index == num_batches - 1
-            model.set_requires_gradient_sync(is_last)
+            model.set_requires_gradient_sync(is_last or is_each_reduced)
+            gradient = torch.autograd.grad(loss_of(reference, batch), list(reference.parameters()))
+            norm = torch.cat([each.flatten() for each in gradient]).double().norm()
             loss = loss_of(reference, batch)
             (loss / num_batches).backward()
             total += loss.item() / num_batches
+            micro.append([loss.item(), norm.item()])
             loss = loss_of(model, batch)
             (scale * loss / num_batches).backward()
             if metrics is not None:
-                report = metrics.record(loss)
+                report = metrics.record(loss, is_last=is_last if is_each_reduced else None)
         if metrics is not None:
             reports.append(dataclasses.asdict(report) if report else None)
-        references.append((gathered(torch.tensor([total]).double()), gathered(flat(reference))))
+        whole = gathered(torch.tensor([total]).double()), gathered(flat(reference))
+        references.append((*whole, gathered(torch.tensor(micro).double())))
         optimizer.step()
         if step == STEPS - 2 and metrics is not None:
             metrics.detach()

@@ -37,7 +37,7 @@ def cosine(left, right):
 def test_sharded_report_equals_by_hand_gradients(ranks, scenario, rtol):
     for found in ranks:
         reports, references = found[scenario]["reports"], found[scenario]["references"]
-        for report, (losses, gradients) in zip(reports, references, strict=False):
+        for report, (losses, gradients, _) in zip(reports, references, strict=False):
             if report is None:
                 continue
             gradients, mean = gradients.numpy(), gradients.mean(0).numpy()
@@ -52,6 +52,24 @@ def test_sharded_report_equals_by_hand_gradients(ranks, scenario, rtol):
                 np.testing.assert_allclose(
                     report[name], value, rtol=rtol, atol=rtol, err_msg=f"{scenario} {name}"
                 )
+
+
+@pytest.mark.parametrize("scenario", ["accumulated", "each reduced"])
+def test_each_micro_batch_of_each_shard_has_its_loss_and_its_norm_where_a_rank_sees_it(
+    ranks, scenario
+):
+    for found in ranks:
+        reports, references = found[scenario]["reports"], found[scenario]["references"]
+        for report, (losses, _, micro) in zip(reports, references, strict=False):
+            expected, norms = micro.permute(2, 1, 0).numpy()
+            np.testing.assert_allclose(report["loss"], losses[:, 0])
+            np.testing.assert_allclose(report["micro_loss"], expected)
+            if scenario == "accumulated":
+                assert np.isnan(report["micro_grad_norm"]).all()
+                continue
+            np.testing.assert_allclose(report["micro_grad_norm"], norms, rtol=1e-5)
+            # Only each micro-batch's own gradient is known: the step's is that of the last.
+            np.testing.assert_allclose(report["grad_norm"], norms[-1], rtol=1e-5)
 
 
 def test_sharded_reports_are_the_same_on_every_rank_and_there_at_the_measured_steps(ranks):

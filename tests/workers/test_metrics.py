@@ -71,6 +71,30 @@ def test_report_equals_by_hand_gradients(found, name):
     assert_by_hand(found[0][name])
 
 
+@pytest.mark.parametrize("name", ["no_sync", "no_sync, bucket views", "no_sync, recorded outside"])
+def test_each_micro_batch_of_each_rank_has_its_own_loss_and_gradient_norm(found, name):
+    losses, norms = found[0][name]["micro"]
+
+    for rank in found[:3]:
+        report = rank[name]["report"]
+        np.testing.assert_allclose(report["micro_loss"], losses, rtol=1e-6)
+        # Differences of sums in float32.
+        np.testing.assert_allclose(report["micro_grad_norm"], norms, rtol=1e-5)
+
+
+def test_micro_batches_take_no_message_of_their_own_after_the_first_step(found):
+    scenario = found[0]["no_sync, uneven"]
+
+    assert scenario["messages"] == [2, 1, 1]
+    for name in ("micro_loss", "micro_grad_norm"):
+        values = np.array(scenario["report"][name])
+        assert np.isnan(values).tolist() == [[False] * 3] * 2 + [[True, False, False]]
+
+
+def test_a_step_of_one_backward_pass_has_no_micro_batches(found):
+    assert found[0]["two ranks"]["report"]["micro_loss"] == ()
+
+
 @pytest.mark.parametrize(
     "name", ["two ranks", "bucket views", "no_sync", "fp16 hook", "powerSGD hook, several buckets"]
 )
