@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 # Where options were chosen; what is reported comes from the other tasks.
@@ -30,11 +28,6 @@ class Runs:
             dict.fromkeys(s for task in self.tasks for s in self.runs[task]["nothing"])
         )
 
-    @classmethod
-    def read(cls, path: str | Path) -> Runs:
-        """Read the file."""
-        return cls(json.loads(Path(path).read_text()))
-
     def seeds(self, task: str, rule: str = "nothing", situation: str = "healthy") -> list[str]:
         """Return the seeds that were run."""
         return sorted(self.runs[task].get(rule, {}).get(situation, {}))
@@ -43,15 +36,20 @@ class Runs:
         """Return whether a rule was run in all of the situations, by one seed at least."""
         return all(self.seeds(task, rule, situation) for situation in situations)
 
-    def values(self, task: str, rule: str, situation: str, column: str) -> list[float]:
+    def values(
+        self, task: str, rule: str, situation: str, column: str, seeds: Iterable[str] | None = None
+    ) -> list[float]:
         """Return a column over the seeds; a loss that is not finite is infinite."""
         place = self.columns.index(column)
-        rows = self.runs[task].get(rule, {}).get(situation, {}).values()
-        return [math.inf if row[place] is None else row[place] for row in rows]
+        rows = self.runs[task].get(rule, {}).get(situation, {})
+        chosen = [rows[seed][place] for seed in (rows if seeds is None else seeds)]
+        return [math.inf if value is None else value for value in chosen]
 
-    def mean(self, task: str, rule: str, situation: str, column: str) -> float:
+    def mean(
+        self, task: str, rule: str, situation: str, column: str, seeds: Iterable[str] | None = None
+    ) -> float:
         """Return the mean over the seeds, NaN where nothing was run."""
-        return statistics.fmean(self.values(task, rule, situation, column) or [math.nan])
+        return statistics.fmean(self.values(task, rule, situation, column, seeds) or [math.nan])
 
     def kept(self, task: str, rule: str, situation: str) -> dict[str, float]:
         """Return, by seed, the share of the progress that healthy AdamW makes, in [0, 1].
@@ -80,27 +78,33 @@ class Runs:
         seconds, plain = (self.runs[task].get(r, {}).get("healthy", {}) for r in (rule, "nothing"))
         return [seconds[seed][place] / plain[seed][place] for seed in sorted(seconds)]
 
-    def rates(self, task: str, rule: str) -> dict[float, float]:
-        """Return the mean held-out loss by the factor of the learning rate."""
-        found = {1.0: self.mean(task, rule, "healthy", "loss")}
+    def rates(self, task: str, rule: str) -> dict[float, str]:
+        """Return the situations of a sweep, by the factor of the learning rate."""
+        found = {1.0: "healthy"}
         for situation in self.runs[task].get(rule, {}):
             if situation.startswith("rate x"):
-                factor = float(situation.removeprefix("rate x"))
-                found[factor] = self.mean(task, rule, situation, "loss")
+                found[float(situation.removeprefix("rate x"))] = situation
         return dict(sorted(found.items()))
 
     def span(self, task: str, rule: str, tolerance: float = 0.01) -> float:
         """Return the widest range of rates, as a ratio, that keep the best of AdamW's progress.
 
         A rate is in the range where the progress is within `tolerance` of the best that AdamW
-        alone makes at any rate; 0 where none is, 1 where one is.
+        alone makes at any rate, over the seeds that both were run on at all of them; 0 where none
+        is, 1 where one is, NaN where no seed is left.
         """
-        plain = self.rates(task, "nothing")
-        start = self.mean(task, "nothing", "healthy", "start")
-        enough = (1 - tolerance) * (start - min(plain.values()))
+        sweep = self.rates(task, rule)
+        seeds = set.intersection(
+            *(set(self.seeds(task, r, name)) for r in (rule, "nothing") for name in sweep.values())
+        )
+        if not seeds:
+            return math.nan
+        start = self.mean(task, "nothing", "healthy", "start", seeds)
+        best = min(self.mean(task, "nothing", name, "loss", seeds) for name in sweep.values())
+        enough = (1 - tolerance) * (start - best)
         widest, first = 0.0, None
-        for factor, loss in self.rates(task, rule).items():
-            if start - loss < enough:
+        for factor, name in sweep.items():
+            if start - self.mean(task, rule, name, "loss", seeds) < enough:
                 first = None
                 continue
             first = factor if first is None else first
