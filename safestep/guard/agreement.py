@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf, isnan, nan
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ from safestep.guard.optimizer_state import OptimizerState
 from safestep.guard.options import check_replica_interval
 from safestep.guard.predictor import Measure, Predicted
 from safestep.guard.setup import STAGES, demand_same_setup, names_and_shapes
-from safestep.measure.slopes import over_ranks
-from safestep.measure.update import Finding, Measurement
+from safestep.measure.second_gradient import Mean, SecondGradient
+from safestep.measure.slopes import over_ranks, row_of
+from safestep.measure.update import Finding, Measurement, Update
 from safestep.parallel.checksum import checksum
 from safestep.parallel.present import ABSENT
 from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import are_sharded
 from safestep.radius.loss_change import mean_change
 from safestep.workers.drift import WorkerEvent
+from safestep.workers.local_gradients import own_gradients
 from safestep.workers.replicas import ReplicaWatch
 
 
@@ -52,6 +54,8 @@ class Agreement:
         self._optimizer, self._tell, self._interval = optimizer, tell, interval
         is_whole = not are_sharded(_params(optimizer))
         self.has_replicas = is_whole and not self.is_alone
+        several = own_gradients if self.has_replicas else _own_of_shards
+        self.own_gradients = None if self.is_alone else several
         check_replica_interval(interval, is_whole)
         # Ranks that train models of their own are never equal, and then no replicas of each other.
         self._updates = ReplicaWatch("update", is_trusted=False, has_size=True)
@@ -129,7 +133,9 @@ class Agreement:
             return Measure.QUICKLY
         return Measure.ROUGHLY if worst == _CODES[Measure.ROUGHLY] else Predicted(worst)
 
-    def measurement(self, mine: Measurement, fingerprint: float = 0.0) -> Measurement:
+    def measurement(
+        self, mine: Measurement, fingerprint: float = 0.0, state: float = 0.0
+    ) -> Measurement:
         """Return the measurement that all ranks act on.
 
         Takes one small all-gather. Two more, of the reasons, follow only where a rank found an
@@ -138,6 +144,7 @@ class Agreement:
         Args:
             mine: This rank's.
             fingerprint: That of its update.
+            state: A number that ranks have in common whose audits of the gradient know the same.
 
         Returns:
             The smallest radius and the gravest finding over the ranks.
@@ -146,14 +153,13 @@ class Agreement:
             return mine
         row = (
             mine.finding, mine.radius, mine.spread, mine.bottleneck, mine.step_norm, fingerprint,
-            mine.slopes.outputs, mine.slopes.gradient, mine.slopes.size,
-            mine.loss.divergence, mine.loss.slope, mine.loss.weight,
+            mine.loss.divergence, mine.loss.slope, mine.loss.weight, *row_of(mine.slopes, state),
         )  # fmt: skip
         rows = self.ranks.gather(row, "its measurement")
         findings, radii, _, _, step_norms = rows[:, :5].unbind(1)
         self._compare(self._updates, rows[:, 4:6])
         slopes = over_ranks(
-            mine.slopes, rows[:, 6:9].tolist(), are_parts=mine.is_partial,
+            mine.slopes, rows[:, 9:].tolist(), are_parts=mine.is_partial,
             is_whole=not (findings == ABSENT).any(),
         )  # fmt: skip
         if not findings.any():  # all measured: thousands of ranks are not looked at one by one
@@ -165,10 +171,23 @@ class Agreement:
                 for row, reason in zip(rows.tolist(), reasons, strict=True)
             ]
             worst = worst_of(everyone)
-        worst = replace(worst, loss=mean_change(mine.loss, rows[findings != ABSENT, 9:]))
+        worst = replace(worst, loss=mean_change(mine.loss, rows[findings != ABSENT, 6:9]))
         if mine.is_partial:
             worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
         return replace(worst, slopes=slopes, row=None)
+
+    def averaged(
+        self, second: Callable[[Update, Mean | None], SecondGradient]
+    ) -> Callable[[Update], SecondGradient] | None:
+        """Return what computes the mean gradient of all ranks once more, None for ranks of shards.
+
+        Args:
+            second: Computes it; the second argument averages over the ranks.
+        """
+        if self.has_replicas or self.is_alone:
+            mean = None if self.is_alone else self.ranks.mean
+            return lambda update: second(update, mean)
+        return None
 
     def end_step(self) -> None:
         """Compare replicas where it is time to."""
@@ -226,6 +245,10 @@ def _of_row(mine: Measurement, row: Sequence[float]) -> Measurement:
         mine, finding=Finding(int(finding)), radius=radius, spread=spread,
         bottleneck=int(bottleneck), step_norm=step_norm, is_partial=False,
     )  # fmt: skip
+
+
+def _own_of_shards(_: Sequence[Tensor]) -> NoReturn:
+    raise LookupError("no rank of shards holds its own gradient and the whole update")
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import floor, isnan, log10, nan
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import isnan, nan
+from typing import Any
+from zlib import crc32
 
 from torch import Tensor
 
+from safestep._warn import RaisedOnPurpose
+from safestep.guard.gradient_event import TO_AUDIT, TO_REPAIR, TO_REPAIR_RANK, GradientEvent
 from safestep.guard.health import Health
 from safestep.guard.options import check_audit_interval
+from safestep.guard.rank_gradients import OUTSIDE, WINDOW, RankGradients, words
 from safestep.measure.audit import Schedule
 from safestep.measure.second_gradient import SecondGradient
 from safestep.measure.slopes import Slopes
 from safestep.measure.update import Measurement, Update
 
-WINDOW = 64  # matching steps whose differences are the usual ones
-FIRST = 8  # of them, before which the ratio must be nearer to 1 than this, or in half precision
-NEAR, NEAR_COARSE = 1e-4, 0.02
-OUTSIDE = 3.0  # times the largest usual difference
-GROSS, GROSS_COARSE = 0.02, 0.1  # distance of the ratio from 1 that no rounding makes
+FIRST = 8  # matching steps, before which the ratio must be near 1
 CEILING = 1e-3  # a clipped gradient has the largest norm of all, up to this share
 CAUSE = 0.5  # share of the difference that the gradient in use makes if it is the cause
 STEADY, IN_A_ROW = 0.01, 3  # so many factors that are so much alike are no clipping's
-
-_TO_REPAIR = (
-    "Look for gradients that were not cleared before the backward pass, or changed after it (a "
-    "hook, clipping that is not meant, a missing mean over ranks or batches), for a loss that got "
-    "another term, and for a machine that computes wrong"
-)
-_TO_AUDIT = (
-    "Tell the guard the whole training step, guard.record(step, *args), just before it runs, where "
-    "step returns the loss"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class GradientEvent:
-    """What an audited step showed.
-
-    Attributes:
-        step: The step at which it was found.
-        since: The step from which on the gradient does not match, as far as audited steps tell.
-        finding: "wrong", "not audited", or "right" where it was wrong before.
-        message: The event in a sentence.
-        advice: What the user should do; None if there is nothing to warn of.
-    """
-
-    step: int
-    since: int
-    finding: Literal["wrong", "not audited", "right"]
-    message: str
-    advice: str | None = None
 
 
 class GradientWatch:
@@ -73,8 +44,12 @@ class GradientWatch:
     Without an interval nobody has said that the loss is one of the outputs alone: what would be an
     alarm is then only written down, and the run is not audited until the two match.
 
-    Several ranks make no second gradient. There, an alarm takes two audited steps in a row whose
-    ratio is off by more than 2 % (10 % in half precision); two equal ones if the ratio is below 1.
+    Several ranks average their second gradients. Ranks of shards make none: ``fully_shard`` reduces
+    gradients into ``.grad`` within the backward pass, where a second one would be added. There, an
+    alarm takes two audited steps in a row whose ratio is off by more than 2 % (10 % in half
+    precision); two equal ones if the ratio is below 1. Where WorkerMetrics keeps what the gradients
+    of DDP were before the all-reduce, `RankGradients` names the ranks whose own one is off; a rank
+    of ``fully_shard`` has the whole update nowhere, so that none is named.
 
     Args:
         interval: Audit at least one in so many steps; None adds none.
@@ -102,6 +77,7 @@ class GradientWatch:
         self._factors: deque[float] = deque(maxlen=IN_A_ROW)  # since the latest match
         self._obstacle: str | None = None  # why the ratio says nothing
         self._looks = Schedule(IN_A_ROW)
+        self._ranks = RankGradients()
 
     def is_due(self, step: int) -> bool:
         """Return whether a step must be measured exactly.
@@ -126,12 +102,17 @@ class GradientWatch:
             The measurement, without slopes whose ratio says nothing about the gradient.
         """
         slopes = measurement.slopes
-        if not measurement.is_exact or slopes.reason is not None:
+        if not measurement.is_exact:
+            return measurement
+        self._judge_ranks(step, slopes.ranks)
+        if slopes.reason is not None:
             return measurement
         norm = nan if update.is_sharded else health.gradient_norm  # NaN: any may be clipped
         is_at_ceiling = not abs(norm - self._ceiling) > CEILING * self._ceiling
         self._ceiling = max(self._ceiling, norm)
-        if self._is_usual(slopes):
+        if self._ranks.named:
+            pass  # the cause is known, and the mean is off by a share of it
+        elif self._is_usual(slopes):
             self._match(step, slopes)
         elif self._since is None and not (slopes.ratio < 1 and is_at_ceiling):
             self._examine(step, slopes, update)
@@ -139,11 +120,22 @@ class GradientWatch:
             measurement = replace(measurement, slopes=Slopes(obstacle=self._obstacle))
         return measurement
 
+    def fingerprint(self, health: Health, mine: Measurement) -> float:
+        """Return a number that ranks have in common if they will decide alike on the next slopes.
+
+        Args:
+            health: Sizes of the update under way.
+            mine: What this rank measured of it.
+        """
+        known = self.state_dict(), list(self._factors), self._obstacle, self._looks.state_dict()
+        own = health.gradient_norm, mine.slopes.is_coarse
+        return float(crc32(repr((known, own)).encode()))
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of the run, as plain numbers and lists."""
         return {
             "usual": list(self._usual), "matched": self._matched, "since": self._since,
-            "ceiling": self._ceiling,
+            "ceiling": self._ceiling, "ranks": self._ranks.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,12 +147,13 @@ class GradientWatch:
         self._usual = deque(state["usual"], maxlen=WINDOW)
         self._matched, self._since = state["matched"], state["since"]
         self._ceiling = state["ceiling"]
+        if "ranks" in state:  # which older checkpoints lack
+            self._ranks.load_state_dict(state["ranks"])
 
     def _is_usual(self, slopes: Slopes) -> bool:
         if abs(slopes.difference) <= OUTSIDE * max(self._usual, default=0.0):
             return True
-        near = NEAR_COARSE if slopes.is_coarse else NEAR
-        return len(self._usual) < FIRST and abs(slopes.ratio - 1) <= near
+        return len(self._usual) < FIRST and slopes.is_near
 
     def _match(self, step: int, slopes: Slopes) -> None:
         since, self._since, self._matched, self._obstacle = self._since, None, step, None
@@ -174,16 +167,19 @@ class GradientWatch:
     def _examine(self, step: int, slopes: Slopes, update: Update) -> None:
         if not self._looks.is_due():
             return
+        second = None
         try:
-            second = None if self._again is None else self._again(update)
-        except Exception:  # out of memory, or a call that has no second backward pass
-            second = None
+            if self._again is not None and slopes.is_agreed:
+                second = self._again(update)
+        except Exception as error:  # out of memory, or a call that has no second backward pass
+            if isinstance(error, RaisedOnPurpose):
+                raise
         if second is None:
             self._doubt(step, slopes)
             return
         whole = slopes.gradient - slopes.outputs
         is_cause = abs(slopes.gradient - second.slope) >= CAUSE * abs(whole)
-        if not (is_cause or _is_gross(slopes)):
+        if not (is_cause or slopes.is_gross):
             self._match(step, slopes)  # rounding
         elif not is_cause:
             why = "a second backward pass gives the same gradient, forward mode another slope"
@@ -199,7 +195,7 @@ class GradientWatch:
 
     def _doubt(self, step: int, slopes: Slopes) -> None:
         """Judge without a second gradient."""
-        if not _is_gross(slopes):
+        if not slopes.is_gross:
             return
         self._factors.append(slopes.ratio)
         *_, before, now = (nan, *self._factors)
@@ -225,29 +221,33 @@ class GradientWatch:
             "terms that do not pass through them, or something changes the gradient on its way"
         )
         if is_new:
-            advice = None if self._interval is None else _TO_AUDIT
+            advice = None if self._interval is None else TO_AUDIT
             text = f"the gradient is not audited: {self._obstacle}"
             self._tell(GradientEvent(step, step, "not audited", text, advice))
 
     def _alarm(self, step: int, slopes: Slopes, why: str) -> None:
         self._since, self._obstacle = step, None
-        last = "" if self._matched is None else f"; it matched at step {self._matched}"
-        ratio = f"ratio {_near_one(slopes.ratio)} since step {step}"
-        found = f"{ratio} ({why}{last})"
+        last = None if self._matched is None else f"it matched at step {self._matched}"
+        others = filter(None, (why, self._ranks.why_unnamed(slopes), last))
+        self._accuse(step, step, f"ratio {slopes} since step {step} ({'; '.join(others)})")
+
+    def _accuse(self, step: int, since: int, found: str, ranks: tuple[int, ...] = ()) -> None:
         if self._interval is None:  # a penalty that grows from zero, gradient surgery: not asked
             self._obstacle = f"the gradient is no longer that of the model's outputs: {found}"
             text = f"the gradient is not audited: {self._obstacle}"
-            self._tell(GradientEvent(step, step, "not audited", text))
+            self._tell(GradientEvent(step, since, "not audited", text, ranks=ranks))
             return
         text = f"gradient does not match the loss: {found}"
-        self._tell(GradientEvent(step, step, "wrong", text, _TO_REPAIR))
+        advice = TO_REPAIR_RANK if ranks else TO_REPAIR
+        self._tell(GradientEvent(step, since, "wrong", text, advice, ranks))
 
-
-def _is_gross(slopes: Slopes) -> bool:
-    return abs(slopes.ratio - 1) > (GROSS_COARSE if slopes.is_coarse else GROSS)
-
-
-def _near_one(ratio: float) -> str:
-    """Return a ratio with the digits that tell it from 1."""
-    digits = 3 if ratio in (0, 1) else max(3, 3 - floor(log10(abs(ratio - 1))))
-    return f"{ratio:.{min(digits, 10)}g}"
+    def _judge_ranks(self, step: int, slopes: Sequence[Slopes]) -> None:
+        """Name ranks, or tell that their gradients match again."""
+        before = self._ranks.named
+        self._ranks.judge(step, slopes)
+        new = {rank: since for rank, since in self._ranks.named.items() if rank not in before}
+        if new:
+            self._accuse(step, min(new.values()), words(new, slopes), tuple(new))
+        for rank in sorted(before.keys() - self._ranks.named.keys()):
+            text = f"the gradient of rank {rank} matches its loss again at step {step}"
+            self._tell(GradientEvent(step, before[rank], "right", text, ranks=(rank,)))

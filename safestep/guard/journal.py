@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from safestep._warn import warn_user
 from safestep.guard.controller import StepReport
-from safestep.guard.gradient_watch import GradientEvent
+from safestep.guard.gradient_event import GradientEvent
 from safestep.parallel.collectives import rank, world_size
 from safestep.runlog.writer import RunLog
 from safestep.workers.drift import WorkerEvent

@@ -90,8 +90,7 @@ class SafeStep(GuardedStep):
             does not happen: for SGD, Adam, AdamW and Muon of torch, whose gradients must be final
             when they step (or when the closure returns). See ``safestep.guard.lookahead``.
         replica_check_interval: Compare checksums of parameters and optimizer state over the ranks
-            at one in so many steps; None compares update norms alone, at every step for free. A
-            replica that differs is named in a warning and the log.
+            at one in so many steps, and name one that differs; None compares update norms alone.
         audit_interval: Measure at least one in so many steps exactly, to audit the gradient there;
             None adds none. See ``safestep.guard.gradient_watch``.
         rollback: Keep the run as it was before each of the last so many steps, for `roll_back`:
@@ -188,10 +187,10 @@ class SafeStep(GuardedStep):
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         inside = self._inside = inner_watch(module, radii)
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
-        few = PartOfBatch() if is_sparing else None
-        self._estimator = CheckedEstimator(module, controller.rule, first, logits, inside, few)
+        few, own = PartOfBatch() if is_sparing else None, self._agreement.own_gradients
+        self._estimator = CheckedEstimator(module, controller.rule, first, logits, inside, few, own)
         self._retries = Retries()
-        again = self._estimator.second_gradient if self._agreement.is_alone else None
+        again = self._agreement.averaged(self._estimator.second_gradient)
         self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
         parts = {"gradient": self._audit, "predictor": self._predictor, "part_of_batch": few}
         self._parts = {name: part for name, part in parts.items() if part is not None}
@@ -327,7 +326,8 @@ class SafeStep(GuardedStep):
             self._journal.warn_once(measurement.warning)
         if measurement.head is not None:
             self._journal.note({"head": measurement.head})
-        measurement = self._agreement.measurement(measurement, health.fingerprint)
+        state = self._audit.fingerprint(health, measurement)
+        measurement = self._agreement.measurement(measurement, health.fingerprint, state)
         if self._predictor is None:
             return measurement
         is_measured = measurement.finding is Finding.MEASURED

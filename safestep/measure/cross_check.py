@@ -25,11 +25,11 @@ from safestep.measure.estimators import (
     MissingTangentError,
     is_repeatable,
 )
-from safestep.measure.gradient_audit import GradientAudit
+from safestep.measure.gradient_audit import GradientAudit, OwnGradients
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.part_of_batch import PartOfBatch
 from safestep.measure.precision import coarsest, is_half
-from safestep.measure.second_gradient import SecondGradient
+from safestep.measure.second_gradient import Mean, SecondGradient
 from safestep.measure.update import Estimator, Measurement, Update
 from safestep.parallel.shards import (
     any_over_ranks,
@@ -61,6 +61,7 @@ class CheckedEstimator:
         logits: The user's way from an output to its logits.
         inside: Looks inside the model wherever the estimator is "jvp".
         part: Learns what a part of a batch tells about all of it; None where all is measured.
+        own: Returns the gradients before the all-reduce; None on a lone rank.
 
     Attributes:
         estimator: The estimator in use.
@@ -75,13 +76,14 @@ class CheckedEstimator:
         logits: LogitsFn | None = None,
         inside: InnerWatch | None = None,
         part: PartOfBatch | None = None,
+        own: OwnGradients | None = None,
     ) -> None:
         self.estimator = estimator
         self._module = module
         self._rule = rule
         self._inside = inside
         self.finder = LogitFinder(logits)
-        self._part = part
+        self._part, self._own = part, own
         self._checks = Schedule(FIRST_CHECKS)
         self._retries = Schedule()
         self._has_fallen_back = False
@@ -130,13 +132,15 @@ class CheckedEstimator:
             ),
         )  # fmt: skip
 
-    def second_gradient(self, update: Update) -> SecondGradient:
+    def second_gradient(self, update: Update, mean: Mean | None = None) -> SecondGradient:
         """Return how the gradient of an update compares with one that is computed once more.
 
         Args:
             update: The update.
+            mean: Averages gradients over the ranks; None on a lone one.
         """
-        return SecondGradient.of(update, self._module, is_coarse=self._is_half(update))
+        is_coarse = self._is_half(update)
+        return SecondGradient.of(update, self._module, is_coarse=is_coarse, mean=mean)
 
     def _found(self, update: Update, quick: Estimator | None) -> Measurement:
         if quick is Estimator.SAMPLED:
@@ -201,7 +205,7 @@ class CheckedEstimator:
         """Return what the estimator in use measures, and the slopes of the loss if it is exact."""
         if self.estimator is not Estimator.JVP:
             return _measurement(self.estimator, self._smallest(self.estimator, update))
-        audit = GradientAudit(update)
+        audit = GradientAudit(update, self._own)
         self.finder.show = audit.see
         try:
             with closing(self._rows(self.estimator, update)) as rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import compress
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,10 @@ from safestep.parallel.shards import counted_here, local
 if TYPE_CHECKING:
     from safestep.measure.update import Update
 
+# Returns of each parameter the gradient that this rank had before the all-reduce, or raises
+# LookupError with why it is not known.
+OwnGradients = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+
 
 class GradientAudit:
     """Compare the slope of the loss at the outputs with the gradient's along one update.
@@ -33,10 +39,11 @@ class GradientAudit:
 
     Args:
         update: The update whose calls run in forward mode.
+        own: Returns the gradients before the all-reduce, to audit them too; None on a lone rank.
     """
 
-    def __init__(self, update: Update) -> None:
-        self._update = update
+    def __init__(self, update: Update, own: OwnGradients | None = None) -> None:
+        self._update, self._before_reduction = update, own
         self._obstacle = update.gradient_obstacle
         self._terms: list[Tensor] = []  # of each output its slope and its terms' squared norm
         self._awaited = set(map(id, update.calls))
@@ -66,16 +73,28 @@ class GradientAudit:
             is_coarse: Whether anything was computed in half precision.
         """
         if self._obstacle is not None:
-            return Slopes(obstacle=self._obstacle)
+            return Slopes(obstacle=self._obstacle, own=Slopes(obstacle=self._obstacle))
+        gradients: list[Sequence[Tensor | None]] = [[p.grad for p in self._update.params]]
+        own = Slopes()
+        if self._before_reduction is not None:
+            try:
+                gradients.append(self._before_reduction(self._update.params))
+            except LookupError as error:
+                own = Slopes(obstacle=str(error))
         try:
-            gradient = _gradient_terms(self._update)
-            outputs = [term.to(gradient.device) for term in self._terms]
-            total = torch.stack(outputs).sum(0) if outputs else torch.zeros_like(gradient)
-            (left, left_squares), (right, right_squares) = torch.stack((total, gradient)).tolist()
+            left, right, *before = self._read([_terms(self._update, each) for each in gradients])
+            if before:
+                own = _slopes(left, before[0], self._ends.loss_scale(), is_coarse=is_coarse)
         except Exception as error:
-            return Slopes(obstacle=one_line(error))
-        size = sqrt(left_squares) + sqrt(right_squares)
-        return Slopes(left, right, size, is_coarse=is_coarse)
+            return Slopes(obstacle=one_line(error), own=Slopes(obstacle=one_line(error)))
+        return replace(_slopes(left, right, is_coarse=is_coarse), own=own)
+
+    def _read(self, rows: list[Tensor]) -> list[list[float]]:
+        """Return the terms of the outputs, then those of gradients, in one wait."""
+        device = rows[0].device
+        outputs = [term.to(device) for term in self._terms]
+        total = torch.stack(outputs).sum(0) if outputs else torch.zeros_like(rows[0])
+        return torch.stack([total, *(row.to(device) for row in rows)]).tolist()
 
     def _add(self, call: Call, output: Any, watch: LossWatch) -> None:
         if call.lacks:
@@ -99,19 +118,27 @@ def _tangent(tensor: Tensor) -> Tensor | None:
     return forward_ad.unpack_dual(tensor).tangent if tensor.is_floating_point() else None
 
 
+def _slopes(
+    left: Sequence[float], right: Sequence[float], scale: float = 1.0, *, is_coarse: bool
+) -> Slopes:
+    """Return the slopes of outputs and gradient, of which the second is yet to be unscaled."""
+    size = sqrt(left[1]) + sqrt(right[1]) / scale
+    return Slopes(left[0], right[0] / scale, size, is_coarse=is_coarse)
+
+
 @torch.no_grad()
-def _gradient_terms(update: Update) -> Tensor:
-    """Return the inner product of gradient and update, and the squared norm of its terms.
+def _terms(update: Update, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return the inner product of a gradient and the update, and the squared norm of its terms.
 
     Both are sums over this rank's shards where parameters are sharded. Shape ``[2]``.
     """
     here = [
-        is_counted and param.grad is not None
-        for is_counted, param in zip(counted_here(update.params), update.params, strict=True)
+        is_counted and gradient is not None
+        for is_counted, gradient in zip(counted_here(update.params), gradients, strict=True)
     ]
-    gradients = [local(p.grad) for p in compress(update.params, here) if p.grad is not None]
+    found = [local(gradient) for gradient in compress(gradients, here) if gradient is not None]
     sums, norms = [], []
-    for ones, others in in_chunks(gradients, compress(update.change, here)):
+    for ones, others in in_chunks(found, compress(update.change, here)):
         pairs = map(_factors, ones, others)
         products = foreach_mul(*map(list, zip(*pairs, strict=True)))
         sums += [product.sum(dtype=torch.float64) for product in products]

@@ -64,9 +64,10 @@ class LossEnds:
             if tensor is None or tensor.shape != gradient.shape:
                 raise UnknownGradientError(f"{name} is another tensor when the call runs again")
             if is_live(tensor):
-                yield tensor, gradient / self._loss_scale()
+                yield tensor, gradient / self.loss_scale()
 
-    def _loss_scale(self) -> float:
+    def loss_scale(self) -> float:
+        """Return the factor on the loss's gradient, which the step's gradient is divided by."""
         if self._scale is None:
             self._scale = running_loss_scale(is_made=self._is_made)
         return self._scale

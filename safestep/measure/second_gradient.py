@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,9 @@ from safestep.measure.loss_ends import LossEnds
 
 if TYPE_CHECKING:
     from safestep.measure.update import Update
+
+# Returns the mean over the ranks of what each of them makes.
+Mean = Callable[[Callable[[], Sequence[Tensor]]], Sequence[Tensor]]
 
 # Sine of the angle up to which one gradient is the other, and share by which it may be longer: what
 # rounding and the order of sums may do.
@@ -41,13 +45,16 @@ class SecondGradient:
     place: int
 
     @classmethod
-    def of(cls, update: Update, module: nn.Module, *, is_coarse: bool) -> SecondGradient:
+    def of(
+        cls, update: Update, module: nn.Module, *, is_coarse: bool, mean: Mean | None = None
+    ) -> SecondGradient:
         """Run the calls and their backward passes again, and compare.
 
         Args:
             update: The update.
             module: The root module of its calls.
             is_coarse: Whether anything was computed in half precision.
+            mean: Averages gradients over the ranks; None on a lone one. Every rank then calls this.
 
         Returns:
             The comparison.
@@ -58,7 +65,8 @@ class SecondGradient:
         trained = [i for i, param in enumerate(update.params) if param.grad is not None]
         params = [update.params[i] for i in trained]
         with update.at_start():
-            seconds = _gradients(update, params, module)
+            make = partial(_gradients, update, params, module)
+            seconds = make() if mean is None else mean(make)
         gradients = [_dense(param.grad) for param in params]
         largest = torch.stack([gradient.abs().amax().double() for gradient in gradients]).amax()
         rows = [

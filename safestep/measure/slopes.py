@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, isnan, nan
+from math import floor, isfinite, isnan, log10, nan
 
 # Where the slope is that small against its terms, rounding alone makes any ratio.
 _PERPENDICULAR = 1e-3
 _SAME = 1e-6  # of the size: replicas have one gradient and one update
+_NEAR, _NEAR_COARSE = 1e-4, 0.02  # distance of the ratio from 1 up to which it may be rounding
+_GROSS, _GROSS_COARSE = 0.02, 0.1  # that no rounding makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,10 @@ class Slopes:
         size: 2-norm of the terms of each sum, added: the unit of their difference.
         obstacle: Why they cannot be compared, else None.
         is_coarse: Whether anything was computed in half precision.
+        own: Of one rank's batch: with the gradient that the rank had before the all-reduce in place
+            of the one that was used; None on a lone rank.
+        ranks: Of the batch of all ranks: `own` of each of them.
+        is_agreed: Whether all ranks know the same of the run, and so come to one decision.
 
     Example:
         >>> Slopes(outputs=-2.0, gradient=-0.5, size=3.0).ratio
@@ -32,6 +38,9 @@ class Slopes:
     size: float = nan
     obstacle: str | None = None
     is_coarse: bool = False
+    own: Slopes | None = None
+    ranks: tuple[Slopes, ...] = ()
+    is_agreed: bool = True
 
     @property
     def ratio(self) -> float:
@@ -58,8 +67,35 @@ class Slopes:
             return "the loss has next to no slope along the update"
         return None
 
+    @property
+    def is_near(self) -> bool:
+        """Whether the ratio is so near to 1 that rounding may be all."""
+        return abs(self.ratio - 1) <= (_NEAR_COARSE if self.is_coarse else _NEAR)
+
+    @property
+    def is_gross(self) -> bool:
+        """Whether the ratio is further from 1 than rounding takes it."""
+        return abs(self.ratio - 1) > (_GROSS_COARSE if self.is_coarse else _GROSS)
+
+    def __str__(self) -> str:
+        """Return the ratio with the digits that tell it from 1."""
+        ratio = self.ratio
+        digits = 3 if ratio in (0, 1) else max(3, 3 - floor(log10(abs(ratio - 1))))
+        return f"{ratio:.{min(digits, 10)}g}"
+
 
 UNSEEN = Slopes(obstacle="a finite difference shows no exact slope")
+
+
+def row_of(slopes: Slopes, state: float) -> tuple[float, ...]:
+    """Return what one rank tells the others.
+
+    Args:
+        slopes: Its slopes.
+        state: A number that ranks have in common if they know the same of the run.
+    """
+    own = slopes.own or UNSEEN
+    return slopes.outputs, slopes.gradient, slopes.size, own.gradient, own.size, state
 
 
 def over_ranks(
@@ -69,7 +105,7 @@ def over_ranks(
 
     Args:
         mine: Those of this rank.
-        rows: Of each rank: `outputs`, `gradient` and `size`; NaN where it could not compare them.
+        rows: Of each rank its `row_of`; NaN where it could not compare.
         are_parts: Whether each rank's `gradient` is that of its shards.
         is_whole: Whether every rank has data.
 
@@ -78,17 +114,25 @@ def over_ranks(
 
     Example:
         >>> mine = Slopes(outputs=-2.0, gradient=-3.0, size=3.0)
-        >>> over_ranks(mine, [(-2, -3, 3), (-4, -3, 5)], are_parts=False, is_whole=True).ratio
+        >>> rows = [(-2, -3, 3, -2, 3, 0), (-4, -3, 5, -4, 5, 0)]
+        >>> over_ranks(mine, rows, are_parts=False, is_whole=True).ratio
         1.0
     """
+    outputs, gradients, sizes, owns, own_sizes, states = zip(*rows, strict=True)
+    ranks = tuple(
+        Slopes(left, right, size, is_coarse=mine.is_coarse)
+        for left, right, size in zip(outputs, owns, own_sizes, strict=True)
+    )
+    known = {"own": mine.own, "ranks": ranks, "is_coarse": mine.is_coarse}
     if not is_whole:
         return Slopes(obstacle="a rank has no more data")
-    unknown = next((rank for rank, row in enumerate(rows) if isnan(row[0])), None)
+    unknown = next((rank for rank, slope in enumerate(outputs) if isnan(slope)), None)
     if unknown is not None:
-        return Slopes(obstacle=mine.obstacle or f"rank {unknown} does not know its loss's slope")
-    outputs, gradients, sizes = zip(*rows, strict=True)
+        obstacle = mine.obstacle or f"rank {unknown} does not know its loss's slope"
+        return Slopes(obstacle=obstacle, **known)
     size = max(sizes)
     if not are_parts and not max(gradients) - min(gradients) <= _SAME * size:
-        return Slopes(obstacle="the ranks use gradients of their own")
+        return Slopes(obstacle="the ranks use gradients of their own", **known)
     gradient = sum(gradients) if are_parts else gradients[0]
-    return Slopes(sum(outputs) / len(rows), gradient, size, is_coarse=mine.is_coarse)
+    is_agreed = min(states) == max(states)
+    return Slopes(sum(outputs) / len(rows), gradient, size, is_agreed=is_agreed, **known)

@@ -114,6 +114,34 @@ class Ranks:
             for index, length in enumerate(lengths)
         ]  # fmt: skip
 
+    def mean(self, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Return the mean over the ranks of tensors that each of them makes.
+
+        Args:
+            make: Makes this rank's, of the same shapes on every rank. They are overwritten.
+
+        Returns:
+            The means.
+
+        Raises:
+            RuntimeError: If a rank cannot make them, on every rank.
+        """
+        tensors: Sequence[Tensor] = ()
+        failed: Exception | None = None
+        try:
+            tensors = make()
+        except Exception as error:
+            failed = error
+        numel = sum(tensor.numel() for tensor in tensors)
+        row = [failed is None, len(tensors), numel]
+        rows = self.gather(row, "whether it made what is averaged")
+        if not (rows[:, 0].all() and (rows == rows[0]).all()):
+            raise RuntimeError("a rank did not make what is averaged") from failed
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=self._group)
+            tensor.div_(self.size)
+        return tensors
+
     def stages(self) -> tuple[int, ...]:
         """Return which stages of a pipeline this rank's model holds, none without a pipeline."""
         return () if self._model is None else pipeline_stages(self._model)

@@ -74,9 +74,7 @@ class DdpWorkers:
         if self.num_workers == 2 and self._is_mean_exact():
             unit_squared_norm = unit_squared_norm_of_two(squared_norms, mean_products)
         elif self.num_workers > 1 and with_pairs:
-            unit = self._gradients.take_unit(sums[0].sqrt())
-            dist.all_reduce(unit, group=self._group)
-            unit_squared_norm = squared_norm(unit).cpu()
+            unit_squared_norm = self._unit_squared_norm(sums[0].sqrt())
         return losses, WorkerSums(
             squared_norms, mean_products, mean_shares.sum(), unit_squared_norm
         )
@@ -110,6 +108,13 @@ class DdpWorkers:
     def detach(self) -> None:
         """Remove every hook from the model."""
         self._gradients.detach()
+
+    def _unit_squared_norm(self, norm: Tensor) -> Tensor:
+        norms = []
+        for piece in self._gradients.unit_pieces(norm):
+            dist.all_reduce(piece, group=self._group)
+            norms.append(squared_norm(piece))
+        return torch.stack(norms).sum().cpu()
 
     def _is_mean_exact(self) -> bool:
         """Return whether no comm hook, which may compress, stands between workers and mean."""

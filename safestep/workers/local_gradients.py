@@ -1,7 +1,8 @@
 """A worker's own gradient, copied inside backward before a reduction overwrites it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.nn import Parameter
 
 # torch.dot on a CPU sums in one float32 accumulator: 3e-4 off on 10M numbers, 1e-7 in such pieces.
 _CPU_PIECE = 2**16
+_SENT_PIECE = 2**24  # entries that are reduced at once: 64 MiB in float32
 
 
 class LocalGradients:
@@ -38,12 +40,14 @@ class LocalGradients:
         self._kept: set[int] = set()
         self._added: list[Tensor] = []  # squared norms of what each parameter got in this backward
         self._backwards: list[Tensor] = []  # the same of each backward, summed
+        self._complete: set[int] = set()  # of the step that ended, until the next backward pass
         self.is_on = True
         self.was_reduced = False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._keep, index))
             for index, parameter in enumerate(self.parameters)
         ]
+        _ALIVE.add(self)
 
     def sums(self, *, share: int, num_shares: int) -> Tensor:
         """Return sums over all parameters. Call it when ``.grad`` holds the mean gradient.
@@ -86,29 +90,45 @@ class LocalGradients:
             return torch.full((1,), torch.nan, dtype=torch.float64, device=self._device)
         return torch.stack(self._backwards)
 
-    def take_unit(self, norm: Tensor) -> Tensor:
-        """Return the kept gradient divided by its norm, flat. The caller may change it.
+    def unit_pieces(self, norm: Tensor) -> Iterator[Tensor]:
+        """Yield the kept gradient divided by its norm, flat and in pieces. They may be changed.
 
         Args:
             norm: The kept gradient's 2-norm. Shape ``[]``.
 
-        Returns:
-            The unit gradient. Shape ``[P]``.
+        Yields:
+            A piece of the unit gradient, none larger than 2^24 entries.
         """
-        return self._own().div_(norm)
+        for piece in self._own().split(_SENT_PIECE):
+            yield piece / norm
+
+    def of_step(self) -> dict[Tensor, Tensor | None]:
+        """Return the gradient of each parameter in the step that ended last, None without one.
+
+        Returns:
+            The gradients; none if they were not kept, or if a backward pass came since.
+        """
+        if not self._complete:
+            return {}
+        kept = [view if i in self._complete else None for i, view in enumerate(self._views)]
+        return dict(zip(self.parameters, kept, strict=True))
 
     def clear(self) -> None:
-        """Forget the gradients of the last step."""
-        self._kept.clear()
+        """End a step: what comes next belongs to another one."""
+        self._kept, self._complete = set(), self._kept
         self._backwards, self._added = [], []
 
     def detach(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+        self._complete = set()
+        _ALIVE.discard(self)
 
     def _keep(self, index: int, parameter: Tensor) -> None:
         self.was_reduced = self._is_reduced()
+        if self._complete:
+            self._complete = set()
         if not self.is_on or parameter.grad is None:
             return
         if self._flat is None:
@@ -143,6 +163,32 @@ class LocalGradients:
             for view, parameter in zip(self._flat.split(sizes), self.parameters, strict=True)
         )
         return self._flat
+
+
+_ALIVE: WeakSet[LocalGradients] = WeakSet()
+
+
+def own_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return this worker's gradients of the step under way, as they were before the all-reduce.
+
+    Args:
+        params: The parameters.
+
+    Returns:
+        A gradient for each, None for one without.
+
+    Raises:
+        LookupError: If they were not kept; the message says why.
+    """
+    if not _ALIVE:
+        raise LookupError("no WorkerMetrics keeps what the gradients were before the all-reduce")
+    of_steps = [each.of_step() for each in _ALIVE]
+    if not any(of_steps):
+        raise LookupError("WorkerMetrics did not record the backward pass of this step")
+    for kept in of_steps:
+        if all(param in kept or param.grad is None for param in params):
+            return [kept.get(param) for param in params]
+    raise LookupError("WorkerMetrics does not keep the gradients of all parameters")
 
 
 def _dense(grad: Tensor) -> Tensor:
