@@ -290,12 +290,15 @@ def zero_sum_axis(gradient: Tensor) -> int | None:
     """Return the axis over which a gradient sums to zero, None if there is none."""
     # Classes are last, or second as in [B, C, H, W]. Other axes sum to zero for other reasons: the
     # batch axis of what enters a BatchNorm.
+    axes = [
+        axis
+        for axis in dict.fromkeys((gradient.ndim - 1, 1))
+        if 0 <= axis < gradient.ndim and gradient.shape[axis] > 1
+    ]
+    if not axes:
+        return None
     tolerance = _ZERO_SUM_TOLERANCE.get(gradient.dtype, _ZERO_SUM_TOLERANCE_HALF)
-    for axis in dict.fromkeys((gradient.ndim - 1, 1)):
-        if not 0 <= axis < gradient.ndim or gradient.shape[axis] < 2:
-            continue
-        residual = gradient.sum(axis, dtype=torch.float64).abs().sum()
-        total = gradient.abs().sum(dtype=torch.float64)
-        if bool(residual <= tolerance * total) and bool(total > 0):
-            return axis
-    return None
+    residuals = [gradient.sum(axis, dtype=torch.float64).abs().sum() for axis in axes]
+    total, *sums = torch.stack([gradient.abs().sum(dtype=torch.float64), *residuals]).tolist()
+    zeros = (axis for axis, rest in zip(axes, sums, strict=True) if rest <= tolerance * total)
+    return next(zeros, None) if total > 0 else None

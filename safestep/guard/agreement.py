@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from math import inf, isnan, nan
+from dataclasses import astuple, dataclass, replace
+from math import inf
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from safestep.guard.health import Health
 from safestep.guard.optimizer_state import OptimizerState
 from safestep.guard.options import check_replica_interval
-from safestep.guard.predictor import Measure, Predicted
 from safestep.guard.setup import STAGES, demand_same_setup, names_and_shapes
 from safestep.measure.second_gradient import Mean, SecondGradient
 from safestep.measure.slopes import over_ranks, row_of
@@ -27,6 +26,23 @@ from safestep.radius.loss_change import mean_change
 from safestep.workers.drift import WorkerEvent
 from safestep.workers.local_gradients import own_gradients
 from safestep.workers.replicas import ReplicaWatch
+
+
+@dataclass(frozen=True, slots=True)
+class Doubts:
+    """What will not do to find the r of an update.
+
+    Attributes:
+        prediction: Whether only an exact measurement will do.
+        secant: Whether a secant will not do.
+        part: Whether a part of the batch will not do.
+        trail: A number that ranks have in common if they predict the same.
+    """
+
+    prediction: bool
+    secant: bool
+    part: bool
+    trail: float = 0.0
 
 
 class Agreement:
@@ -57,10 +73,17 @@ class Agreement:
         several = own_gradients if self.has_replicas else _own_of_shards
         self.own_gradients = None if self.is_alone else several
         check_replica_interval(interval, is_whole)
+        self._reasons: tuple[int, list[str | None]] = -2, []  # step and texts of all ranks' reasons
+        self._idle_at = -2  # step at which no rank could measure, for the reasons of the one before
         # Ranks that train models of their own are never equal, and then no replicas of each other.
         self._updates = ReplicaWatch("update", is_trusted=False, has_size=True)
         self._params = ReplicaWatch("checksum of the parameters", is_trusted=False)
         self._state = ReplicaWatch("checksum of the optimizer state", is_trusted=False)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing could be measured at the last step, on any rank and as before."""
+        return self._idle_at == self.ranks.step - 1
 
     def begin_step(self, step: int, setup: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
         """Before the first step, compare what the ranks were asked to do.
@@ -85,53 +108,39 @@ class Agreement:
         demand_same_setup(whole, self.ranks)
         self.ranks.are_compared = True
 
-    def health(self, health: Health, *, are_parts: bool) -> Health:
-        """Return the sizes that the batch of all ranks has: the norms, and the largest signals.
+    def health(self, health: Health, doubts: Doubts, *, are_parts: bool) -> tuple[Health, Doubts]:
+        """Return the sizes that the batch of all ranks has, and what any rank doubts.
 
-        They keep the number of ranks out of the decision: each one's own data would look unusual
-        now and then, and with enough ranks there would be such a one in every step.
+        With them all ranks predict the same, or measure in the same way, and need not ask each
+        other again: one that measured alone would wait for the others. Each one's own data would
+        look unusual now and then, and with enough ranks there would be such a one in every step.
 
         Args:
             health: The sizes of this rank.
+            doubts: What this rank cannot do with.
             are_parts: Whether the norms are those of this rank's shard.
 
         Returns:
-            The norms over all ranks, and the largest of each signal.
+            The norms over all ranks, and the largest of each signal; the doubts of all ranks.
         """
         if self.is_alone:
-            return health
+            return health, doubts
         slots = [0.0] * _SLOTS  # as many on every rank
         for index, signal in enumerate(health.signals):
             # NaN is as unusual as infinity, and infinity stays the largest.
             slots[index % _SLOTS] = max(signal, slots[index % _SLOTS]) if signal == signal else inf
-        sizes = [health.step_norm, health.fingerprint, health.gradient_norm, *slots]
-        rows = self.ranks.gather(sizes, "the norms of its update")
+        sizes = [health.step_norm, health.fingerprint, health.gradient_norm]
+        row = (*sizes, *astuple(doubts), *slots)
+        rows = self.ranks.gather(row, "the norms of its update")
         self._compare(self._updates, rows[:, :2])
         norms = rows[:, :3].norm(dim=0) if are_parts else rows[:, :3].amax(0)
         step_norm, _, gradient_norm = norms.tolist()
-        signals = tuple(rows[:, 3:].amax(0).tolist())
-        return Health(step_norm, gradient_norm, signals, health.fingerprint)
-
-    def answer(self, answer: Predicted | Measure) -> Predicted | Measure:
-        """Return the answer of the most careful rank: all measure where one would.
-
-        The others would wait for it, or it for shards that no other gathers.
-
-        Args:
-            answer: This rank's.
-
-        Returns:
-            The largest r that any rank predicts, if all of them predict.
-        """
-        if self.is_alone:
-            return answer
-        code = answer.normalized_step if isinstance(answer, Predicted) else _CODES[answer]
-        worst = float(self.ranks.gather([code], "its prediction").amax())  # NaN where any is
-        if isnan(worst):
-            return Measure.EXACTLY
-        if worst == inf:
-            return Measure.QUICKLY
-        return Measure.ROUGHLY if worst == _CODES[Measure.ROUGHLY] else Predicted(worst)
+        prediction, secant, part, trail, *signals = rows[:, 3:].amax(0).tolist()
+        trails = rows[rows[:, 6] != ABSENT, 6]
+        doubted = Doubts(
+            bool(prediction) or bool((trails != trail).any()), bool(secant), bool(part)
+        )
+        return Health(step_norm, gradient_norm, tuple(signals), health.fingerprint), doubted
 
     def measurement(
         self, mine: Measurement, fingerprint: float = 0.0, state: float = 0.0
@@ -139,7 +148,7 @@ class Agreement:
         """Return the measurement that all ranks act on.
 
         Takes one small all-gather. Two more, of the reasons, follow only where a rank found an
-        obstacle, which all know after the first.
+        obstacle that is new, which all know after the first.
 
         Args:
             mine: This rank's.
@@ -154,18 +163,19 @@ class Agreement:
         row = (
             mine.finding, mine.radius, mine.spread, mine.bottleneck, mine.step_norm, fingerprint,
             mine.loss.divergence, mine.loss.slope, mine.loss.weight, *row_of(mine.slopes, state),
+            self._is_new(mine.reason),
         )  # fmt: skip
         rows = self.ranks.gather(row, "its measurement")
         findings, radii, _, _, step_norms = rows[:, :5].unbind(1)
         self._compare(self._updates, rows[:, 4:6])
         slopes = over_ranks(
-            mine.slopes, rows[:, 9:].tolist(), are_parts=mine.is_partial,
+            mine.slopes, rows[:, 9:-1].tolist(), are_parts=mine.is_partial,
             is_whole=not (findings == ABSENT).any(),
         )  # fmt: skip
         if not findings.any():  # all measured: thousands of ranks are not looked at one by one
             worst = _of_row(mine, rows[radii.argmin()].tolist())
         else:
-            reasons = self.ranks.gather_texts(mine.reason, "the reason of its finding")
+            reasons = self._reasons_of_all(mine.reason, findings, is_new=bool(rows[:, -1].any()))
             everyone = [
                 None if row[0] == ABSENT else replace(_of_row(mine, row), reason=reason)
                 for row, reason in zip(rows.tolist(), reasons, strict=True)
@@ -175,6 +185,22 @@ class Agreement:
         if mine.is_partial:
             worst = replace(worst, step_norm=float(torch.linalg.vector_norm(step_norms)))
         return replace(worst, slopes=slopes, row=None)
+
+    def _is_new(self, reason: str | None) -> bool:
+        step, reasons = self._reasons
+        return step != self.ranks.step - 1 or reasons[self.ranks.index] != reason
+
+    def _reasons_of_all(
+        self, reason: str | None, findings: Tensor, *, is_new: bool
+    ) -> list[str | None]:
+        """Return every rank's reason, asked for only if one is new."""
+        step, reasons = self.ranks.step, self._reasons[1]
+        if is_new:
+            reasons = self.ranks.gather_texts(reason, "the reason of its finding")
+        elif (findings == Finding.UNMEASURED).all():
+            self._idle_at = step
+        self._reasons = step, reasons
+        return reasons
 
     def averaged(
         self, second: Callable[[Update, Mean | None], SecondGradient]
@@ -211,8 +237,6 @@ class Agreement:
 
 
 _SLOTS = 3 * 8  # three signals each of eight outputs or micro-batches; those after share a slot
-# Over every r that is predicted, the more careful the larger.
-_CODES = {Measure.ROUGHLY: 1e300, Measure.QUICKLY: inf, Measure.EXACTLY: nan}
 
 
 def worst_of(measurements: Sequence[Measurement | None]) -> Measurement:

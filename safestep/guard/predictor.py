@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import le
+from struct import pack
 from typing import Any
+from zlib import crc32
 
 FIRST_STEPS = 16  # early in training the spread per unit of distance moves fastest
 FIRST_EXACT = 4  # of these, where a part of the batch tells the others
@@ -84,6 +86,7 @@ class Predictor:
         self._usual = _Window(WINDOW)
         self._measured = _Window(_RECENT)
         self._options: tuple[Any, ...] = ()
+        self._trail = 0  # checksum of all that was ever seen
 
     def predict(
         self,
@@ -107,6 +110,7 @@ class Predictor:
         self._steps += 1
         self._since += 1
         signals = (step_norm, *signals)
+        self._note(*signals)
         is_unusual = self._is_unusual(signals) or options != self._options
         if all(map(math.isfinite, signals)):  # infinity would make everything usual after it
             self._usual.append(signals)
@@ -125,6 +129,14 @@ class Predictor:
         may_tell = self._passes_long_steps or self._expects_far(step_norm)
         is_between = may_tell and expected >= FAR * self.limit
         return Measure.QUICKLY if is_between and self._spared < SECANTS else Measure.EXACTLY
+
+    def trail(self, options: tuple[Any, ...]) -> float:
+        """Return a number that ranks have in common if they will answer alike to the same signals.
+
+        Args:
+            options: What turns the direction of the next update when it changes.
+        """
+        return float(crc32(repr(options).encode(), self._trail))
 
     def suffices(
         self, step_norm: float, normalized_step: float, how: Measure, *, passes: bool
@@ -158,6 +170,7 @@ class Predictor:
         """
         if not (step_norm > 0 and math.isfinite(normalized_step)):
             return
+        self._note(step_norm, normalized_step, is_exact)
         self._spared = 0 if is_exact else self._spared + 1
         if not is_exact and not self._expects_far(step_norm):  # beyond the radius it is too small
             return
@@ -184,6 +197,7 @@ class Predictor:
             "secants": self._spared,
             "usual": self._usual.state(),
             "measured": self._measured.state(),
+            "trail": self._trail,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,6 +215,10 @@ class Predictor:
         self._usual = _Window(WINDOW, state["usual"])
         self._measured = _Window(_RECENT, state["measured"])
         self._options = ()
+        self._trail = state.get("trail", 0)
+
+    def _note(self, *seen: float) -> None:
+        self._trail = crc32(pack(f"{len(seen)}d", *seen), self._trail)
 
     def _carry(self, factors: Sequence[float]) -> None:
         """Keep the last factors, the largest of the latest, and the largest of all that count."""

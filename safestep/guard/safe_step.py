@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from safestep.capture import LogitsFn, LogitsNotFoundError
 from safestep.capture.failures import one_line
 from safestep.capture.recorder import Recorder
-from safestep.guard.agreement import Agreement
+from safestep.guard.agreement import Agreement, Doubts
 from safestep.guard.attach import (
     check_optimizer,
     hooked_optimizer,
@@ -301,19 +301,21 @@ class SafeStep(GuardedStep):
 
     def _foresee(self, update: Update, health: Health) -> Measurement | Measure:
         """Return what the last measurements tell about this update, or how to measure it."""
-        if self._predictor is None:
+        if self._predictor is None or self._agreement.is_idle:
             return Measure.EXACTLY
-        health = self._agreement.health(health, are_parts=update.is_sharded)
-        signals = (health.gradient_norm, *health.signals)
         options = direction_options(self.optimizer.param_groups, len(update.params))
-        answer = self._predictor.predict(
-            health.step_norm, signals, options, can_sample=self._estimator.can_sample(update)
-        )
-        is_untrusted = answer is Measure.QUICKLY and not self._estimator.trusts_secants
         is_due = self._audit.is_due(self._controller.step)
-        if not update.calls or is_untrusted or is_due or self._obstacle is not None:
-            answer = Measure.EXACTLY
-        answer = self._agreement.answer(answer)
+        doubts = Doubts(
+            prediction=not update.calls or is_due or self._obstacle is not None,
+            secant=not self._estimator.trusts_secants,
+            part=not self._estimator.can_sample(update),
+            trail=self._predictor.trail(options),
+        )
+        health, doubts = self._agreement.health(health, doubts, are_parts=update.is_sharded)
+        signals, can_sample = (health.gradient_norm, *health.signals), not doubts.part
+        answer = self._predictor.predict(health.step_norm, signals, options, can_sample=can_sample)
+        if doubts.prediction or (answer is Measure.QUICKLY and doubts.secant):
+            return Measure.EXACTLY
         if isinstance(answer, Predicted):
             return Measurement.predicted(answer.normalized_step, health.step_norm)
         return answer
