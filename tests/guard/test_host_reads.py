@@ -72,12 +72,12 @@ def test_a_measured_step_reads_the_slopes_of_its_audit_at_once():
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_ask_each_other_once_in_a_predicted_step(tmp_path, num_ranks):
-    run_script("asking_ranks.py", tmp_path, num_ranks)
+    run_script("asking_ranks.py", tmp_path, num_ranks, timeout=300)
 
     for rank in range(num_ranks):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         predicted = [asked for kind, asked in found["auto"] if kind == "predicted"]
-        assert len(predicted) > 20
+        assert len(predicted) > 10
         assert all(asked == {"allgather_.default": 1} for asked in predicted)
         assert {json.dumps(asked) for kind, asked in found["jvp"] if kind == "jvp"} == {
             json.dumps(Counter({"allgather_.default": 1}))

@@ -19,14 +19,14 @@ _COPIES = {Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__}
 
 
 class HostReads(TorchDispatchMode):
-    """Count reads within the context by where they are, and collectives by name.
+    """Count reads within the context, in `reads` by where they are.
 
     Tensors say that they are not on the CPU, so that code takes the way of a device.
     """
 
     def __init__(self):
         super().__init__()
-        self.reads, self.collectives = Counter(), Counter()
+        self.reads = Counter()
         self._functions = _Functions(self.reads)
 
     def __enter__(self):
@@ -41,8 +41,19 @@ class HostReads(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in _WAITS or _puts_on_host(packet, args):
             self.reads[_place()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Collectives(TorchDispatchMode):
+    """Count within the context what ranks ask each other, in `asked` by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            self.collectives[func.__name__] += 1
+            self.asked[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
