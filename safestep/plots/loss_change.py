@@ -2,11 +2,12 @@
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from safestep.plots.loss import rank_correlation
 from safestep.plots.registry import figure
 from safestep.plots.style import INK, dots, make_axes, note, say
-from safestep.plots.wording import count, number
+from safestep.plots.wording import number
 from safestep.runlog.reader import Run
 from safestep.runlog.series import change_pairs, step_series
 
@@ -17,13 +18,11 @@ _GROUPS = 8
 
 
 def _has_pairs(run: Run) -> bool:
-    return len(change_pairs(step_series(run))[0]) > 1
+    return len(change_pairs(step_series(run))[0]) >= _FEW
 
 
 def _says(run: Run) -> str:
     predicted, observed = change_pairs(step_series(run))
-    if len(predicted) < _FEW:
-        return f"Only {count(len(predicted), 'measured step')} with two losses: too few to say."
     told = f"predicted {number(predicted.mean())}, observed {number(observed.mean())} nats"
     rho = rank_correlation(predicted, observed)
     agreement = "" if np.isnan(rho) else f"; rank correlation {rho:.2f}"
@@ -58,6 +57,7 @@ def plot_loss_change(run: Run, ax: Axes | None = None) -> Axes:
     middle = [(np.median(predicted[share]), np.median(observed[share])) for share in shares]
     ax.plot(*zip(*middle, strict=True), color=INK, linewidth=1.6, marker="o", markersize=3)
     ax.axline((0, 0), slope=1, color=INK, linewidth=0.8, alpha=0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     rho = rank_correlation(predicted, observed)
     if np.isfinite(rho):
         note(ax, f"rank correlation {rho:.2f}", INK)

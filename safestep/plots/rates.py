@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from safestep.plots.log_axis import use_log_scale
 from safestep.plots.registry import figure, has_step
 from safestep.plots.style import COLORS, INK, label_ends, last_finite, make_axes, say
-from safestep.plots.wording import count, number, percent
+from safestep.plots.wording import count, number, percent, sentence
 from safestep.runlog.reader import Run
 from safestep.runlog.series import (
     FEW,
@@ -17,6 +17,8 @@ from safestep.runlog.series import (
     step_share,
     thin,
 )
+
+_MOST_POINTS = 500  # extremes of more would hide the mean
 
 __all__ = ["plot_cost", "plot_learning_rate", "say_lowered"]
 
@@ -105,17 +107,31 @@ def plot_learning_rate(run: Run, ax: Axes | None = None) -> Axes:
 
 
 def _cost_says(run: Run) -> str:
-    seconds = step_series(run).seconds
-    known = seconds[np.isfinite(seconds)]
-    mean, worst = (number(1e3 * float(value)) for value in (known.mean(), known.max()))
-    share = step_share(run)
-    part = f" ({percent(share)} of the step's time)" if np.isfinite(share) else ""
-    return f"The guard took {mean} ms a step in the mean{part}, {worst} ms at most."
+    worst = number(1e3 * float(np.nanmax(step_series(run).seconds)))
+    return sentence(f"{say_cost(run)}, {worst} ms at most")
+
+
+def say_cost(run: Run) -> str:
+    """Return what the guard cost a step, and how many times as long that made it.
+
+    Args:
+        run: A run with times.
+
+    Returns:
+        A clause.
+    """
+    mean, share = 1e3 * float(np.nanmean(step_series(run).seconds)), step_share(run)
+    told = f"the guard took {number(mean)} ms a step in the mean"
+    if not 0 <= share < 1:
+        return told
+    plain, times = mean * (1 - share) / share if share else np.nan, 1 / (1 - share)
+    return f"{told}: steps of {number(plain)} ms without it took {number(times)} times as long"
 
 
 @figure(
     "cost",
-    caption="Time that the guard took at each step; dotted: its mean.",
+    caption="Time that the guard took at each step, of a long run the means of stretches; dotted: "
+    "the mean of all.",
     says=_cost_says, has_data=has_step("seconds"),
 )  # fmt: skip
 def plot_cost(run: Run, ax: Axes | None = None) -> Axes:
@@ -133,8 +149,12 @@ def plot_cost(run: Run, ax: Axes | None = None) -> Axes:
     milliseconds = 1e3 * series.seconds
     if not np.isfinite(milliseconds).any():
         return say(ax, "the log holds no times")
-    at = thin(milliseconds)
-    ax.plot(series.step[at], milliseconds[at], color=COLORS["seconds"], linewidth=1)
+    shares = np.array_split(np.flatnonzero(np.isfinite(milliseconds)), _MOST_POINTS)
+    shares = [share for share in shares if len(share)]
+    means = [milliseconds[share].mean() for share in shares]
+    ax.plot(
+        series.step[[share[0] for share in shares]], means, color=COLORS["seconds"], linewidth=1
+    )
     use_log_scale(ax, milliseconds[milliseconds > 0])
     mean = float(np.nanmean(milliseconds))
     ax.axhline(mean, color=INK, linewidth=1, linestyle=":")

@@ -27,6 +27,7 @@ from safestep.runlog.series import FEW, StepSeries, positive, step_series, thin
 __all__ = ["plot_distribution", "plot_normalized_step", "plot_safe_zone"]
 
 PHASES = ("early", "middle", "late")
+_LEAST_BAR = 0.06  # of the room of a phase
 _THIRDS = ("the first third", "the second", "the last third")
 
 
@@ -43,13 +44,14 @@ def _normalized_step_says(run: Run) -> str:
     text = f"r stayed at or under {number(peak)} (median {median})"
     if not 0 < peak < 1:
         return f"{text}."
-    return f"{text}: steps {number(1 / peak)} times as long would still have been inside."
+    return f"{text}: under r = 1 by a factor of {number(1 / peak)}."
 
 
 @figure(
     "normalized_step",
     caption="r is the length of the proposed step over the radius. Up to r = 1 the local expansion "
-    "of the loss converges at the step; over it there is no such promise.",
+    "of the loss converges at the step; over it there is no such promise. Orange dots: scaled down "
+    "to the blue ones. Crosses: not taken. Pale: predicted.",
     says=_normalized_step_says, has_data=has_step("proposed"), is_first=True,
 )  # fmt: skip
 def plot_normalized_step(run: Run, ax: Axes | None = None) -> Axes:
@@ -79,7 +81,9 @@ def plot_normalized_step(run: Run, ax: Axes | None = None) -> Axes:
     dots(ax, series.step[clipped], series.taken[clipped], "normalized_step", size=3)
     mark_steps(ax, series.step[series.skipped], "x", "x: step not taken")
     show_whole_run(ax, series.step)
-    if predicted.any() and not series.skipped.any():
+    if clipped.any() and not series.skipped.any():
+        note(ax, "orange: scaled to the blue dots")
+    elif predicted.any() and not series.skipped.any():
         note(ax, "pale: predicted", COLORS["normalized_step"])
     mark_limit(ax)
     use_log_scale(ax, r, np.ones(1), ratio=10, max_depth=1e-3)
@@ -134,7 +138,8 @@ def plot_distribution(run: Run, ax: Axes | None = None) -> Axes:
             color=COLORS["intervention"] if scaled.any() else INK,
         )  # fmt: skip
     make_log(ax, "x")
-    ax.set_yticks([0, -1, -2], PHASES)
+    ax.set_yticks([0.4, -0.6, -1.6], PHASES)
+    ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
     mark_limit(ax, axis="x")
     return ax
@@ -151,8 +156,10 @@ def _draw_phase(
 ) -> None:
     """Draw the histogram of r at some steps, standing on a base line."""
     counts, _ = np.histogram(np.log10(series.proposed[at]).clip(min=edges[0]), edges)
+    heights = 0.85 * counts / max(counts.max(), 1)
+    heights[counts > 0] = heights[counts > 0].clip(min=_LEAST_BAR)  # one step is seen, too
     ax.stairs(
-        base + 0.85 * counts / max(counts.max(), 1), 10**edges, baseline=base, fill=True,
+        base + heights, 10**edges, baseline=base, fill=True,
         color=COLORS["normalized_step"], alpha=0.75,
     )  # fmt: skip
 

@@ -87,6 +87,23 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("ch") else f"{noun}s"
 
 
+def listed(things: list[str]) -> str:
+    """Return things as a list in a sentence.
+
+    Args:
+        things: At least one.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> listed(["a"]), listed(["a", "b", "c"])
+        ('a', 'a, b and c')
+    """
+    *before, last = things
+    return f"{', '.join(before)} and {last}" if before else last
+
+
 def steps_between(first: int, last: int) -> str:
     """Return a range of steps.
 

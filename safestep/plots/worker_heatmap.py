@@ -6,9 +6,8 @@ from functools import partial
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import NullLocator
 
-from safestep.plots.log_axis import PlainLogFormatter
+from safestep.plots.log_axis import make_log
 from safestep.plots.registry import figure, has_worker_columns
 from safestep.plots.style import COLORS, INK, MAX_MARKS, make_axes, note, say
 from safestep.plots.wording import count, number, percent, plural
@@ -86,8 +85,7 @@ def _draw(ax: Axes, steps: np.ndarray, values: np.ndarray, unit: str) -> None:
     )  # fmt: skip
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
     if isinstance(image.norm, LogNorm):
-        bar.ax.yaxis.set_major_formatter(PlainLogFormatter())
-        bar.ax.yaxis.set_minor_locator(NullLocator())
+        make_log(bar.ax, "y")
     bar.set_label(unit.replace(" (", "\n("), color=INK)
     bar.ax.tick_params(colors=INK, which="both")
     ax.set_yticks(_ranks(values.shape[1]))

@@ -109,9 +109,15 @@ def _noise_scale_says(run: Run) -> str:
     unknown = f"; at {count(infinite, 'step')} the noise hid the gradient" if infinite else ""
     middle = number(float(np.median(known)))
     return (
-        f"A batch much larger than {middle} examples would gain little (the median of "
+        f"A batch much larger than {middle} {_unit(run)} would gain little (the median of "
         f"{count(len(known), 'step')}{unknown})."
     )
+
+
+def _unit(run: Run) -> str:
+    """Return what the noise scale counts: examples, where their number is known."""
+    is_known = run.settings.get("num_examples", 1) != 1
+    return "examples" if is_known else f"batches of one {worker_noun(run)}"
 
 
 @figure(
@@ -132,7 +138,7 @@ def plot_noise_scale(run: Run, ax: Axes | None = None) -> Axes:
     Reference:
         McCandlish et al., arXiv:1812.06162, App. A.
     """
-    ax = make_axes(ax, "Gradient noise scale", "noise scale (examples)")
+    ax = make_axes(ax, "Gradient noise scale", f"noise scale ({_unit(run)})")
     scale = scalar(run, "noise_scale")
     if np.isposinf(scale).any():
         note(ax, "gaps: infinite", INK)

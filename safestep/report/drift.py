@@ -47,14 +47,15 @@ def _tell(event: dict[str, Any], since: Any, noun: str, run: Run) -> str:
     """Return an event as a sentence: in levels where the log has them, else its message."""
     levels = _levels(event, run)
     if levels:
-        what = f"{noun} {event['rank']} drifted from step {since} on"
-        return sentence(f"{what}: {levels}")
+        return sentence(f"{noun} {event['rank']} is off from step {since} on: {levels}")
     message = re.sub(r"^ranks? [^:]{0,99}: | since step \d+", "", str(event.get("message")))
     message = message.replace(" MADs", " times the usual spread")
     noun = "replica" if event.get("name") == "replica" else noun
     who = event.get("rank", event.get("ranks"))
     whose = f"{noun} {who}" if isinstance(who, int) else f"a {noun}"
-    return sentence(f"{whose} drifted from step {since} on ({message})")
+    return sentence(
+        f"{whose} {'drifted' if noun == 'replica' else 'is off'} from step {since} on ({message})"
+    )
 
 
 def _levels(event: dict[str, Any], run: Run) -> str:
@@ -71,7 +72,9 @@ def _levels(event: dict[str, Any], run: Run) -> str:
     if not np.isfinite(own).any() or not np.isfinite(others).any():
         return ""
     mine, theirs = (number(float(np.median(of[np.isfinite(of)]))) for of in (own, others))
-    return f"its {word} was {mine}, that of the others {theirs}"
+    others = f"that of the {values.shape[1] - 1} others {theirs}"
+    over = f"medians of {count(len(inside), 'step')}" if len(inside) > 1 else "at that step"
+    return f"its {word} was {mine}, {others} ({over})"
 
 
 def _standing_out(run: Run) -> list[str]:

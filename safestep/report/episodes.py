@@ -4,9 +4,9 @@ from collections import Counter
 
 import numpy as np
 
-from safestep.plots.wording import count, number, sentence, steps_between
+from safestep.plots.wording import count, listed, number, sentence, steps_between
 from safestep.report.bands import AFTERMATH
-from safestep.report.evidence import Episode, Evidence
+from safestep.report.evidence import Episode, Evidence, find_episodes
 from safestep.runlog.series import spans
 
 _LOOKBACK = 20  # steps before an episode that say what was usual
@@ -33,8 +33,7 @@ def say_lost(evidence: Evidence, first: int = 0, last: int | None = None) -> str
     places = [_when(evidence, first + begin, first + until) for begin, until in lost]
     told, more = places[:_MAX_STRETCHES], len(places) - _MAX_STRETCHES
     told += [f"at {count(more, 'more stretch')}"] if more > 0 else []
-    where = f"{', '.join(told[:-1])} and {told[-1]}" if len(told) > 1 else told[0]
-    return f"not {'a number' if is_nan else 'finite'} {where}"
+    return f"not {'a number' if is_nan else 'finite'} {listed(told)}"
 
 
 def _when(evidence: Evidence, first: int, last: int) -> str:
@@ -42,6 +41,19 @@ def _when(evidence: Evidence, first: int, last: int) -> str:
     if last == len(evidence.loss) - 1:
         return f"from step {evidence.series.step[first]} on"
     return f"at {_where(evidence, first, last)}"
+
+
+def is_quiet(evidence: Evidence) -> bool:
+    """Return whether a run has nothing to tell but its largest r: no episode, no odd loss.
+
+    Args:
+        evidence: The run's evidence.
+
+    Returns:
+        The answer.
+    """
+    has_odd_loss = evidence.is_over_band.any() or np.isinf(evidence.loss).any()
+    return not find_episodes(evidence) and not has_odd_loss
 
 
 def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = False) -> str:
@@ -65,18 +77,17 @@ def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = F
     stop = max(first, last + 1 - AFTERMATH * is_followed)
     over = evidence.is_over_band[first:stop] & np.isfinite(evidence.after[first:stop])
     over, lost = np.flatnonzero(over), say_lost(evidence, first, last)
-    if is_told:
-        return sentence(f"{where} within the radius ({peak})")
-    if lost:
-        return sentence(f"{where} within the radius ({peak}), but the loss was {lost}")
-    if not len(over):
-        return sentence(f"{where} healthy ({peak})")
+    inside = f"{where} inside the limit ({peak})"
+    if lost and not is_told:
+        return sentence(f"{inside}, but the loss was {lost}")
+    if is_told or not len(over):
+        return sentence(inside)
     begin = first + over[0] + 1  # the first of the values that followed which is itself so high
     is_high = evidence.loss[begin:][:AFTERMATH] > evidence.edges[begin:][:AFTERMATH]
     from_step = evidence.series.step[begin + int(is_high.argmax())]
     return sentence(
-        f"{where} within the radius ({peak}), but the loss was above its usual range after "
-        f"{count(len(over), 'step')}, first at step {from_step}"
+        f"{inside}, but the loss was above its usual range from step {from_step} on, at "
+        f"{count(len(over), 'step')}"
     )
 
 
@@ -96,8 +107,9 @@ def tell(evidence: Evidence, episode: Episode) -> str:
     what = count(touched, "intervention") if touched else "let through"
     facts = [rate_jump(evidence, episode), _peak(evidence, episode)]
     if clipped.any():
-        least = float(series.scale[inside][clipped].min())
-        facts.append(f"scaled by {number(least)}{' or more' if clipped.sum() > 1 else ''}")
+        factors = series.scale[inside][clipped]
+        ends = dict.fromkeys(number(float(end)) for end in (factors.min(), factors.max()))
+        facts.append(f"scaled by {' to '.join(ends)}")
         facts.append(_why_scaled(evidence, series.step[inside][clipped]))
     if skipped.any():
         facts.append(_not_taken(evidence, series.step[inside][skipped]))
@@ -170,8 +182,13 @@ def loss_effect(evidence: Evidence, episode: Episode) -> str:
         return "the log holds no loss"
     if effect.kind == "unknown":
         return _few_losses(evidence, episode)
-    if effect.kind == "held" and not episode.first and effect.after < effect.before:
-        return f"loss fell from {before} to {after}"
+    if effect.kind in ("held", "unclear") and not episode.first:  # one loss before tells little
+        return f"loss {before} at first, {after} after"
+    if (
+        effect.kind == "held"
+        and not np.isfinite(evidence.loss[episode.first : episode.last + 1]).any()
+    ):
+        return f"loss unaffected from then on ({before} before, {after} after)"
     if effect.kind == "held":
         return f"loss unaffected ({before} before, {after} after)"
     if effect.kind == "unclear":

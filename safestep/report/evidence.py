@@ -1,5 +1,6 @@
 """What a run is judged by: its loss, and the stretches where the guard stepped in or r was long."""
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,7 +113,10 @@ def _reasons(run: Run, status: str) -> dict[int, tuple[str, str]]:
 
 
 def _split(reason: str) -> tuple[str, str]:
-    parts = reason.split("; ")
+    parts = re.sub(
+        "the gradient is not finite: ([^;]+)", r"the gradient of \1 is not finite", reason
+    )
+    parts = parts.split("; ")
     told = [part for part in parts if part.startswith(_SECOND_RUN)]
     return "; ".join(part for part in parts if part not in told), "; ".join(told)
 

@@ -6,10 +6,13 @@ from typing import Literal
 
 import numpy as np
 
-from safestep.plots.wording import count
+from safestep.plots.wording import count, listed, steps_between
 from safestep.report.bands import TOLERANCE
 from safestep.report.evidence import Episode, Evidence
 from safestep.runlog.reader import Run
+from safestep.runlog.series import spans
+
+_MAX_PLACES = 4  # stretches of steps that are named
 
 Tone = Literal["good", "warn", "bad"]
 
@@ -78,5 +81,13 @@ def touched(evidence: Evidence, longest: str = "") -> str:
 
 def bad_batch(evidence: Evidence) -> str:
     """Return the advice to look at the first batch that gave numbers that are not finite."""
-    at, reason = next(iter(evidence.reasons.items()), (None, ""))
-    return f"Look at the batch of step {at}." if "not finite" in reason else ""
+    steps = [step for step, reason in evidence.reasons.items() if "not finite" in reason]
+    if not steps:
+        return ""
+    touched = np.zeros(max(steps) + 1, dtype=bool)
+    touched[steps] = True
+    places = [steps_between(*span).split(" ")[1] for span in spans(touched)]
+    told, left_out = places[:_MAX_PLACES], len(places) - _MAX_PLACES
+    told += [f"at {count(left_out, 'more stretch')}"] if left_out > 0 else []
+    where = listed(told)
+    return f"Look at the batch{'es' * (len(steps) > 1)} of step{'s' * (len(steps) > 1)} {where}."

@@ -97,7 +97,9 @@ def _calm(run: Run, evidence: Evidence) -> Finding:
     text = f"Unharmed: r was over the limit at {over:,} of {total} (at most {peak})"
     safe = safe_learning_rate(evidence)
     is_often = over > OFTEN * len(series.step) and safe is not None
-    hint = f"; {would_have_stayed(safe)}" if is_often and safe is not None else ""
+    hint = (
+        f"; a learning rate of {would_have_stayed(safe)}" if is_often and safe is not None else ""
+    )
     tone = "warn" if is_often else "good"
     return Finding(tone, f"{text}, which were let through; {_held(evidence)}{hint}.")
 

@@ -18,7 +18,7 @@ from safestep.measure.registry import Estimator
 from safestep.plots.measured_how import how_measured
 from safestep.plots.rates import say_lowered
 from safestep.plots.style import SERIES_COLORS
-from safestep.plots.wording import number
+from safestep.plots.wording import count, number
 from safestep.report.evidence import gather
 from safestep.report.regimes import REGIMES, name_regimes
 from safestep.report.verdict import Verdict
@@ -31,8 +31,8 @@ _MAX_RUNS = 20  # of one folder
 _MAX_TEXT = 500
 _HERE = Path(__file__).parent
 _REGIME_COLORS = {
-    "safe": "#009673", "controlled": "#b87a00", "unsettled": "#aa4499", "harmful": "#d9480f",
-    "unknown": "#8a949e",
+    "inside": "#009673", "scaled": "#0077bb", "not taken": "#7a68c8", "controlled": "#b87a00",
+    "unsettled": "#aa4499", "harmful": "#d9480f", "unknown": "#8a949e",
 }  # fmt: skip
 _DARK_LIFT = 0.35  # share of white that keeps the figures' colours legible on the dark page
 _WAYS = {
@@ -103,7 +103,7 @@ def _template() -> Template:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = str(value).replace("<= ", "<=\u00a0").replace(" %", "\u00a0%")
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 
@@ -145,14 +145,24 @@ def _bar(run: Run) -> list[dict[str, Any]]:
     counts = {name: int(mask.sum()) for name, mask in name_regimes(run, gather(run)).items()}
     return [
         {"name": name, "steps": steps, "color": _REGIME_COLORS[name]}
-        for name, steps in counts.items() if steps or name in ("safe", "harmful")
+        for name, steps in counts.items() if steps
     ]  # fmt: skip
 
 
 def _measured(run: Run) -> str:
-    """Return how many steps were measured in which way."""
-    counts = {way: int(mask.sum()) for way, mask in how_measured(run).items()}
-    return ", ".join(f"{way} {steps:,}" for way, steps in counts.items() if steps)
+    """Return at how many steps r was measured and in which ways, predicted, or not known."""
+    counts = {way: int(mask.sum()) for way, mask in how_measured(run).items() if mask.any()}
+    others = {name: counts.pop(name, 0) for name in ("predicted", "unmeasured", "unknown")}
+    skipped = int(step_series(run).skipped.sum())
+    ways = ", ".join(f"{way} {steps:,}" for way, steps in counts.items())
+    told = {
+        f"measured at {count(sum(counts.values()), 'step')} ({ways})": sum(counts.values()),
+        f"predicted from earlier ones at {others['predicted']:,}": others["predicted"],
+        f"{count(skipped, 'step')} not taken": skipped,
+        f"not measured at {others['unmeasured'] - skipped:,}": others["unmeasured"] - skipped,
+        f"not told by the log at {others['unknown']:,}": others["unknown"],
+    }
+    return ", ".join(text for text, steps in told.items() if steps > 0)
 
 
 def _other_runs(run: Run) -> list[dict[str, str]]:

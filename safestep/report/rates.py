@@ -27,7 +27,8 @@ def too_hot(run: Run, evidence: Evidence) -> Finding | None:
     if safe is not None:
         times = float(np.nanmedian(series.learning_rate[series.clipped])) / safe
     how_much = f"about {number(float(f'{times:.2g}'))} times " if np.isfinite(times) else ""
-    text = f"The learning rate is {how_much}too large"
+    rate = _in_use(series.learning_rate[series.clipped])
+    text = f"The learning rate{rate} is {how_much}too large"
     if safe is not None:
         text += f": {would_have_stayed(safe)}"
     done = f"the guard scaled down {int(series.clipped.sum()):,} of {len(series.step):,} steps"
@@ -43,10 +44,21 @@ def too_cold(run: Run, evidence: Evidence) -> Finding | None:
     peak = float(np.quantile(r, 0.99)) / evidence.limit
     if not 0 < peak < _FAR_UNDER:
         return None
-    text = "The learning rate could be larger: r is far below the limit"
-    text += f" ({number(peak)} of it or less at 99 % of the steps){say_course(evidence)}."
-    rate = f", {number(_FIRST_TRY * float(rates.max()))}" if len(rates) else ""
-    return Finding("warn", text, f"Try a rate {_FIRST_TRY} times as large first{rate}.")
+    peak, limit = number(peak * evidence.limit), number(evidence.limit)
+    text = (
+        f"The learning rate{_in_use(rates)} could be larger: r was {peak} or less at 99 % of the "
+    )
+    text += f"steps, far below the limit of {limit}{say_course(evidence)}."
+    first = number(_FIRST_TRY * float(rates.max())) if len(rates) else f"{_FIRST_TRY} times as much"
+    return Finding("warn", text, f"Try {first} first; r then tells whether to go on.")
+
+
+def _in_use(rates: np.ndarray) -> str:
+    """Return the learning rate in brackets, its median where it changed; nothing if unknown."""
+    rates = rates[np.isfinite(rates)]
+    if not len(rates):
+        return ""
+    return f" ({number(float(np.median(rates)))}{', the median' * bool(np.ptp(rates))})"
 
 
 def say_course(evidence: Evidence) -> str:
@@ -65,8 +77,7 @@ def say_course(evidence: Evidence) -> str:
     if first - last > noise:
         little = " only" * (first - last < _LITTLE * abs(first))
         return f"; the loss fell{little} from {number(first)} to {number(last)}"
-    levels = f"{number(first)} at first, {number(last)} at the end"
-    return f"; the loss did not fall beyond its noise ({levels})"
+    return f"; the loss did not fall beyond its noise (from {number(first)} to {number(last)})"
 
 
 def safe_learning_rate(evidence: Evidence) -> float | None:

@@ -8,7 +8,9 @@ from safestep.runlog.reader import Run
 from safestep.runlog.series import worker_mean
 
 REGIMES = {
-    "safe": "the step taken was no longer than the radius (r <= 1), or was not taken",
+    "inside": "the step was no longer than the radius (r <= 1)",
+    "scaled": "the step was longer; the guard scaled it down to r <= 1",
+    "not taken": "the guard did not take the step; the weights stayed as they were",
     "controlled": "r > 1, and loss and gradient norm stayed at their levels",
     "unsettled": "r > 1, and the gradient norm rose while the loss held",
     "harmful": "r > 1, and the loss rose",
@@ -34,7 +36,9 @@ def name_regimes(run: Run, evidence: Evidence) -> dict[str, np.ndarray]:
     is_unsettled = is_over_band(grad_norm, upper_band(grad_norm), is_long) & ~is_inflated
     is_judged = is_long & ~np.isnan(aftermath(evidence.loss, np.arange(len(series.step))))
     return {
-        "safe": is_safe,
+        "inside": is_safe & ~series.intervened,
+        "scaled": is_safe & series.clipped & ~series.skipped,
+        "not taken": is_safe & series.skipped,
         "controlled": is_judged & ~is_inflated & ~is_unsettled,
         "unsettled": is_judged & is_unsettled,
         "harmful": is_judged & is_inflated,

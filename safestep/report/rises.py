@@ -132,10 +132,12 @@ def _worst(episodes: list[Episode]) -> Episode:
 
 def _where_long(evidence: Evidence, episode: Episode) -> str:
     """Return how long an episode's longest step was, and whether it was taken so; or nothing."""
-    if not np.isfinite(episode.peak):
+    is_through = is_let_through(evidence, episode)
+    is_scaled = evidence.series.clipped[episode.first : episode.last + 1].any()
+    if not np.isfinite(episode.peak) or not (is_through or is_scaled):
         return ""
     jump = rate_jump(evidence, episode)
-    done = "was let through" if is_let_through(evidence, episode) else "was scaled down"
+    done = "was let through" if is_through else "was scaled down"
     return f", where an r of {number(episode.peak)} {f'({jump}) ' * bool(jump)}{done}"
 
 

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safestep.plots.wording import count, number, percent, sentence
+from safestep.plots.rates import say_cost
+from safestep.plots.wording import count, number, sentence
 from safestep.report.drift import drifted_workers
-from safestep.report.episodes import say_lost, tell, tell_healthy
+from safestep.report.episodes import is_quiet, say_lost, tell, tell_healthy
 from safestep.report.evidence import Evidence, find_episodes, gather
 from safestep.report.finding import Tone
 from safestep.report.findings import drifted, find
 from safestep.report.gradient import tell_gradient
 from safestep.report.levels import course
 from safestep.runlog.reader import Run
-from safestep.runlog.series import FEW, StepSeries, removed_area, step_share
+from safestep.runlog.series import FEW, removed_area
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_HEADLINES = 3
@@ -48,11 +49,10 @@ def write_verdict(run: Run) -> Verdict:
     """
     evidence = gather(run)
     workers = drifted_workers(run)
-    ends = [*_second_runs(evidence), *_loss_course(evidence), *_closing(run, evidence.series)]
     if not len(evidence.series.step):
         drift = drifted(run)
         headline = drift.told if drift else "The log holds no step yet."
-        return Verdict("warn", headline, workers[1:] + ends)
+        return Verdict("warn", headline, workers[1:] + _closing(run, evidence))
     findings = find(run, evidence)
     tones = {finding.tone for finding in findings}
     tone: Tone = "bad" if "bad" in tones else "warn" if "warn" in tones else "good"
@@ -62,7 +62,8 @@ def write_verdict(run: Run) -> Verdict:
     headline = " ".join(finding.told for finding in told)
     is_told = {finding.text for finding in told}
     others = [text for text in (*workers, *tell_gradient(run)) if text not in is_told]
-    return Verdict(tone, headline, _story(evidence) + others + ends)
+    course = _loss_course(evidence, headline)
+    return Verdict(tone, headline, _story(evidence) + others + course + _closing(run, evidence))
 
 
 def _story(evidence: Evidence) -> list[str]:
@@ -83,14 +84,14 @@ def _story(evidence: Evidence) -> list[str]:
         peak = max(episode.peak for episode in left_out)
         how_many = count(len(left_out), "milder episode")
         sentences.append(sentence(f"{how_many} besides, r <= {number(peak)}"))
-    elif start < len(evidence.series.step):
+    elif start < len(evidence.series.step) and (start or not is_quiet(evidence)):
         last = len(evidence.series.step) - 1
         sentences.append(tell_healthy(evidence, start, last, is_told=is_told))
     return sentences
 
 
-def _loss_course(evidence: Evidence) -> list[str]:
-    """Return where the loss began and ended, and where it was not finite."""
+def _loss_course(evidence: Evidence, headline: str) -> list[str]:
+    """Return where the loss began and ended, if the headline does not, and where it was lost."""
     known, lost = np.flatnonzero(np.isfinite(evidence.loss)), say_lost(evidence)
     if len(known) < 2:
         return [sentence(f"the loss was {lost}")] if lost else []
@@ -100,9 +101,9 @@ def _loss_course(evidence: Evidence) -> list[str]:
         return [sentence(f"the loss went from {first} to {last} at step {step}, and was {lost}")]
     ends = course(evidence.loss)
     if ends:
-        levels = f"{number(ends[0])} to {number(ends[1])}"
+        levels = f"from {number(ends[0])} to {number(ends[1])}"
         how = "medians of the first and the last tenth of the steps"
-        sentences = [sentence(f"the loss went from {levels} ({how})")]
+        sentences = [sentence(f"the loss went {levels} ({how})")] * (levels not in headline)
     else:
         sentences = [sentence(f"the loss went from {first} to {last}")]
     if lost:
@@ -114,19 +115,26 @@ def _second_runs(evidence: Evidence) -> list[str]:
     """Return what second runs of the batches of touched steps told, the most frequent first."""
     told = Counter(evidence.second_runs.values()).most_common(_MAX_SECOND_RUNS)
     steps = {text: step for step, text in reversed(evidence.second_runs.items())}
-    return [
-        sentence(text.replace("its batch", f"the batch of {_which(steps[text], times)}"))
-        for text, times in told
-    ]
+    total = int(evidence.series.intervened.sum())
+    return [_second_run(text, steps[text], times, total) for text, times in told]
 
 
-def _which(step: int, times: int) -> str:
-    return f"step {step}" if times == 1 else f"each of {times:,} touched steps"
+def _second_run(text: str, step: int, times: int, total: int) -> str:
+    """Return the guard's words on second runs, with whose they were; equal results clear it all."""
+    which = f"all {times:,}" if times == total else f"{times:,} of {total:,}"
+    whose = f"the batch{'es' * (times > 1)} of {which if times > 1 else 'step'} "
+    whose += "touched steps" if times > 1 else str(step)
+    text = text.replace("its batch", whose).replace(f"{whose} gives", f"{whose} gave")
+    if times > 1:
+        text = text.replace(f"{whose} was", f"{whose} were")
+    if "the same result" in text:
+        text = f"{text.split(': ')[0]}, so this machine is not the cause"
+    return sentence(text)
 
 
-def _closing(run: Run, series: StepSeries) -> list[str]:
+def _closing(run: Run, evidence: Evidence) -> list[str]:
     """Return what is true of the whole run."""
-    sentences = []
+    series, sentences = evidence.series, _second_runs(evidence)
     unmeasured = int(series.unmeasured.sum())
     if unmeasured:
         status, reasons = run.steps["status"], run.steps.get("reason")
@@ -135,15 +143,11 @@ def _closing(run: Run, series: StepSeries) -> list[str]:
         sentences.append(sentence(f"{what} ({first or 'reason unknown'})"))
     removed = removed_area(series)
     if removed >= 0.0005 and series.intervened.mean() > FEW:
-        what = f"the guard lowered the mean learning rate by {percent(removed)}"
-        sentences.append(sentence(what))
+        mean = float(np.nanmean(series.learning_rate))
+        ends = f"from {number(mean)} to {number(mean * (1 - removed))}"
+        sentences.append(sentence(f"the guard lowered the mean learning rate {ends}"))
     if np.isfinite(series.seconds).any():
-        milliseconds = 1e3 * float(np.nanmean(series.seconds))
-        share = step_share(run)
-        part = f", {percent(share)} of the step's time" if np.isfinite(share) else ""
-        sentences.append(
-            sentence(f"the guard took {number(milliseconds)} ms a step in the mean{part}")
-        )
+        sentences.append(sentence(say_cost(run)))
     resumed = sum(event.get("name") == "resumed" for event in run.events)
     if resumed:
         sentences.append(sentence(f"the run was resumed {count(resumed, 'time')}"))

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from safestep import plots
 from safestep.plots.log_axis import make_log
 from safestep.plots.loss import rank_correlation
+from safestep.plots.rates import say_cost
 from safestep.plots.registry import FIGURES
 from safestep.plots.style import COLORS
 from safestep.runlog.reader import read_run
@@ -383,3 +384,68 @@ def test_micro_batches_are_drawn_as_the_mean_of_the_ranks(tmp_path):
     assert ax.collections[0].get_array().T.tolist() == [[1.0, 2.0, 3.0]] * 5
     assert kind.has_data(run)
     assert "number 0 has the lowest (1) and number 2 the highest (3)" in kind.says(run)
+
+
+def test_one_long_step_among_many_is_seen_in_the_distribution(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        for step in range(3000):
+            log.write("step", {"step": step, "normalized_step": 127.0 if step == 1500 else 0.1})
+
+    ax = plots.plot_distribution(read_run(tmp_path), new_axes())
+
+    tops = [patch.get_data().values.max() for patch in ax.patches]
+    bars = ax.patches[1].get_data().values + 1  # of the middle third, over its base
+    assert len(tops) == 3
+    assert (bars > 0).sum() == 2
+    assert bars[bars > 0].min() >= 0.05
+
+
+def test_cost_of_a_long_run_shows_means_of_stretches(tmp_path):
+    """Nine of ten steps take 1 ms, one 11 ms: no line of extremes, but 2 ms all along."""
+    with RunLog(tmp_path, {}) as log:
+        for step in range(10_000):
+            seconds = 0.011 if step % 10 == 0 else 0.001
+            log.write("step", {"step": step, "normalized_step": 0.1, "seconds": seconds})
+
+    ax = plots.plot_cost(read_run(tmp_path), new_axes())
+
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), 2.0)
+
+
+def test_cost_is_told_with_what_it_makes_of_a_step(tmp_path):
+    """Steps of 3 ms to which the guard adds 1 ms take 1.33 times as long."""
+    with RunLog(tmp_path, {}) as log:
+        for step in range(10):
+            log.write("step", {"step": step, "normalized_step": 0.1, "seconds": 0.001,
+                               "time": 100 + 0.004 * step})  # fmt: skip
+
+    told = say_cost(read_run(tmp_path))
+
+    assert told == (
+        "the guard took 1 ms a step in the mean: steps of 3 ms without it took 1.33 times as long"
+    )
+
+
+@pytest.mark.parametrize(("num_examples", "unit"), [(1, "batches of one worker"), (32, "examples")])
+def test_noise_scale_is_in_examples_only_where_their_number_is_known(tmp_path, num_examples, unit):
+    with RunLog(tmp_path, {"num_examples": num_examples}, world_size=4) as log:
+        for step in range(5):
+            log.write("workers", {"step": step, "noise_scale": 6.0})
+    run = read_run(tmp_path)
+
+    ax = plots.plot_noise_scale(run, new_axes())
+
+    kind = next(kind for kind in FIGURES if kind.name == "noise_scale")
+    assert f"larger than 6 {unit} would" in kind.says(run)
+    assert ax.get_ylabel() == f"noise scale ({unit})"
+
+
+def test_few_measured_steps_make_no_figure_of_predictions(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        for step in range(9):
+            log.write("step", {"step": step, "normalized_step": 0.1, "scale": 1.0, "loss": 1.0,
+                               "divergence": 0.1, "loss_slope": -0.2})  # fmt: skip
+
+    kind = next(kind for kind in FIGURES if kind.name == "loss_change")
+
+    assert not kind.has_data(read_run(tmp_path))

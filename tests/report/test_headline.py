@@ -18,18 +18,18 @@ EXPECTED = {
     r"[\d.]+\.$",
     "spiked_run": r"^Protected: the guard scaled down 1 of 120 steps \(step 60: r = \d+, learning "
     r"rate x10,000\); .* Look at what raised the learning rate at step 60\.$",
-    "hot_run": r"^The learning rate is about [\d.]+ times too large: 0\.\d+ would have stayed "
-    r"under the limit at 95 % of the steps; the guard scaled down 120 of 120 steps\.$",
-    "cold_run": r"^The learning rate could be larger: r is far below the limit \([\d.e-]+ of it or "
-    r"less at 99 % of the steps\); the loss did not fall beyond its noise \([\d.]+ at first, "
-    r"[\d.]+ at the end\)\. Try a rate 10 times as large first, 1e-05\.$",
+    "hot_run": r"^The learning rate \(3\) is about [\d.]+ times too large: 0\.\d+ would have "
+    r"stayed under the limit at 95 % of the steps; the guard scaled down 120 of 120 steps\.$",
+    "cold_run": r"^The learning rate \(1e-06\) could be larger: r was [\d.e-]+ or less at 99 % of "
+    r"the steps, far below the limit of 1; the loss (fell( only)?|did not fall beyond its noise) "
+    r"\(?from [\d.]+ to [\d.]+\)?\. Try 1e-05 first; r then tells whether to go on\.$",
     "lost_run": r"^Harmed: after step 60, where an r of \d+ \(learning rate x10,000\) was let "
     r"through, the loss rose from 0\..* Go back to a checkpoint from before step 60 and use "
     r"action=\"clip\"\.$",
     "broken_run": r"^Protected: the guard did not take 1 of 120 steps \(.*not finite"
     r".* Look at the batch of step 70\.$",
-    "worker_run": r"^Worker 3 drifted from step 80 on: its loss was 2\.\d+, that of the others "
-    r"0\.\d+\. Look at its data and its device\.$",
+    "worker_run": r"^Worker 3 is off from step 80 on: its loss was 2\.\d+, that of the 3 "
+    r"others 0\.\d+ \(medians of 40 steps\)\. Look at its data and its device\.$",
 }
 TONES = {"healthy_run": "good", "spiked_run": "good", "broken_run": "good", "lost_run": "bad"}
 
@@ -47,11 +47,9 @@ def test_headline_names_what_is_wrong(name, request):
 def test_headline_stands_before_the_figures(hot_run, tmp_path):
     page = Page(write_report([hot_run], tmp_path, refresh_seconds=5)).words
 
-    assert "exact 120" in page or "predicted" in page
+    assert "How r was found: measured at 120 steps (exact 120)." in page
     assert (
-        page.index("times too large")
-        < page.index("How steps were measured")
-        < page.index("More figures")
+        page.index("times too large") < page.index("How r was found") < page.index("More figures")
     )
 
 

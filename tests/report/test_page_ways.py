@@ -24,7 +24,10 @@ def test_every_estimator_is_counted_and_explained_on_the_page(tmp_path, estimato
 
     page = Page(write_report([tmp_path], refresh_seconds=5)).words
 
-    assert f"How steps were measured: {estimator.way} 1." in page
+    told = f"measured at 1 step ({estimator.way} 1)"
+    if estimator is Estimator.PREDICTED:
+        told = "predicted from earlier ones at 1"
+    assert f"How r was found: {told}." in page
     assert estimator.meaning in page
 
 

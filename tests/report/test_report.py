@@ -66,17 +66,32 @@ def test_report_of_a_spiked_run_opens_with_what_happened(spiked_run, tmp_path):
     assert "Protected: the guard scaled down" in page.words
     assert "learning rate x10,000" in page.words
     assert sum(label.startswith("The loss went") for label in page.values("aria-label")) == 1
-    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.pdf"))) == 8
+    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.pdf"))) == 7
     assert all(file.stat().st_size > 2000 for file in tmp_path.iterdir())
 
 
 def test_report_of_workers_shows_them(worker_run, tmp_path):
     page = page_of(worker_run, output=tmp_path)
 
-    assert "Worker 3 drifted from step 80 on" in page.words
+    assert "Worker 3 is off from step 80 on" in page.words
     labels = page.values("aria-label")
     assert sum(label.startswith("Over the last tenth of the run") for label in labels) == 3
     assert not any(label.startswith("The loss went") for label in labels)  # no step was logged
+
+
+def test_bar_counts_steps_as_they_were_taken(tmp_path):
+    """Three inside, two scaled down, one not taken, of which none is harmful."""
+    with RunLog(tmp_path, {"max_normalized_step": 1.0}) as log:
+        for step, status in enumerate(["ok", "clipped", "ok", "skipped", "clipped", "ok"]):
+            r, scale = (4.0, 0.25) if status == "clipped" else (0.5, 1.0)
+            log.write("step", {"step": step, "normalized_step": r, "scale": scale,
+                               "status": status, "estimator": "jvp", "loss": 1.0})  # fmt: skip
+
+    page = page_of(tmp_path).words
+
+    assert "inside 3 scaled 2 not taken 1 How r was found: measured at 5 steps (exact 5)" in page
+    assert ", 1 step not taken." in page
+    assert "harmful 0" not in page
 
 
 def test_page_needs_nothing_from_outside(spiked_run, tmp_path):
@@ -224,8 +239,8 @@ def test_followed_page_is_written_anew_until_interrupted(tmp_path, monkeypatch, 
     monkeypatch.setattr("safestep.report.write.time.sleep", sleep)
 
     assert main(["report", str(tmp_path), "--follow"]) == 0
-    assert "1 step, r &lt;= 0.25, none touched." in pages[0]
-    assert "2 steps, r &lt;= 0.75, none touched." in pages[1]
+    assert "1 step, r &lt;=\u00a00.25, none touched." in pages[0]
+    assert "2 steps, r &lt;=\u00a00.75, none touched." in pages[1]
     assert 'http-equiv="refresh"' in pages[1]
     final = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert 'http-equiv="refresh"' not in final

@@ -43,7 +43,9 @@ def test_healthy_run_is_called_healthy(healthy_run):
 
     assert verdict.tone == "good"
     assert verdict.headline.startswith("Healthy: 120 steps, r <= 0.")
-    assert "Steps 0-119 healthy" in story
+    assert verdict.headline.count("the loss fell from ") == 1
+    assert "The loss went" not in story  # told once
+    assert "Steps 0-119" not in story
 
 
 def test_caught_spike_is_told_with_its_cause_and_outcome(spiked_run):
@@ -53,7 +55,7 @@ def test_caught_spike_is_told_with_its_cause_and_outcome(spiked_run):
 
     assert verdict.tone == "good"
     assert verdict.headline.startswith("Protected: the guard scaled down 1 of 120 steps (step 60: ")
-    assert "Steps 0-59 healthy" in story
+    assert "Steps 0-59 inside the limit (r <= " in story
     assert "learning rate x10,000" in story
     assert number(float(series.proposed[place])) in story
     assert f"scaled by {number(float(series.scale[place]))}" in story
@@ -74,7 +76,7 @@ def test_drifting_worker_is_named(worker_run):
     verdict, _story = story_of(worker_run)
 
     assert verdict.tone == "warn"
-    assert verdict.headline.startswith("Worker 3 drifted from step 80 on: its loss was ")
+    assert verdict.headline.startswith("Worker 3 is off from step 80 on: its loss was ")
     assert verdict.headline.endswith(". Look at its data and its device.")
 
 
@@ -98,7 +100,8 @@ def test_step_that_was_not_taken_is_told_with_its_reason(tmp_path):
 
     _, story = story_of(tmp_path)
 
-    assert f"1 intervention at step 50: not taken ({reason}); loss unaffected (" in story
+    told = "the gradient of head.weight is not finite"
+    assert f"1 intervention at step 50: not taken ({told}); loss unaffected (" in story
 
 
 def test_second_runs_are_told_once_and_not_with_each_step(tmp_path):
@@ -113,8 +116,10 @@ def test_second_runs_are_told_once_and_not_with_each_step(tmp_path):
     verdict, story = story_of(tmp_path)
 
     assert story.count("bit for bit") == 1
-    assert "Run again, the batch of each of 7 touched steps gives the same result" in story
-    assert f"the guard did not take 7 of 200 steps ({cause}); " in verdict.headline
+    assert "Run again, the batches of all 7 touched steps gave the same result" in story
+    assert "7 of 200 steps (the gradient of head.weight is not finite); after" in verdict.headline
+    assert verdict.headline.endswith("Look at the batches of steps 50-55 and 100.")
+    assert "scaled" not in verdict.headline
     assert "run again" not in verdict.headline
     assert "loss was not finite until step 56, then 1 (1 before)" in story
 
@@ -136,7 +141,7 @@ def test_loss_of_a_run_scaled_throughout_is_said_to_have_fallen(tmp_path):
 
     _, story = story_of(tmp_path)
 
-    assert "; loss fell from 2 to 1.1" in story
+    assert "; loss 2 at first, 1.1" in story
     assert "unaffected" not in story
 
 
@@ -204,7 +209,7 @@ def test_steps_that_were_held_say_after_which(tmp_path):
 
     _, story = story_of(tmp_path)
 
-    assert "scaled by 0.5 or more, held within the limit for 16 steps after step 100;" in story
+    assert "scaled by 0.5, held within the limit for 16 steps after step 100;" in story
 
 
 def test_loss_that_rises_inside_the_radius_is_no_healthy_run(tmp_path):
@@ -214,7 +219,7 @@ def test_loss_that_rises_inside_the_radius_is_no_healthy_run(tmp_path):
 
     assert verdict.tone == "warn"
     assert "yet the loss rose" in verdict.headline
-    assert "first at step 100" in story
+    assert "above its usual range from step 100 on, at 10" in story
 
 
 def test_loss_that_is_lost_is_told(tmp_path):
@@ -251,7 +256,7 @@ def test_stretch_before_an_early_spike_is_not_judged_by_what_follows(tmp_path):
 
     verdict, story = story_of(tmp_path)
 
-    assert "Steps 0-2 healthy" in story
+    assert "Steps 0-2 inside the limit (r <= 0.1)." in story
     assert verdict.headline.startswith("Harmed: after step 3, where an r of 40 was let through")
 
 
