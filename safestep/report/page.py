@@ -103,7 +103,7 @@ def _template() -> Template:
 
 
 def _short(value: Any) -> str:
-    text = str(value).replace("<= ", "<=\u00a0").replace(" %", "\u00a0%")
+    text = str(value).replace(" <= ", "\u00a0<=\u00a0").replace(" %", "\u00a0%")
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 

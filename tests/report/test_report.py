@@ -239,8 +239,8 @@ def test_followed_page_is_written_anew_until_interrupted(tmp_path, monkeypatch, 
     monkeypatch.setattr("safestep.report.write.time.sleep", sleep)
 
     assert main(["report", str(tmp_path), "--follow"]) == 0
-    assert "1 step, r &lt;=\u00a00.25, none touched." in pages[0]
-    assert "2 steps, r &lt;=\u00a00.75, none touched." in pages[1]
+    assert "1 step, r\u00a0&lt;=\u00a00.25, none touched." in pages[0]
+    assert "2 steps, r\u00a0&lt;=\u00a00.75, none touched." in pages[1]
     assert 'http-equiv="refresh"' in pages[1]
     final = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert 'http-equiv="refresh"' not in final
