@@ -29,6 +29,22 @@ def encode(record: dict[str, Any]) -> bytes:
         return json.dumps(_jsonable(record), allow_nan=False).encode()
 
 
+def line_of(kind: str, run: str, body: bytes) -> bytes:
+    r"""Return the line of a record, newline included.
+
+    Args:
+        kind: Its kind.
+        run: The run that it belongs to.
+        body: The rest of it, as `encode` returned it.
+
+    Example:
+        >>> line_of("step", "a", encode({"step": 0}))
+        b'{"kind": "step", "run": "a", "step": 0}\n'
+    """
+    start = encode({"kind": kind, "run": run})[:-1]
+    return start + (b", " if len(body) > 2 else b"") + body[1:] + b"\n"
+
+
 def make_header(run: str, started: str, world_size: int, settings: dict[str, Any]) -> bytes:
     """Return the first line of a run's file, newline included.
 

@@ -21,7 +21,8 @@ from typing import Any
 from safestep._warn import warn_user
 from safestep.runlog import folder as run_folder
 from safestep.runlog.folder import FILE_NAME
-from safestep.runlog.record import KINDS, encode, make_header
+from safestep.runlog.record import KINDS, encode, line_of, make_header
+from safestep.runlog.waiting import WaitingRecords
 
 try:
     import fcntl
@@ -29,6 +30,8 @@ except ImportError:  # Windows: an open file cannot be renamed there, so runs do
     fcntl = None
 
 _logger = logging.getLogger("safestep")
+
+_PATIENCE = 16  # records from one try to the next, where they cannot be written
 
 
 class RunLog:
@@ -47,8 +50,9 @@ class RunLog:
     only that does. If another process still writes to it, this one begins a run of its own.
 
     A killed process loses at most the last line, which is cut off when the run is resumed. Logging
-    never ends training: when a write fails (a full disk, a deleted directory), it warns once and
-    logs no more.
+    never ends training: when a write fails (a full disk, a deleted directory), it warns once, keeps
+    the last 8 MiB of records and writes them when it can, with an event that says what was lost. A
+    directory that was deleted is waited for, not made again.
 
     Args:
         run_dir: Directory of the run; made if it is not there.
@@ -155,6 +159,9 @@ class _Writing:
         self._last_is_resumed = False
         self._fd = -1
         self._closing: weakref.finalize | None = None
+        self._waiting = WaitingRecords()
+        self._num_tries = 0  # records since a write failed, 0 where none did
+        self._is_over = False  # another of this process goes on with this run
         _runs.add(self)
 
     def join(self, writer: RunLog, settings: dict[str, Any], owners: set[int] | None) -> None:
@@ -169,51 +176,82 @@ class _Writing:
             self._safely(self._begin)  # a run without a step is a run, unless one is shown
         self.writers.discard(writer)
         if is_last:
+            self._write_the_last()
             self.close()
 
     def resume(self, run: str) -> None:
+        self._is_over = False
         if self.has_begun and run == self.run:
             if not self._last_is_resumed:
-                self._safely(self._say_resumed)
+                self._append("event", self._resumed)
+                self._last_is_resumed = True
             return
         self.close()
+        self._waiting.clear()
         self.run, self.has_begun, self._is_resumed = run, False, True
 
     def append(self, kind: str, record: dict[str, Any]) -> None:
-        if self.has_begun and self._closing is None:  # an earlier write failed
+        if self._is_over:
             return
-        self._safely(self._append, kind, record)
+        try:
+            self._append(kind, encode(record))
+        except (ValueError, TypeError, RecursionError) as error:
+            warn_user(f"safestep: a record could not be written to {self.path}: {error}.")
 
     def close(self) -> None:
         """Close the file, which releases its lock."""
         if self._closing is not None:
             self._closing()
-            self._closing = None
+            self._closing, self._fd = None, -1
 
     def begin_anew(self) -> None:
         """Leave the file to the process that this one was forked from."""
         self.close()
+        self._waiting.clear()
         self.run, self.has_begun = run_folder.new_run_id(), False
 
     def _safely(self, function: Any, *args: Any) -> None:
         try:
             function(*args)
         except OSError as error:
-            self.has_begun = True
             self.close()
-            warn_user(
-                f"safestep: no more records in {self.path}: {error}. Training goes on unlogged."
-            )
+            if not self._num_tries:
+                self._num_tries = 1
+                warn_user(
+                    f"safestep: no more records in {self.path}: {error}. Training goes on. The "
+                    "latest records are kept in memory, and written when they can be."
+                )
         except (ValueError, TypeError, RecursionError) as error:
             warn_user(f"safestep: a record could not be written to {self.path}: {error}.")
 
-    def _append(self, kind: str, record: dict[str, Any]) -> None:
+    def _append(self, kind: str, body: bytes) -> None:
+        self._waiting.add(kind, body)
+        self._num_tries += self._num_tries > 0
+        if self._num_tries % _PATIENCE == 0:
+            self._safely(self._write_waiting)
+
+    def _write_waiting(self) -> None:
         if not self.has_begun:
             self._begin()
+        elif self._closing is None:
+            self._go_on()
         elif os.fstat(self._fd).st_nlink == 0:
             raise OSError("the file was deleted")
-        self._write(encode({"kind": kind, "run": self.run, **record}) + b"\n")
+        while self._waiting:
+            self._write(line_of(self._waiting.first()[0], self.run, self._waiting.first()[1]))
+            self._waiting.pop()
         self._last_is_resumed = False
+        if self._num_tries:
+            self._say_gap()
+
+    def _write_the_last(self) -> None:
+        if self._waiting:
+            self._safely(self._write_waiting)
+        if count := len(self._waiting) + self._waiting.num_lost:
+            warn_user(
+                f"safestep: the last {count} records could not be written to {self.path} and are "
+                "lost."
+            )
 
     def _write(self, line: bytes) -> None:
         # One write for the whole line: a reader never sees the lines of two writers mixed.
@@ -223,9 +261,23 @@ class _Writing:
     def _begin(self) -> None:
         directory = self.path.parent
         directory.mkdir(parents=True, exist_ok=True)
-        if not (self._is_resumed and self._reopen(directory)):
+        if self._is_resumed and self._reopen(directory):
+            self._say_resumed()
+        else:
             self._create(directory)
         self.has_begun = True
+        self._show()
+
+    def _go_on(self) -> None:
+        directory = self.path.parent
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory} is not there")
+        if not self._reopen(directory):
+            self._create(directory)
+        self._show()
+
+    def _show(self) -> None:
+        directory = self.path.parent
         earlier = directory / FILE_NAME
         shown = run_folder.show(self.path)
         for run in _runs:
@@ -243,6 +295,7 @@ class _Writing:
         for run in _runs:  # a guard that nobody detached: this one goes on in its place
             if run is not self and run.run == self.run:
                 run.close()
+                run._is_over = True
         self._open(found.path, os.O_RDWR | os.O_APPEND)
         if not self._lock():
             self.close()
@@ -253,8 +306,7 @@ class _Writing:
             self.run, self._is_resumed = run_folder.new_run_id(), False
             return False
         self.path = found.path
-        _cut_torn_line(self._fd)
-        self._say_resumed()
+        run_folder.cut_torn_line(self._fd)
         return True
 
     def _create(self, directory: Path) -> None:
@@ -265,17 +317,30 @@ class _Writing:
         self._open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         self._lock()
         started = datetime.now(timezone.utc).isoformat()
-        self._write(make_header(self.run, started, self._world_size, self._settings))
+        try:
+            self._write(make_header(self.run, started, self._world_size, self._settings))
+        except OSError:
+            self.path.unlink(missing_ok=True)  # a run is begun with its header, or not
+            raise
         if self._is_resumed:
             self._say_resumed()
 
+    @property
+    def _resumed(self) -> bytes:
+        record = {"name": "resumed", "message": "the run goes on", "settings": self._settings}
+        return encode(record)
+
     def _say_resumed(self) -> None:
-        record = {
-            "kind": "event", "run": self.run, "name": "resumed", "message": "the run goes on",
-            "settings": self._settings,
-        }  # fmt: skip
-        self._write(encode(record) + b"\n")
+        self._write(line_of("event", self.run, self._resumed))
         self._last_is_resumed = True
+
+    def _say_gap(self) -> None:
+        lost = self._waiting.num_lost
+        message = f"the log could not be written for a while; {lost or 'no'} records are lost"
+        self._write(line_of("event", self.run, encode({"name": "gap", "message": message})))
+        self._waiting.clear()
+        self._num_tries = 0
+        _logger.info("%s: %s", self.path, message)
 
     def _open(self, path: Path, flags: int) -> None:
         self._fd = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
@@ -305,18 +370,6 @@ def _joinable(directory: Path, owners: set[int] | None) -> _Writing | None:
         if owners is None or run.owners is None or owners & run.owners:
             return run
     return None
-
-
-def _cut_torn_line(fd: int) -> None:
-    end = os.lseek(fd, 0, os.SEEK_END)
-    while True:  # back, block by block, to the end of the last whole line
-        start = max(0, end - 65536)
-        os.lseek(fd, start, os.SEEK_SET)
-        newline = os.read(fd, end - start).rfind(b"\n")
-        if newline >= 0:
-            os.ftruncate(fd, start + newline + 1)
-            return
-        end = start
 
 
 def _leave_files_to_parent() -> None:

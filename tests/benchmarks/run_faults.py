@@ -97,18 +97,23 @@ def tell_runs(folder, num_runs):
     return f"{num_runs} runs of 1,000 steps", f"{whole} runs", f"{num_runs - whole} runs"
 
 
-@fault("folder deleted while it is written to")
+@fault("folder deleted while it is written to, and made again")
 def deleted(folder):
     log = RunLog(folder, {})
     write(log, 0)
     shutil.rmtree(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        write(log, *range(100))
-    return "100 records after it", f"training; {len(caught)} warning", "what was deleted, and these"
+        write(log, *range(1, 101))
+        folder.mkdir()
+        write(log, *range(101, 201))
+    kept = count(folder)
+    survived = f"training; {kept} of 200 records after it; {len(caught)} warning"
+    lost = f"the record that was deleted, {200 - kept} others"
+    return "100 records until it is there again, 100 after", survived, lost
 
 
-@fault("disk full")
+@fault("disk full for a while")
 def full(folder):
     import resource
 
@@ -119,11 +124,16 @@ def full(folder):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write(log, *range(100, 200))
-        said = len(caught)
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        kept = count(folder)
-    survived = f"training; {kept} records; {said} warning"
-    return "100 records before, 100 after", survived, "those while it is full"
+        write(log, *range(200, 300))
+    kept = count(folder)
+    survived = f"training; {kept} records; {len(caught)} warning"
+    return "100 records before, 100 meanwhile, 100 after", survived, tell_lost(300 - kept)
+
+
+def tell_lost(number):
+    """Return a cell of how many records are lost."""
+    return f"{number} records" if number else "nothing"
 
 
 @fault("record torn in the middle of a log")

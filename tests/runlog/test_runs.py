@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from safestep import SafeStep, read_run
 from safestep.runlog.reader import list_runs
 from safestep.runlog.series import step_series
+from safestep.runlog.waiting import WaitingRecords
 from safestep.runlog.writer import RunLog
 from safestep.workers.metrics import WorkerMetrics
 
@@ -220,14 +221,95 @@ def test_forked_process_leaves_the_file_to_its_parent(tmp_path):
     }  # fmt: skip
 
 
-def test_deleted_directory_is_said_once(tmp_path):
+def lost(run_dir):
+    """Return what the log says about records that could not be written."""
+    return [e["message"] for e in read_run(run_dir).events if e["name"] == "gap"]
+
+
+def test_deleted_directory_is_said_once_and_not_made_again(tmp_path):
     log = RunLog(tmp_path / "run", {})
     write(log, 0)
     shutil.rmtree(tmp_path / "run")
 
-    with pytest.warns(UserWarning, match=r"no more records in .*was deleted.* goes on unlogged"):
+    with pytest.warns(UserWarning, match=r"no more records in .*was deleted.* kept in memory"):
         write(log, 1)
-    write(log, 2)
+    write(log, *range(2, 100))
+
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match="the last 99 records .* are lost"):
+        log.close()
+
+
+def test_nothing_is_lost_where_the_directory_comes_back(tmp_path):
+    log = RunLog(tmp_path / "run", {})
+    write(log, 0)
+    (tmp_path / "run").rename(tmp_path / "away")
+    with (tmp_path / "run").open("w"):  # not even a directory can be made there
+        write(log, 1)  # the open file goes with its directory
+        log._writing.close()  # as an unmounted file system takes it away
+        with pytest.warns(UserWarning, match="no more records"):
+            write(log, *range(2, 20))
+    (tmp_path / "run").unlink()
+    (tmp_path / "away").rename(tmp_path / "run")
+    write(log, *range(20, 50))
+
+    assert steps_of(tmp_path / "run") == list(range(50))
+    assert lost(tmp_path / "run") == [
+        "the log could not be written for a while; no records are lost"
+    ]
+    log.close()
+
+
+@pytest.mark.filterwarnings("ignore:safestep. no more records")
+@pytest.mark.parametrize("most", [1 << 20, 100], ids=["room for all", "room for few"])
+def test_directory_made_anew_gets_the_records_that_were_kept(tmp_path, monkeypatch, most):
+    log = RunLog(tmp_path / "run", {"action": "clip"})
+    log._writing._waiting = WaitingRecords(most_bytes=most)
+    write(log, 0)
+    shutil.rmtree(tmp_path / "run")
+    write(log, *range(1, 30))
+    (tmp_path / "run").mkdir()
+    log.close()
+
+    steps, (said,) = steps_of(tmp_path / "run"), lost(tmp_path / "run")
+    assert steps == list(range(30 - len(steps), 30))
+    assert said.endswith(f"{'no' if most > 100 else 29 - len(steps)} records are lost")
+    assert read_run(tmp_path / "run").header["run"] == log.run
+
+
+@pytest.mark.filterwarnings("ignore:safestep. no more records")
+def test_nothing_is_lost_where_a_full_disk_has_room_again(tmp_path):
+    resource = pytest.importorskip("resource")
+    log = RunLog(tmp_path, {})
+    write(log, *range(10))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 20, limits[1]))
+    try:
+        write(log, *range(10, 50))  # the first of them is torn
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(log, *range(50, 80))
+
+    assert steps_of(tmp_path) == list(range(80))
+    assert lost(tmp_path) == ["the log could not be written for a while; no records are lost"]
+    assert len(list_runs(tmp_path)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:safestep. no more records")
+def test_resume_while_nothing_can_be_written_touches_no_other_file(tmp_path):
+    log = RunLog(tmp_path / "run", {})
+    write(log, 0, 1, 2)
+    shutil.rmtree(tmp_path / "run")
+    write(log, 3)
+    with (tmp_path / "other").open("w") as other:  # may get the number of the closed file
+        log.resume(log.run)
+        write(log, 2, 3)
+        other.flush()
+        assert (tmp_path / "other").read_text() == ""
+    (tmp_path / "run").mkdir()
+    log.close()
+
+    assert steps_of(tmp_path / "run") == [2, 3]
 
 
 def test_directory_deleted_before_the_first_record_is_made_again(tmp_path):
