@@ -15,13 +15,13 @@ from safestep._torch import is_any_autocast_enabled, tree_flatten, tree_unflatte
 from safestep.capture.attributes import Modes
 from safestep.capture.autograd_functions import visible_functions
 from safestep.capture.effects import Start
-from safestep.capture.gradient import GradientEvidence, zero_sum_axis
+from safestep.capture.glance import few, look
+from safestep.capture.gradient import GradientEvidence
 from safestep.capture.output_gradients import OutputGradients
 from safestep.capture.random_state import CallConditions, RandomState
 from safestep.capture.results import OutputResult
 
 _NO_GRAPH = "does not require grad"  # says torch to who asks for a gradient without a graph
-_LOOKED_AT = 4  # rows of a gradient that show whether it sums to zero over classes
 
 
 @dataclass(slots=True, eq=False)
@@ -153,12 +153,9 @@ class Call:
             The function's name, and the class axis that a few rows of each gradient show. It does
             not depend on how many rows a batch has.
         """
-        axes = {name: evidence.class_axis for name, evidence in self._gradients.items()}
-        axes |= {
-            name: zero_sum_axis(gradient[:_LOOKED_AT] if gradient.ndim else gradient)
-            for name, gradient in self.samples.items()
-        }
-        return getattr(self.function, "__qualname__", ""), tuple(sorted(axes.items()))
+        known = {name: evidence.class_axis for name, evidence in self._gradients.items()}
+        rows = {name: few(gradient) for name, gradient in self.samples.items()}
+        return look(getattr(self.function, "__qualname__", ""), rows, known)
 
     @property
     def undrawn(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from safestep._warn import RaisedOnPurpose
 from safestep.guard.decrease import SufficientDecrease
 from safestep.guard.options import Action, check_limits
-from safestep.measure.update import Finding, Measurement
+from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.radius.batch import BatchRule
 from safestep.radius.ladder import RungOption
 
@@ -168,16 +168,22 @@ class StepController:
         self.skips_in_a_row = self.skips_in_a_row + 1 if status == "skipped" else 0
         return report
 
-    def lets_pass(self, measurement: Measurement) -> bool:
-        """Return whether the next step is left alone whatever its r, for what its loss does.
+    def severity(self, measurement: Measurement) -> float:
+        """Return how near a step comes to being shortened: only if this is over the limit.
 
         Args:
             measurement: What was measured of it, agreed over the workers.
 
         Returns:
-            False without `sufficient_decrease`.
+            Its r; with `sufficient_decrease`, less where its loss falls enough.
         """
-        return self._decrease.lets_pass(self.step, measurement.loss)
+        excess = self._decrease.excess(measurement.loss)
+        return min(measurement.normalized_step, self.max_normalized_step * excess)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the next step is kept within the limit whatever its loss does."""
+        return self._decrease.holds(self.step)
 
     def give_up_if_stuck(self, report: StepReport) -> None:
         """End a run that does not get over its trouble.
@@ -218,7 +224,8 @@ class StepController:
             return 0.0, "skipped", reason
         is_whole = measurement.finding is Finding.MEASURED
         left_alone: Status = "ok" if is_whole else "unmeasured"
-        if self.action == "monitor" or not math.isfinite(measurement.radius):
+        is_sure = measurement.estimator is Estimator.PREDICTED  # to pass, also over the limit
+        if self.action == "monitor" or is_sure or not math.isfinite(measurement.radius):
             return 1.0, left_alone, reason
         scale = self.max_normalized_step * measurement.radius
         if scale < 1.0:

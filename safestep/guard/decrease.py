@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from safestep.guard.options import check_sufficient_decrease
@@ -58,31 +59,33 @@ class SufficientDecrease:
         self.reason = None
         if self._share is None:
             return True
-        if not change.falls_enough(self._share, FLOOR):
+        if self.excess(change) > 1.0:
             self._last = step
             self.reason = _not_enough(change)
             return True
-        if self._holds(step):
+        if self.holds(step):
             self.reason = f"held within the limit for {MEMORY} steps after step {self._last}"
             return True
         self.reason = "over the limit and left alone: the linearised loss falls enough"
         return False
 
-    def lets_pass(self, step: int, change: LossChange) -> bool:
-        """Return whether the rule would leave a step alone that is over the limit.
+    def excess(self, change: LossChange) -> float:
+        """Return how far a loss is from falling enough: 1 where it just does, infinite without c.
 
         Args:
-            step: Its number.
             change: What is predicted of the loss, or what a secant found.
 
         Returns:
-            Whether it would; nothing is remembered.
+            The divergence over the largest that the rule allows; infinite where it is not known.
         """
-        if self._share is None or self._holds(step):
-            return False
-        return change.falls_enough(self._share, FLOOR)
+        return math.inf if self._share is None else change.excess(self._share, FLOOR)
 
-    def _holds(self, step: int) -> bool:
+    def holds(self, step: int) -> bool:
+        """Return whether a step is kept within the limit whatever its loss does.
+
+        Args:
+            step: Its number.
+        """
         return self._last is not None and step - self._last <= MEMORY
 
     def state_dict(self) -> dict[str, Any]:

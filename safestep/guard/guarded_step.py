@@ -124,6 +124,10 @@ class GuardedStep:
         """Measure the update, made or still to come, and scale it or keep it from counting."""
         raise NotImplementedError
 
+    def _spared_step(self) -> tuple[StepReport, Measurement] | None:
+        """Return the verdict on a step that is known to be neither measured nor undone."""
+        raise NotImplementedError
+
     def _begin(self) -> None:
         """Prepare a step."""
         raise NotImplementedError
@@ -151,11 +155,13 @@ class GuardedStep:
         self._surroundings, self._counts = Surroundings(), self._controller.state_dict()
         self._recorder.notice_effects()
         self._begin()
-        self._undo.take()
         has_closure = any(map(callable, (*args, *kwargs.values())))
+        self._verdict = None if has_closure else self._spared_step()
+        if self._verdict is None:
+            self._undo.take()
         if has_closure:  # forward calls in the step, and the gradients
             self._recorder.begin_step()
-        elif self._is_ahead:
+        elif self._is_ahead and self._verdict is None:
             self._judge()
         self._seconds = perf_counter() - begin
         if not (has_closure and self._is_ahead):

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from functools import lru_cache
 from math import isnan
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,6 +93,12 @@ class Journal:
         """Keep the guard's own values for the next step's record."""
         self._values.update(values)
 
+    def note_radii(self, radii: dict[str, Any]) -> None:
+        """Keep the radii inside the model for the next step's record, and warn of missing ones."""
+        self.note(radii)
+        for kind, reason in radii.get("radii_reason", {}).items():
+            self.warn_once(f"the {kind} radius is not measured: {reason}")
+
     def introduce(self, logits: str | None, step: int) -> None:
         """Say which logits are measured, when they are first found and when they change.
 
@@ -150,7 +157,7 @@ class Journal:
         Args:
             text: What happened and what to do.
         """
-        kind = _CHANGING.sub("#", text)
+        kind = _kind(text)
         if kind in self._warned or len(self._warned) > _MAX_WARNINGS or not self._is_writer:
             return
         self._warned.add(kind)
@@ -203,6 +210,11 @@ class Journal:
             report.step, report.normalized_step, report.radius, report.scale, report.bottleneck,
             count, f"; {report.reason}" if report.reason else "",
         )  # fmt: skip
+
+
+@lru_cache(maxsize=32)  # the same reason comes at step after step
+def _kind(text: str) -> str:
+    return _CHANGING.sub("#", text)
 
 
 def _checked(name: str, value: Any) -> Any:

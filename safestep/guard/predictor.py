@@ -66,8 +66,11 @@ class Predictor:
     instead, at less than half the cost: it is off by a few percent. Every eighth is exact, though.
     Where a part of the batch is known to tell about all of it, and r is expected below 0.5 of the
     limit, that is measured instead, for all but the first 4 steps and one in 16.
-    Where a longer step passes if its loss falls, a secant may tell beyond 0.8 of the limit too: of
-    r it then says little, but it holds the change of the loss itself.
+
+    Where a step over the limit passes if its loss falls, all this is about a step's severity, which
+    is over the limit only if the step is about to be shortened: see ``StepController.severity``.
+    A secant may then tell beyond 0.8 of the limit too: of r it says little there, but it holds the
+    change of the loss itself.
 
     Args:
         limit: The largest r that is let through.
@@ -77,7 +80,8 @@ class Predictor:
     def __init__(self, limit: float, passes_long_steps: bool = False) -> None:
         self.limit = limit
         self._passes_long_steps = passes_long_steps
-        self._carry(())
+        self._is_held = False
+        self._radii, self._severities = _Factors(), _Factors()
         self._margin = MARGIN
         self._steps = 0
         self._interval = 1
@@ -95,6 +99,7 @@ class Predictor:
         options: tuple[Any, ...],
         *,
         can_sample: bool = False,
+        is_held: bool = False,
     ) -> Predicted | Measure:
         """Return the predicted r, or how this step has to be measured.
 
@@ -103,30 +108,33 @@ class Predictor:
             signals: Sizes that tell the usual from the unusual, always the same ones.
             options: What turns the direction of an update when it changes.
             can_sample: Whether a part of the batch is known to tell about all of it.
+            is_held: Whether a step over the limit is shortened even if its loss falls.
 
         Returns:
-            r of the update, if r is surely within the limit; else how to measure it.
+            r of the update, if the step will surely pass; else how to measure it.
         """
         self._steps += 1
         self._since += 1
         signals = (step_norm, *signals)
-        self._note(*signals)
+        self._note(*signals, is_held)
         is_unusual = self._is_unusual(signals) or options != self._options
         if all(map(math.isfinite, signals)):  # infinity would make everything usual after it
             self._usual.append(signals)
         self._options = options
-        expected, bound = self._latest * step_norm, self._largest * step_norm * self._margin
+        self._is_held = is_held
+        factors = self._deciding
+        expected, bound = factors.latest * step_norm, factors.largest * step_norm * self._margin
         will_part_do = can_sample and expected <= ROUGH * self.limit and self._spared < SAMPLES
         is_early = self._steps <= FIRST_STEPS
-        if is_unusual or self._steps <= FIRST_EXACT or not self._factors:
+        if is_unusual or self._steps <= FIRST_EXACT or not factors.values:
             return Measure.EXACTLY
         if will_part_do and (is_early or bound > self.limit):
             return Measure.ROUGHLY
         if is_early:
             return Measure.EXACTLY
         if bound <= self.limit and not self._is_due(bound):
-            return Predicted(expected)
-        may_tell = self._passes_long_steps or self._expects_far(step_norm)
+            return Predicted(self._radii.latest * step_norm)
+        may_tell = self._passes_long_steps or expected <= NEAR * self.limit
         is_between = may_tell and expected >= FAR * self.limit
         return Measure.QUICKLY if is_between and self._spared < SECANTS else Measure.EXACTLY
 
@@ -138,50 +146,53 @@ class Predictor:
         """
         return float(crc32(repr(options).encode(), self._trail))
 
-    def suffices(
-        self, step_norm: float, normalized_step: float, how: Measure, *, passes: bool
-    ) -> bool:
+    def suffices(self, severity: float, how: Measure) -> bool:
         """Return whether a measurement that is not exact is enough to let the step through.
 
         Args:
-            step_norm: Distance of the update.
-            normalized_step: Its r.
-            how: How that was measured.
-            passes: Whether the step passes, whatever its r, for what was found of its loss.
+            severity: What was measured.
+            how: How.
 
         Returns:
-            Whether r is far from the limit; where it was not expected to be, whether the step
-            passes.
+            Whether it is far from the limit.
         """
-        if not self._expects_far(step_norm):
-            return passes
-        return normalized_step <= (ROUGH if how is Measure.ROUGHLY else NEAR) * self.limit
+        return severity <= (ROUGH if how is Measure.ROUGHLY else NEAR) * self.limit
 
-    def _expects_far(self, step_norm: float) -> bool:
-        return self._latest * step_norm <= NEAR * self.limit
-
-    def learn(self, step_norm: float, normalized_step: float, *, is_exact: bool = True) -> None:
+    def learn(
+        self,
+        step_norm: float,
+        normalized_step: float,
+        severity: float | None = None,
+        *,
+        is_exact: bool = True,
+    ) -> None:
         """Take a measurement.
 
         Args:
             step_norm: Distance of the update that was measured.
             normalized_step: Its r.
+            severity: How near it came to being shortened, unless that is its r.
             is_exact: Whether it is neither a secant's nor of a part of the batch.
         """
         if not (step_norm > 0 and math.isfinite(normalized_step)):
             return
-        self._note(step_norm, normalized_step, is_exact)
+        severity = normalized_step if severity is None else severity
+        self._note(step_norm, normalized_step, severity, is_exact)
         self._spared = 0 if is_exact else self._spared + 1
-        if not is_exact and not self._expects_far(step_norm):  # beyond the radius it is too small
+        # Beyond the radius, r by a secant is too small.
+        is_right = is_exact or self._radii.latest * step_norm <= NEAR * self.limit
+        if not is_right and self._deciding is self._radii:
             return
-        factor = normalized_step / step_norm
-        growth = factor / self._largest if self._largest > 0 else 1.0
+        before = self._deciding.largest
+        if is_right:
+            self._radii = self._radii.joined(normalized_step / step_norm)
+        self._severities = self._severities.joined(severity / step_norm)
+        growth = self._deciding.values[-1] / before if before > 0 else 1.0
         # A prediction that held makes the next ones last longer; one that fell short, shorter.
         has_held = growth <= self._margin
         longer, shorter = min(2 * self._interval, LONGEST_INTERVAL), max(self._interval // 8, 1)
         self._interval = longer if has_held else shorter
         self._margin = max(MARGIN, 0.8 * self._margin, 1.25 * growth)
-        self._carry((*self._factors, factor))
         if self._usual.rows:
             self._measured.append(self._usual.rows[-1])
         self._since = 0
@@ -189,7 +200,8 @@ class Predictor:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers and lists."""
         return {
-            "factors": list(self._factors),
+            "factors": list(self._radii.values),
+            "severities": list(self._severities.values),
             "margin": self._margin,
             "steps": self._steps,
             "interval": self._interval,
@@ -206,7 +218,8 @@ class Predictor:
         Args:
             state: The state; it is not changed.
         """
-        self._carry(state["factors"])
+        self._radii = _Factors(state["factors"])
+        self._severities = _Factors(state.get("severities", state["factors"]))
         self._margin = state["margin"]
         self._steps = state["steps"]
         self._interval = state["interval"]
@@ -220,11 +233,10 @@ class Predictor:
     def _note(self, *seen: float) -> None:
         self._trail = crc32(pack(f"{len(seen)}d", *seen), self._trail)
 
-    def _carry(self, factors: Sequence[float]) -> None:
-        """Keep the last factors, the largest of the latest, and the largest of all that count."""
-        self._factors = factors[-WINDOW:]
-        self._latest = max(factors[-_RECENT:], default=0.0)
-        self._largest = max((f for f in self._factors if f <= OUTLIER * self._latest), default=0.0)
+    @property
+    def _deciding(self) -> _Factors:
+        """What says whether the next step passes."""
+        return self._severities if self._passes_long_steps and not self._is_held else self._radii
 
     def _is_due(self, bound: float) -> bool:
         headroom = NEAR * self.limit / bound if bound > 0 else math.inf
@@ -258,6 +270,27 @@ def direction_options(groups: Sequence[dict[str, Any]], count: int) -> tuple[flo
     first, *others = (float(group.get("lr", math.nan)) for group in groups)
     shares = (round(rate / first, 1) if first else rate for rate in others)
     return (count, bool(first), *shares)
+
+
+class _Factors:
+    """What the last measurements found per unit of distance.
+
+    Args:
+        values: From the oldest to the latest; only the last 32 are kept.
+
+    Attributes:
+        latest: The largest of the latest few.
+        largest: The largest of all that count: not of a bad batch.
+    """
+
+    def __init__(self, values: Sequence[float] = ()) -> None:
+        self.values = tuple(values[-WINDOW:])
+        self.latest = max(self.values[-_RECENT:], default=0.0)
+        self.largest = max((f for f in self.values if f <= OUTLIER * self.latest), default=0.0)
+
+    def joined(self, value: float) -> _Factors:
+        """Return these and a new one, without the oldest where there are too many."""
+        return _Factors((*self.values, value))
 
 
 class _Window:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+
+from safestep.capture import LogitsNotFoundError
+from safestep.capture.call import Call
+from safestep.capture.failures import one_line
+from safestep.measure.update import Measurement
 
 TRIES = 8  # in a row that find no logits, before the first pause
 TRIES_AFTER_ERRORS = 32  # where an error came between, which may go away
@@ -33,11 +38,59 @@ class Retries:
         self._failures = 0
         self._pause = 0
 
-    def is_due(self, seen: Hashable) -> bool:
-        """Return whether to try at this step.
+    @property
+    def is_pausing(self) -> bool:
+        """Whether the next attempt is not yet due."""
+        return self.reason is not None and self._pause > 0
+
+    def rests(self, seen: Hashable) -> bool:
+        """Count a step of a pause.
 
         Args:
             seen: What is known of the loss without an attempt.
+
+        Returns:
+            Whether it counts: not if the loss is another one.
+        """
+        is_same = seen == self._seen
+        self._pause -= is_same
+        return is_same
+
+    def attempt(
+        self, calls: Sequence[Call], measure: Callable[[], Measurement], *, counts: bool
+    ) -> Measurement | None:
+        """Try to measure.
+
+        Args:
+            calls: The calls that show the loss.
+            measure: Raises an error if it fails.
+            counts: Whether a failure says that the next attempt would fail too.
+
+        Returns:
+            What `measure` returns; None while it would only fail again.
+        """
+        seen = None if self.reason is None else frozenset(call.look() for call in calls)
+        if not self.is_due(seen):
+            return None
+        try:
+            found = measure()
+        except Exception as error:
+            if counts:
+                seen = frozenset(call.look() for call in calls)
+                is_error = not isinstance(error, LogitsNotFoundError)
+                self.fail(one_line(error), seen, is_error=is_error)
+            raise
+        self.succeed()
+        return found
+
+    def is_due(self, seen: Hashable) -> bool:
+        """Count a step.
+
+        Args:
+            seen: What is known of the loss without an attempt.
+
+        Returns:
+            Whether to try at it.
         """
         if self.reason is None or seen != self._seen:
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from safestep.capture import LogitsFn, LogitsNotFoundError
+from safestep.capture import LogitsFn
 from safestep.capture.failures import one_line
 from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import Agreement, Doubts
@@ -32,6 +33,7 @@ from safestep.guard.kept_batches import KeptBatches
 from safestep.guard.lookahead import Lookahead
 from safestep.guard.options import Action, check_arguments, check_past
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
+from safestep.guard.rest import Rest
 from safestep.guard.retries import Retries
 from safestep.guard.rollback import Rollback
 from safestep.guard.second_run import SecondRun
@@ -197,6 +199,8 @@ class SafeStep(GuardedStep):
         kept = KeptBatches(run_dir, keep_batches, ranks)
         self._second_run = SecondRun(module, ranks, self._journal, kept)
         self._rollback = Rollback(optimizer, module, rollback, rollback_after, state, ranks)
+        can_rest = rollback is None and inside is None and self._agreement.is_alone
+        self._rest = Rest(optimizer, recorder, self._retries, is_possible=can_rest)
         self._handles = self._attach()
 
     def log(self, **values: Any) -> None:
@@ -263,12 +267,18 @@ class SafeStep(GuardedStep):
         if isinstance(measurement, Measure):
             measurement = self._measure(update, health, measurement)
         measurement = self._audit.audited(self._controller.step, measurement, update, health)
-        lr = float(self.optimizer.param_groups[0].get("lr", nan))
-        report = self._controller.decide(measurement, lr)
+        report = self._controller.decide(measurement, self._lr)
         report = self._second_run.explain(report, measurement, update)
         report = carry_out(report, self._undo)
         self._note_radii(measurement, report.step_norm)
         return report, measurement
+
+    def _spared_step(self) -> tuple[StepReport, Measurement] | None:
+        reason, self._obstacle = self._rest.reasons()
+        if reason is None:
+            return None
+        unmeasured = Measurement.failed(reason, self._estimator.estimator)
+        return self._controller.decide(unmeasured, self._lr), unmeasured
 
     def _begin(self) -> None:
         self._agreement.begin_step(self._controller.step, self._settings, self._names)
@@ -313,7 +323,10 @@ class SafeStep(GuardedStep):
         )
         health, doubts = self._agreement.health(health, doubts, are_parts=update.is_sharded)
         signals, can_sample = (health.gradient_norm, *health.signals), not doubts.part
-        answer = self._predictor.predict(health.step_norm, signals, options, can_sample=can_sample)
+        answer = self._predictor.predict(
+            health.step_norm, signals, options,
+            can_sample=can_sample, is_held=self._controller.is_held,
+        )  # fmt: skip
         if doubts.prediction or (answer is Measure.QUICKLY and doubts.secant):
             return Measure.EXACTLY
         if isinstance(answer, Predicted):
@@ -334,12 +347,13 @@ class SafeStep(GuardedStep):
             return measurement
         is_measured = measurement.finding is Finding.MEASURED
         is_exact, distance = how is Measure.EXACTLY, measurement.step_norm
-        r, passes = measurement.normalized_step, self._controller.lets_pass(measurement)
-        suffices = is_measured and self._predictor.suffices(distance, r, how, passes=passes)
+        severity = self._controller.severity(measurement)
+        suffices = is_measured and self._predictor.suffices(severity, how)
         if not (is_exact or suffices):
             return self._measure(update, health, Measure.EXACTLY)
         if is_measured:
-            self._predictor.learn(distance, r, is_exact=is_exact)
+            r = measurement.normalized_step
+            self._predictor.learn(distance, r, severity, is_exact=is_exact)
         return measurement
 
     def _measured_here(self, update: Update, health: Health, how: Measure) -> Measurement:
@@ -351,9 +365,12 @@ class SafeStep(GuardedStep):
         if reason is None and not update.calls:
             reason = why_no_calls()
         if reason is None:
+            # Ranks that share parameters must try at the same steps, whatever their data show.
+            looks = [] if update.is_sharded else update.calls
+            measure = partial(self._estimator.measure, update, quick)
             try:
-                measurement = self._attempt(update, quick) or measurement
-                reason = self._retries.reason
+                found = self._retries.attempt(looks, measure, counts=quick is None)
+                measurement, reason = found or measurement, self._retries.reason
             except Exception as error:  # training goes on; the report and a warning say why
                 reason = one_line(error)
         if update is _NO_UPDATE:
@@ -367,32 +384,14 @@ class SafeStep(GuardedStep):
             bottleneck=measurement.bottleneck if finding is Finding.MEASURED else -1,
         )  # fmt: skip
 
-    def _attempt(self, update: Update, quick: Estimator | None) -> Measurement | None:
-        """Return what is measured; None while another attempt would only fail again."""
-        retries = self._retries
-        # Ranks that share parameters must try at the same steps, whatever their data show.
-        looks = [] if update.is_sharded else update.calls
-        seen = frozenset(call.look() for call in looks) if retries.reason is not None else None
-        if not retries.is_due(seen):
-            return None
-        try:
-            found = self._estimator.measure(update, quick)
-        except Exception as error:
-            if quick is None:
-                is_error = not isinstance(error, LogitsNotFoundError)
-                seen = frozenset(call.look() for call in looks)
-                retries.fail(one_line(error), seen, is_error=is_error)
-            raise
-        retries.succeed()
-        return found
-
     def _note_radii(self, measurement: Measurement, step_norm: float) -> None:
-        if self._inside is None:
-            return
-        self.last_radii = radii_of_step(self._inside, measurement, step_norm)
-        self._journal.note(self.last_radii)
-        for kind, reason in self.last_radii.get("radii_reason", {}).items():
-            self._journal.warn_once(f"the {kind} radius is not measured: {reason}")
+        if self._inside is not None:
+            self.last_radii = radii_of_step(self._inside, measurement, step_norm)
+            self._journal.note_radii(self.last_radii)
+
+    @property
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0].get("lr", nan))
 
     def _trained(self) -> list[Tensor]:
         return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]

@@ -136,9 +136,9 @@ class Measurement:
         )
 
     @classmethod
-    def failed(cls, reason: str) -> Measurement:
+    def failed(cls, reason: str, estimator: Estimator = Estimator.JVP) -> Measurement:
         """Return what is known of an update that could not be measured: why."""
-        return cls(Estimator.JVP, Finding.UNMEASURED, reason=reason)
+        return cls(estimator, Finding.UNMEASURED, reason=reason)
 
     @property
     def normalized_step(self) -> float:

@@ -63,17 +63,18 @@ class LossChange(NamedTuple):
     weight: float = math.nan
     reason: str | None = None
 
-    def falls_enough(self, share: float, floor: float) -> bool:
-        """Return whether the loss falls by a share of what its slope promises.
+    def excess(self, share: float, floor: float) -> float:
+        """Return the divergence over the largest at which the loss falls enough.
 
         Args:
-            share: The share, c in slope + divergence <= c * slope.
+            share: c in slope + divergence <= c * slope, the share of what the slope promises.
             floor: A divergence that is too small to matter, in nats.
 
         Returns:
-            Whether it does; False where that is not known.
+            At most 1 where the loss falls enough; infinite where that is not known.
         """
-        return self.divergence <= max(floor, (share - 1) * self.slope)
+        excess = self.divergence / max(floor, (share - 1) * self.slope)
+        return math.inf if math.isnan(excess) else excess
 
 
 NO_CHANGE = LossChange()

@@ -121,7 +121,7 @@ class Wary(SufficientDecrease):
     def shortens(self, step: int, change: LossChange) -> bool:
         """Return whether to shorten a step over the limit."""
         self._rose = getattr(self, "_rose", -(10**9))
-        if not change.falls_enough(0.0, FLOOR):
+        if change.excess(0.0, FLOOR) > 1:
             self._rose = step
         self._share = 0.5 if step - self._rose <= 8 * MEMORY else 0.0
         return super().shortens(step, change)

@@ -133,21 +133,30 @@ def test_where_r_is_elsewhere_measurements_are_exact(r):
 def test_a_secant_settles_nothing_that_is_near_the_limit(limit):
     predictor = Predictor(limit)
 
-    for passes in (False, True):  # which counts only where r is expected near the limit
-        assert predictor.suffices(0.1, 0.99 * NEAR * limit, Measure.QUICKLY, passes=passes)
-        assert not predictor.suffices(0.1, 1.01 * NEAR * limit, Measure.QUICKLY, passes=passes)
-        assert not predictor.suffices(0.1, float("nan"), Measure.QUICKLY, passes=passes)
+    assert predictor.suffices(0.99 * NEAR * limit, Measure.QUICKLY)
+    assert not predictor.suffices(1.01 * NEAR * limit, Measure.QUICKLY)
+    assert not predictor.suffices(float("nan"), Measure.QUICKLY)
 
 
-def test_where_long_steps_may_pass_secants_look_at_them_too_and_change_no_prediction():
+def test_where_long_steps_may_pass_secants_look_at_them_too_and_change_no_prediction_of_r():
     predictor = Predictor(1.0, passes_long_steps=True)
     measured = looked(predictor, 3.0, FIRST_STEPS + 2 * (SECANTS + 1))
     factors = predictor.state_dict()["factors"]
 
     assert [how for _, how in measured][FIRST_STEPS:] == [*["secant"] * SECANTS, "exact"] * 2
     assert len(factors) == FIRST_STEPS + 2
-    assert predictor.suffices(0.1, 0.5, Measure.QUICKLY, passes=True)
-    assert not predictor.suffices(0.1, 0.5, Measure.QUICKLY, passes=False)
+
+
+def test_where_long_steps_may_pass_r_is_no_reason_to_measure_unless_they_are_held():
+    predictor = Predictor(1.0, passes_long_steps=True)
+    for _ in range(FIRST_STEPS):
+        predictor.predict(0.1, [1.0], OPTIONS)
+        predictor.learn(0.1, 3.0, 0.2)
+
+    assert predictor.predict(0.1, [1.0], OPTIONS).normalized_step == pytest.approx(3.0)
+    assert predictor.predict(0.1, [1.0], OPTIONS, is_held=True) is Measure.QUICKLY
+    predictor.learn(0.1, 3.0, 0.9)  # with the margin, over the limit
+    assert predictor.predict(0.1, [1.0], OPTIONS) is Measure.QUICKLY
 
 
 def test_largest_of_many_measurements_bounds_r_and_the_latest_predict_it():

@@ -1,0 +1,64 @@
+"""Let a step pass whose radius is known not to be measured, without copies."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+
+from safestep.capture.recorder import Recorder
+from safestep.guard.retries import Retries
+from safestep.parallel.norms import joint_norm
+
+# Their steps work element by element: what is finite before the step is finite after it.
+_ELEMENTWISE = {
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.Adamax, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta,
+}  # fmt: skip
+_SAFE = 1e4  # learning rate times gradient norm; half precision ends at 65504
+
+
+class Rest:
+    """Say of a step, before it is made, that it will be neither measured nor undone.
+
+    That is so while `Retries` pauses, the optimizer turns a finite gradient into a finite step, and
+    the gradient and the learning rates are finite. Then nothing is copied, and calls are not
+    recorded: a few rows of the gradients at the outputs show whether the loss is still the same.
+    If it is another one, the next step is measured.
+
+    Args:
+        optimizer: The optimizer.
+        recorder: Records the calls of its steps.
+        retries: Says when to try again.
+        is_possible: Whether nothing else needs to see every step.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, recorder: Recorder, retries: Retries, *, is_possible: bool
+    ) -> None:
+        self._optimizer, self._recorder, self._retries = optimizer, recorder, retries
+        self._is_possible = is_possible and type(optimizer) in _ELEMENTWISE
+
+    def reasons(self) -> tuple[str | None, str | None]:
+        """Count the step under way.
+
+        Returns:
+            Why it is neither measured nor undone, None if it may be; and why it cannot be measured
+            even then, since its calls were not recorded.
+        """
+        recorder, retries = self._recorder, self._retries
+        was_resting = recorder.is_resting
+        if not (self._is_possible and (was_resting or retries.is_pausing) and self._is_safe()):
+            recorder.rest(is_on=False)
+            return None, retries.reason if was_resting else None
+        is_same = retries.rests(recorder.looks())
+        recorder.rest(is_on=is_same and retries.is_pausing)
+        if not (is_same or was_resting):
+            return None, None
+        recorder.take()
+        return retries.reason, None
+
+    def _is_safe(self) -> bool:
+        groups = self._optimizer.param_groups
+        params = [param for group in groups for param in group["params"]]
+        norm = float(joint_norm([p.grad for p in params if p.grad is not None]))
+        return all(norm * abs(float(group["lr"])) < _SAFE for group in groups)

@@ -1,0 +1,154 @@
+"""Steps that are known to stay unmeasured: what they cost, and what still holds."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from safestep import SafeStep
+
+pytestmark = pytest.mark.filterwarnings("ignore:SafeStep")
+LABELS = torch.arange(8) % 5
+
+
+def squared(output):
+    return mse_loss(output, torch.ones_like(output))
+
+
+class Loop:
+    """Train a small model on random inputs."""
+
+    def __init__(self, optimizer=torch.optim.Adam, guarded=True):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.optimizer = optimizer(self.model.parameters(), lr=1e-2)
+        self.guard = SafeStep(self.optimizer, self.model) if guarded else None
+
+    def step(self, loss=squared):
+        self.optimizer.zero_grad()
+        loss(self.model(torch.randn(8, 4))).backward()
+        self.optimizer.step()
+
+    def rest(self):
+        """Go on until nothing is copied any more."""
+        for _ in range(10):
+            self.step()
+        assert self.is_resting
+
+    @property
+    def is_resting(self):
+        return self.guard._recorder.is_resting
+
+    def state(self):
+        return deepcopy((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adadelta", "Adagrad"])
+def test_rested_steps_are_bitwise_the_optimizers_own(name):
+    loops = [Loop(getattr(torch.optim, name), guarded) for guarded in (False, True)]
+    for loop in loops:
+        torch.manual_seed(1)
+        for _ in range(60):
+            loop.step()
+
+    assert_same(loops[0].state(), loops[1].state())
+    report = loops[1].guard.last
+    assert (report.step, report.status, report.scale) == (59, "unmeasured", 1.0)
+    assert "softmax" in report.reason
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e8])
+def test_a_gradient_that_is_not_finite_is_skipped_and_one_that_is_huge_is_copied(value):
+    loop = Loop()
+    loop.rest()
+    before = loop.state()
+
+    loop.step(lambda output: squared(output) * value)
+
+    if value == 1e8:
+        assert loop.guard.last.status == "unmeasured"
+        assert loop.guard.last.step_norm > 0  # it was copied, as its distance is known
+    else:
+        assert loop.guard.last.status == "skipped"
+        assert "the gradient is not finite: 0.weight" in loop.guard.last.reason
+        assert_same(loop.state(), before)
+    loop.step()
+    assert loop.guard.last.status == "unmeasured"
+    assert loop.is_resting
+
+
+def test_a_rate_that_is_not_finite_makes_no_step():
+    loop = Loop()
+    loop.rest()
+    before = loop.state()
+    loop.optimizer.param_groups[0]["lr"] = float("inf")
+
+    loop.step()
+
+    assert loop.guard.last.status == "skipped"
+    assert_same(loop.state(), before)
+
+
+def test_another_loss_is_measured_at_the_next_step():
+    loop = Loop()
+    loop.rest()
+
+    for _ in range(2):
+        loop.step(lambda output: cross_entropy(output, LABELS))
+
+    assert loop.guard.last.status == "ok"
+    assert not loop.is_resting
+
+
+def test_another_loss_in_one_micro_batch_of_two_is_seen():
+    loop = Loop()
+    loop.rest()
+
+    for _ in range(2):
+        loop.optimizer.zero_grad()
+        squared(loop.model(torch.randn(8, 4))).backward()
+        cross_entropy(loop.model(torch.randn(8, 4)), LABELS).backward()
+        loop.optimizer.step()
+
+    assert not loop.is_resting
+
+
+def test_a_closure_and_an_optimizer_that_mixes_elements_do_not_rest():
+    loop = Loop(torch.optim.Adam)
+    loop.rest()
+
+    def closure():
+        loop.optimizer.zero_grad()
+        loss = cross_entropy(loop.model(torch.randn(8, 4)), LABELS)
+        loss.backward()
+        return loss
+
+    loop.optimizer.step(closure)
+    loop.optimizer.step(closure)
+    assert loop.guard.last.status == "ok"
+
+    class Mixing(torch.optim.SGD):
+        pass
+
+    other = Loop(Mixing)
+    for _ in range(20):
+        other.step()
+    assert not other.is_resting
+    assert other.guard.last.step_norm > 0
+
+
+def test_validation_passes_and_outputs_without_gradients_are_no_other_loss():
+    loop = Loop()
+    loop.rest()
+    for _ in range(3):
+        with torch.no_grad():
+            loop.model(torch.randn(3, 4))
+        loop.model(torch.randn(3, 4))  # with a graph that nobody uses
+        loop.step()
+        assert loop.is_resting
