@@ -214,6 +214,10 @@ class GuardedStep:
             blank = Measurement.failed(own_failure(error))
             self._verdict = self._controller.decide(blank, nan), blank
 
+    @property
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0].get("lr", nan))
+
     def _put_counts_back(self) -> None:
         if self._counts is not None:
             self._controller.load_state_dict(self._counts)

@@ -389,10 +389,6 @@ class SafeStep(GuardedStep):
             self.last_radii = radii_of_step(self._inside, measurement, step_norm)
             self._journal.note_radii(self.last_radii)
 
-    @property
-    def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0].get("lr", nan))
-
     def _trained(self) -> list[Tensor]:
         return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
 
