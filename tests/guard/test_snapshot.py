@@ -354,11 +354,11 @@ def test_what_was_put_back_can_change_and_be_put_back_again():
 
 
 def test_the_copies_of_a_large_model_take_no_memory_between_steps_and_no_new_layout():
-    model = nn.Linear(1100, 1000)  # over the size up to which memory is kept
+    model = nn.Linear(4100, 1400)  # over the size up to which memory is kept
     optimizer = torch.optim.Adam(model.parameters())
     snapshot = Snapshot(optimizer)
     for _ in range(2):  # the first step makes the state
-        model(torch.randn(3, 1100)).sum().backward()
+        model(torch.randn(3, 4100)).sum().backward()
         snapshot.take()
         optimizer.step()
         snapshot.release()
