@@ -47,7 +47,7 @@ def plot_loss_change(run: Run, ax: Axes | None = None) -> Axes:
         The axes.
     """
     ax = make_axes(
-        ax, "Predicted and observed loss", "next loss - loss (nats)", "predicted change (nats)"
+        ax, "Predicted loss change", "next loss - loss (nats)", "predicted change (nats)"
     )
     predicted, observed = change_pairs(step_series(run))
     if len(predicted) < 2:

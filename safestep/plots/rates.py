@@ -156,6 +156,8 @@ def plot_cost(run: Run, ax: Axes | None = None) -> Axes:
         series.step[[share[0] for share in shares]], means, color=COLORS["seconds"], linewidth=1
     )
     use_log_scale(ax, milliseconds[milliseconds > 0])
+    if ax.get_yscale() == "linear":
+        ax.set_ylim(bottom=0)
     mean = float(np.nanmean(milliseconds))
     ax.axhline(mean, color=INK, linewidth=1, linestyle=":")
     label_ends(ax, [(mean, f"mean\n{mean:.3g} ms", INK)])

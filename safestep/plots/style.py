@@ -118,7 +118,7 @@ def mark_steps(ax: Axes, steps: np.ndarray, marker: str, text: str) -> None:
     if not len(steps):
         return
     ax.plot(
-        steps, np.ones(len(steps)), marker, color=COLORS["intervention"], markersize=8,
+        steps, np.full(len(steps), 0.98), marker, color=COLORS["intervention"], markersize=8,
         transform=ax.get_xaxis_transform(), clip_on=False, rasterized=len(steps) > MAX_MARKS,
     )  # fmt: skip
     note(ax, text)

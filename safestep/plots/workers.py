@@ -117,7 +117,9 @@ def _noise_scale_says(run: Run) -> str:
 def _unit(run: Run) -> str:
     """Return what the noise scale counts: examples, where their number is known."""
     is_known = run.settings.get("num_examples", 1) != 1
-    return "examples" if is_known else f"batches of one {worker_noun(run)}"
+    if is_known:
+        return "examples"
+    return {"worker": "workers' batches"}.get(worker_noun(run), plural(worker_noun(run)))
 
 
 @figure(

@@ -426,7 +426,7 @@ def test_cost_is_told_with_what_it_makes_of_a_step(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("num_examples", "unit"), [(1, "batches of one worker"), (32, "examples")])
+@pytest.mark.parametrize(("num_examples", "unit"), [(1, "workers' batches"), (32, "examples")])
 def test_noise_scale_is_in_examples_only_where_their_number_is_known(tmp_path, num_examples, unit):
     with RunLog(tmp_path, {"num_examples": num_examples}, world_size=4) as log:
         for step in range(5):
