@@ -72,11 +72,11 @@ class Runs:
         seeds = sorted(set(found[0]).intersection(*found[1:]))
         return {seed: statistics.fmean(shares[seed] for shares in found) for seed in seeds}
 
-    def time_ratios(self, task: str, rule: str) -> list[float]:
+    def time_ratios(self, task: str, rule: str) -> dict[str, float]:
         """Return the CPU time of a healthy run as a multiple of AdamW alone, by seed."""
         place = self.columns.index("seconds")
         seconds, plain = (self.runs[task].get(r, {}).get("healthy", {}) for r in (rule, "nothing"))
-        return [seconds[seed][place] / plain[seed][place] for seed in sorted(seconds)]
+        return {seed: row[place] / plain[seed][place] for seed, row in sorted(seconds.items())}
 
     def rates(self, task: str, rule: str) -> dict[float, str]:
         """Return the situations of a sweep, by the factor of the learning rate."""
@@ -124,7 +124,7 @@ def table(runs: Runs, task: str) -> str:
         cells += [
             f"{touched:.0f}" if math.isfinite(touched) else "?",
             f"{statistics.fmean(spikes):.3f}", f"x{runs.span(task, rule):.3g}",
-            f"{statistics.fmean(runs.time_ratios(task, rule) or [math.nan]):.2f}",
+            f"{statistics.fmean(runs.time_ratios(task, rule).values() or [math.nan]):.2f}",
         ]  # fmt: skip
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)

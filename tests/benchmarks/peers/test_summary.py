@@ -36,8 +36,8 @@ def test_only_seeds_with_all_situations_are_compared(runs):
 
 
 def test_time_is_compared_by_seed(runs):
-    assert runs.time_ratios("task", "slow") == [3.0, 2.0]
-    assert runs.time_ratios("task", "absent") == []
+    assert runs.time_ratios("task", "slow") == {"0": 3.0, "1": 2.0}
+    assert runs.time_ratios("task", "absent") == {}
 
 
 def test_the_span_is_the_widest_range_of_rates_near_the_best(runs):
