@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from tqdm import tqdm
 
 from safestep import SafeStep, worker_dispersion
 from safestep.runlog.writer import RunLog
+
+# Two tests run at once; what they start runs on one thread too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Its thread would outlive the test: what a model draws could then be another thread's draw.
 tqdm.monitor_interval = 0

@@ -51,6 +51,7 @@ class EvidenceKeeper:
         self._class_axes: dict[str, int] = {}
         self._masked: set[str] = set()  # names of outputs of which single classes have no gradient
         self._changed: set[str] = set()  # names of outputs that were seen to change in place
+        self._volatile: set[str] = set()  # those of which the gradient was
 
     def values(self, name: str, output: Tensor) -> OutputValues | None:
         """Return the output if it is needed with its gradient: until its class axis is known."""
@@ -67,7 +68,7 @@ class EvidenceKeeper:
 
         Returns:
             A copy of a small gradient, which is read when the call runs again; a large one itself,
-            which is read at once.
+            which is read at once unless there is room to keep it.
         """
         if not gradient.numel():
             call.empty.append(name)
@@ -85,9 +86,14 @@ class EvidenceKeeper:
             axis = self._class_axes.get(name)
             # Once the axis is known, a look for masked classes would wait for the device.
             has_zeros = None if axis is None else name in self._masked
+            is_kept = self._keep_whole(call, name, gradient)
+            if is_kept and axis is not None and name not in self._volatile:
+                unread.append(
+                    partial(self._read_later, name, gradient, gradient._version, has_zeros)
+                )
+                return gradient
             evidence = self._read(name, gradient, output, has_zeros)
             unread.append(lambda: evidence)
-            self._keep_whole(call, name, gradient)
             return gradient
         gradient = call.samples[name] = gradient.clone()
         call.kept.add(name, gradient)
@@ -97,12 +103,25 @@ class EvidenceKeeper:
             call.read_gradients()
         return gradient
 
-    def _keep_whole(self, call: Call, name: str, gradient: Tensor) -> None:
+    def _keep_whole(self, call: Call, name: str, gradient: Tensor) -> bool:
         if gradient.numel() > self.room:
             call.kept.missing.add(name)
-            return
+            return False
         self.room -= gradient.numel()
         call.kept.add(name, gradient)
+        return True
+
+    def _read_later(
+        self, name: str, gradient: Tensor, version: int, has_zeros: bool | None
+    ) -> GradientEvidence:
+        # Most steps are predicted, and never need it.
+        if gradient._version == version:
+            return self._read(name, gradient, None, has_zeros)
+        self._volatile.add(name)
+        raise RuntimeError(
+            f"the loss's gradient at {name} was changed in place; from the next step on it is read "
+            "before that"
+        )
 
     def _read(
         self,

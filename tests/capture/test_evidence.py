@@ -463,3 +463,23 @@ def test_where_no_row_has_a_gradient_all_rows_count_and_the_reason_says_so(reduc
     assert guard.last.status == "clipped"
     assert applied == pytest.approx(1.0, rel=1e-4)  # float32
     assert "no row has a gradient" in guard.last.reason
+
+
+@pytest.mark.filterwarnings("ignore:SafeStep")
+def test_a_large_gradient_that_is_changed_in_place_is_not_read_as_it_became():
+    torch.manual_seed(0)
+    network, inputs, labels = nn.Linear(4, 700), torch.randn(100, 4), torch.randint(700, (100,))
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    guard, reports = SafeStep(optimizer, network, estimator="jvp"), []
+    for step in range(6):
+        optimizer.zero_grad()
+        output = network(inputs)
+        functional.cross_entropy(output, labels).backward()
+        if step > 1:
+            (gradient,) = guard._recorder._calls[-1].kept.sums.values()
+            gradient.add_(1.0)  # as a fused backward that works in place might
+        optimizer.step()
+        reports.append(guard.last)
+
+    assert [report.status for report in reports] == ["ok", "ok", "unmeasured", "ok", "ok", "ok"]
+    assert "was changed in place" in reports[2].reason

@@ -55,7 +55,7 @@ def test_run_log_says_which_logits_were_found_and_which_head_set_the_radius(tmp_
     assert run.header["logits"] == run.events[0]["message"]
     assert run["head"][0] == "output.wild"
     page = write_report([tmp_path], refresh_seconds=5).read_text(encoding="utf-8")
-    assert "output.calm, [6, 3], 33 % of rows ignored" in page
+    assert "output.calm, [6, 3], 33 % of rows ignored" in page.replace("\N{NO-BREAK SPACE}", " ")
     assert "at step 0, set by output.wild" in page
 
 
