@@ -112,6 +112,18 @@ def _reasons(run: Run, status: str) -> dict[int, tuple[str, str]]:
     }
 
 
+def cause_of(reason: str) -> str:
+    """Return the reason of a step's status in a reader's words, without what a second run told.
+
+    Args:
+        reason: The reason in the log.
+
+    Returns:
+        The cause.
+    """
+    return _split(reason)[0]
+
+
 def _split(reason: str) -> tuple[str, str]:
     parts = re.sub(
         "the gradient is not finite: ([^;]+)", r"the gradient of \1 is not finite", reason

@@ -7,7 +7,7 @@ import numpy as np
 from safestep.plots.wording import count, number, sentence
 from safestep.report.drift import drifted_workers
 from safestep.report.episodes import rate_jump
-from safestep.report.evidence import Evidence, find_episodes
+from safestep.report.evidence import Evidence, cause_of, find_episodes
 from safestep.report.finding import Finding, Judge, bad_batch, is_over, touched
 from safestep.report.gradient import wrong_gradient
 from safestep.report.rates import (
@@ -73,7 +73,11 @@ def _unmeasured(run: Run, evidence: Evidence) -> Finding | None:
         return None
     reasons, status = run.steps.get("reason"), run.steps.get("status")
     at = np.flatnonzero(status == "unmeasured") if status is not None else []
-    why = f" ({reasons[at[0]]})" if reasons is not None and len(at) and reasons[at[0]] else ""
+    why = (
+        f" ({cause_of(str(reasons[at[0]]))})"
+        if reasons is not None and len(at) and reasons[at[0]]
+        else ""
+    )
     total = count(len(series.step), "step")
     none = unmeasured == len(series.step)
     what = f"none of {total} has an r" if none else f"{unmeasured:,} of {total} have no r"

@@ -9,7 +9,7 @@ from safestep.plots.rates import say_cost
 from safestep.plots.wording import count, number, sentence
 from safestep.report.drift import drifted_workers
 from safestep.report.episodes import is_quiet, say_lost, tell, tell_healthy
-from safestep.report.evidence import Evidence, find_episodes, gather
+from safestep.report.evidence import Evidence, cause_of, find_episodes, gather
 from safestep.report.finding import Tone
 from safestep.report.findings import drifted, find
 from safestep.report.gradient import tell_gradient
@@ -140,7 +140,7 @@ def _closing(run: Run, evidence: Evidence) -> list[str]:
         status, reasons = run.steps["status"], run.steps.get("reason")
         first = reasons[np.flatnonzero(status == "unmeasured")[0]] if reasons is not None else None
         what = f"{count(unmeasured, 'step')} could not be measured and passed unguarded"
-        sentences.append(sentence(f"{what} ({first or 'reason unknown'})"))
+        sentences.append(sentence(f"{what} ({cause_of(str(first or 'reason unknown'))})"))
     removed = removed_area(series)
     if removed >= 0.0005 and series.intervened.mean() > FEW:
         mean = float(np.nanmean(series.learning_rate))

@@ -168,6 +168,17 @@ def test_unmeasured_steps_are_told(tmp_path):
     assert "1 step could not be measured and passed unguarded (no kernel)." in story
 
 
+def test_reason_of_unmeasured_steps_leaves_the_second_run_out(tmp_path):
+    told = "the gradient is not finite: 0.weight; run again, its batch gives the same result"
+    log_steps(tmp_path, noisy_losses(), status="unmeasured", normalized_step="nan", reason=told)
+
+    verdict, story = story_of(tmp_path)
+
+    assert "(the gradient of 0.weight is not finite)" in verdict.headline
+    assert "unguarded (the gradient of 0.weight is not finite)." in story
+    assert "run again" not in story.lower()
+
+
 def test_run_that_is_scaled_all_along_is_told_its_learning_rate_is_too_high(tmp_path):
     log_steps(tmp_path, noisy_losses(), normalized_step=4.0, scale=0.25, status="clipped")
 
