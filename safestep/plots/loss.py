@@ -20,7 +20,7 @@ from safestep.plots.wording import count, number, sentence
 from safestep.runlog.reader import Run
 from safestep.runlog.series import loss_ratios, step_series, thin
 
-__all__ = ["plot_loss", "plot_prediction", "rank_correlation"]
+__all__ = ["plot_loss", "plot_prediction", "rank_correlation", "say_correlation"]
 
 _WEAK, _STRONG = 0.1, 0.5  # rank correlations below and above which words differ
 _MAX_DOTS = 2000
@@ -83,7 +83,7 @@ def _prediction_says(run: Run) -> str:
         return f"Only {count(len(r), 'step')} with r and two losses: too few to say."
     if np.isnan(rho):
         return f"r or the loss change was the same at all {len(r):,} steps: nothing to compare."
-    correlation = f"rank correlation {rho:.2f} over {len(r):,} steps"
+    correlation = f"{say_correlation(rho)} over {len(r):,} steps"
     if abs(rho) < _WEAK:
         return f"r did not predict the loss change here: {correlation}."
     strength = "clearly" if abs(rho) >= _STRONG else "weakly"
@@ -129,7 +129,7 @@ def plot_prediction(run: Run, ax: Axes | None = None) -> Axes:
     mark_limit(ax, axis="x")
     rho = rank_correlation(r, ratio)
     if np.isfinite(rho):
-        note(ax, f"rank correlation {rho:.2f}", INK)
+        note(ax, say_correlation(rho), INK)
     return ax
 
 
@@ -155,6 +155,22 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     centred = [rank - rank.mean() for rank in ranks]
     norms = [float(np.sqrt((rank**2).sum())) for rank in centred]
     return float(centred[0] @ centred[1] / (norms[0] * norms[1])) if min(norms) else float("nan")
+
+
+def say_correlation(rho: float) -> str:
+    """Return a rank correlation in words.
+
+    Args:
+        rho: The correlation.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> say_correlation(-0.002), say_correlation(-0.5)
+        ('rank correlation 0.00', 'rank correlation -0.50')
+    """
+    return f"rank correlation {round(rho, 2) + 0.0:.2f}"  # -0.0 + 0.0 is 0.0
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from safestep.plots.loss import rank_correlation
+from safestep.plots.loss import rank_correlation, say_correlation
 from safestep.plots.registry import figure
 from safestep.plots.style import INK, dots, make_axes, note, say
 from safestep.plots.wording import number
@@ -25,7 +25,7 @@ def _says(run: Run) -> str:
     predicted, observed = change_pairs(step_series(run))
     told = f"predicted {number(predicted.mean())}, observed {number(observed.mean())} nats"
     rho = rank_correlation(predicted, observed)
-    agreement = "" if np.isnan(rho) else f"; rank correlation {rho:.2f}"
+    agreement = "" if np.isnan(rho) else f"; {say_correlation(rho)}"
     return f"Mean change of the loss over {len(predicted):,} measured steps: {told}{agreement}."
 
 
@@ -60,5 +60,5 @@ def plot_loss_change(run: Run, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
     rho = rank_correlation(predicted, observed)
     if np.isfinite(rho):
-        note(ax, f"rank correlation {rho:.2f}", INK)
+        note(ax, say_correlation(rho), INK)
     return ax
