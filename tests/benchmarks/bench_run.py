@@ -55,14 +55,20 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - begin) / (steps - begin)))
 
 
-def trained(model: GPT, data: list[tuple[Tensor, Tensor]], peak: float) -> Callable[[int], float]:
-    """Return a function that makes a training step and returns its seconds."""
+def trained(
+    model: GPT, data: list[tuple[Tensor, Tensor]], peak: float, held: float = 1.0
+) -> Callable[[int], float]:
+    """Return a function that makes a training step and returns its seconds.
+
+    From the middle of the run on, the rate is `held` times what it should be.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
 
     def step(index: int) -> float:
         inputs, labels = data[index]
         begin = process_time()
-        optimizer.param_groups[0]["lr"] = learning_rate(index, len(data), peak)
+        factor = held if 2 * index >= len(data) else 1.0
+        optimizer.param_groups[0]["lr"] = factor * learning_rate(index, len(data), peak)
         optimizer.zero_grad()
         loss = cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
         loss.backward()
@@ -74,12 +80,12 @@ def trained(model: GPT, data: list[tuple[Tensor, Tensor]], peak: float) -> Calla
     return step
 
 
-def run(peak: float, steps: int, options: dict[str, Any]) -> dict[str, Any]:
+def run(peak: float, steps: int, options: dict[str, Any], held: float = 1.0) -> dict[str, Any]:
     """Return the cost of one guarded run."""
     torch.manual_seed(0)
     plain_model, data = GPT(SHAPE), batches(steps)
     model = deepcopy(plain_model)
-    plain, guarded = trained(plain_model, data, peak), trained(model, data, peak)
+    plain, guarded = (trained(each, data, peak, held) for each in (plain_model, model))
     guard = SafeStep(guarded.optimizer, model, **options)  # type: ignore[attr-defined]
     pairs, reports = [], []
     for index in range(steps):
@@ -105,16 +111,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--rates", type=float, nargs="*", default=RATES)
     parser.add_argument("--rules", nargs="*", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--held", type=float, default=1.0, help="times the rate, from half way on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for rule in arguments.rules:
         for rate in arguments.rates:
-            found[f"{rule}, {rate:g}"] = line = run(rate, arguments.steps, RULES[rule])
-            print(rule, f"{rate:g}", line, flush=True)
+            name = f"{rule}, {rate:g}" + (arguments.held != 1) * f", x{arguments.held:g} held"
+            found[name] = line = run(rate, arguments.steps, RULES[rule], arguments.held)
+            print(name, line, flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        arguments.json.write_text(json.dumps(known | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
