@@ -127,6 +127,24 @@ class Wary(SufficientDecrease):
         return super().shortens(step, change)
 
 
+class Unusual(SufficientDecrease):
+    """c = 0, and a rise counts only if it is over three times the usual change of the last 32."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self._seen: deque[float] = deque(maxlen=32)
+
+    def shortens(self, step: int, change: LossChange) -> bool:
+        """Return whether to shorten a step over the limit."""
+        rise = change.slope + change.divergence
+        usual = statistics.median(self._seen) if len(self._seen) > 8 else 0.0
+        is_usual = rise <= 3 * usual and not self._holds(step)
+        is_shortened = not is_usual and super().shortens(step, change)
+        if not is_shortened:
+            self._seen.append(abs(rise))
+        return is_shortened
+
+
 RULES: dict[str, Callable[[], SufficientDecrease] | None] = {
     "plain": None,
     "bound": SufficientDecrease,
@@ -136,6 +154,7 @@ RULES: dict[str, Callable[[], SufficientDecrease] | None] = {
     "c = 0 to 1/2 by r": lambda: ByRadius(0.0),
     "c = 0, by history": ByHistory,
     "c = 0, then 1/2": lambda: Wary(0.0),
+    "c = 0, unusual rise": Unusual,
 }
 
 
