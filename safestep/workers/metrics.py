@@ -87,6 +87,9 @@ class WorkerMetrics:
     single process. Call `record` right after each backward, before gradients
     are clipped or unscaled. Training stays bitwise the same.
 
+    Under DDP, a SafeStep on the same parameters audits each worker's own gradient with what is kept
+    here, and names the ranks where it is not that of their loss: see `audit_interval` there.
+
     The mean gradient is the one that DDP computes. A comm hook that compresses changes
     ``cosine_to_mean`` and adds to ``noise_scale``; the other numbers do not change.
 
