@@ -66,9 +66,13 @@ class RankGradients:
         if unknown:
             why = slopes.own.obstacle or f"the own gradient of rank {unknown[0]} is not known"
             return f"no rank is named, because {why}"
-        if all(map(self._is_usual, slopes.ranks)):
+        off = [rank for rank, each in enumerate(slopes.ranks) if not self._is_usual(each)]
+        if not off:
             return "before the all-reduce each rank's own gradient matched its loss"
-        return "before the all-reduce the own gradients of most ranks were off"
+        if 2 * len(off) > len(slopes.ranks):
+            return "before the all-reduce the own gradients of most ranks were off"
+        noun = "rank" if len(off) == 1 else "ranks"
+        return f"only {noun} {' and '.join(map(str, off))} may be off, which the next audit tells"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of the run, as plain numbers and lists."""

@@ -70,7 +70,8 @@ def markdown(rows: list[dict[str, object]]) -> str:
         "`nice python tests/benchmarks/rank_gradients.py`, gloo on a CPU. The fault begins on the "
         f"last rank within its backward pass, at {ONSETS} random steps, and lasts; one step in "
         f"{INTERVAL} is audited (audits that are due anyway included). Other alarms: any that does "
-        "not name this rank alone, and those after the first.", "",
+        "not name this rank alone, and those after the first: a small fault alarms by the mean of "
+        "the ranks at one audit, and names the rank at the next.", "",
         "| ranks | fault | type | rank named | after steps | other alarms |",
         "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip

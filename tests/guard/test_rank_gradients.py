@@ -145,6 +145,26 @@ def test_ranks_that_are_off_together_are_not_named():
     assert judged([*USUAL, (1.0, float("nan"), 1.05)])[-1] == {2: 10}
 
 
+@pytest.mark.parametrize(
+    ("ratios", "why"),
+    [
+        ((1.0, 1.001, 1.0), "only rank 1 may be off, which the next audit tells"),
+        ((1.3, 1.2, 1.0), "the own gradients of most ranks were off"),
+        ((1.0, 1.0, 1.0), "each rank's own gradient matched"),
+        ((1.0, 1.0, float("nan")), "because the own gradient of rank 2 is not known"),
+    ],
+)
+def test_it_says_why_a_wrong_mean_names_no_rank(ratios, why):
+    watch = RankGradients()
+    ranks = tuple(Slopes(-1.0, -ratio, 1.0) for ratio in ratios)
+    watch.judge(0, ranks)
+
+    told = watch.why_unnamed(Slopes(-1.0, -1.1, 1.0, own=ranks[0], ranks=ranks))
+
+    assert told is not None
+    assert why in told
+
+
 def test_what_is_known_of_ranks_goes_on_after_a_resume():
     watch, resumed = RankGradients(), RankGradients()
     for step, ratios in enumerate([*USUAL, (1.0, 1.0, 0.9)]):
