@@ -210,10 +210,11 @@ class Predictor:
             "usual": self._usual.state(),
             "measured": self._measured.state(),
             "trail": self._trail,
+            "options": list(self._options),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; the first step after it is measured.
+        """Take what `state_dict` returned; other options make the first step after it unusual.
 
         Args:
             state: The state; it is not changed.
@@ -227,7 +228,7 @@ class Predictor:
         self._spared = state.get("secants", 0)  # which older checkpoints lack
         self._usual = _Window(WINDOW, state["usual"])
         self._measured = _Window(_RECENT, state["measured"])
-        self._options = ()
+        self._options = tuple(state.get("options", ()))  # which older checkpoints lack
         self._trail = state.get("trail", 0)
 
     def _note(self, *seen: float) -> None:

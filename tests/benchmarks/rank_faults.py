@@ -123,6 +123,53 @@ def raised_while_measured(_):
     return f"{steps} steps", f"{steps} steps; {named} reasons name the rank", tell(steps - named)
 
 
+def tensor_parallel(scenario, what):
+    """Return the row of ranks that hold pieces of each layer, beside the whole model."""
+
+    def row(_):
+        found = ranks("tensor_parallel.py", "2", num_ranks=2)[0]
+        pairs = zip(
+            *(found[mode][scenario]["reports"] for mode in ("tensor", "whole")), strict=True
+        )
+        off = [
+            abs(one["normalized_step"] / whole["normalized_step"] - 1)
+            for one, whole in pairs
+            if one["status"] == whole["status"] != "skipped"
+        ]
+        logits = (found[mode][scenario]["logits"] for mode in ("tensor", "whole"))
+        moved = float(torch.sub(*logits).abs().amax())
+        survived = f"r off by {max(off):.0e} at most; logits after three steps by {moved:.0e}"
+        finite = all(piece.isfinite().all() for piece in found["tensor"][scenario]["after"])
+        return what, survived, tell(0 if finite and moved < 1e-4 else 1, "model")
+
+    return row
+
+
+def sharded_workers(_):
+    """Return the row of gradients that no rank holds after backward."""
+    found = ranks("sharded_workers.py", "2", num_ranks=2)[0]["plain"]
+    pairs = [p for p in zip(found["reports"], found["references"], strict=False) if p[0]]
+    off = max(
+        float((torch.tensor(report["grad_norm"]) / gradients.norm(dim=1) - 1).abs().amax())
+        for report, (_, gradients, *_) in pairs
+    )
+    survived = f"each rank's own gradient norm, off by {off:.0e} at most"
+    return f"2 ranks, {len(pairs)} steps", survived, tell(int(off > 1e-4), "metric")
+
+
+def flattened(_):
+    """Return the row of Lightning's FSDPStrategy, for which a subclass stands in on a CPU."""
+    names = ("flattened", "flattened, unguarded")
+    watched, bare = (
+        ranks("sharded_trainer.py", "2", *names, num_ranks=2, name=f"{name} {{}}.pt")[0]
+        for name in names
+    )
+    reports = watched["reports"]
+    measured = sum(report["estimator"].startswith("difference") for report in reports)
+    survived = f"{measured} of {len(reports)} steps measured by difference"
+    return f"2 ranks, {len(bare['batches'])} steps", survived, tell(len(reports) - measured)
+
+
 FAULTS = {
     "rank with another option": raising(
         "action", "limit", "copy", "estimator", what="action, limit, copy, estimator"
@@ -140,6 +187,12 @@ FAULTS = {
     "optimizer state moved by 0.01 %": drifted("momentum", "1 of 3 ranks"),
     "one bit of a replica, checksums each 4 steps": drifted("one bit", "1 of 3 ranks", since=7),
     "one replica of two moved": drifted("two replicas", "1 of 2 ranks", rank=0),
+    "pieces of layers (tensor parallelism), steps over the limit": tensor_parallel(
+        "clipped", "2 ranks, 3 steps"
+    ),
+    "the same, one step not finite": tensor_parallel("skipped", "2 ranks, 3 steps"),
+    "gradients that `fully_shard` reduces": sharded_workers,
+    "Lightning's FSDPStrategy (a subclass, on a CPU)": flattened,
     "stages of a pipeline guarded together": pipeline("both", "2 stages"),
     "the same, stages of one shape": pipeline("both, of one shape", "2 stages"),
 }

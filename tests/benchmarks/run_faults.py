@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -242,6 +243,94 @@ def bad_values(folder):
             optimizer.step()
     lost = len(bad) - count(folder)
     return f"{len(bad)} calls", f"{refused} told at the call; every step", f"{lost} records"
+
+
+def classifier(seed):
+    """Return a model that draws nothing global, its optimizer and its guard."""
+    generator = torch.Generator().manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(0.1 * torch.randn(param.shape, generator=generator))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return model, optimizer, SafeStep(optimizer, model, estimator="jvp"), generator
+
+
+def train(seed, barrier=None):
+    """Return r and weights after twenty steps, each begun together with those of other threads."""
+    model, optimizer, guard, generator = classifier(seed)
+    found = []
+    for _ in range(20):
+        if barrier is not None:
+            barrier.wait()
+        optimizer.zero_grad()
+        logits = model(torch.randn(64, 32, generator=generator))
+        torch.nn.functional.cross_entropy(logits, torch.arange(64) % 5).backward()
+        optimizer.step()
+        found.append(guard.last.normalized_step)
+    return found, torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@fault("two threads that measure at once")
+def threads(folder):
+    alone = [train(seed) for seed in range(2)]
+    together, barrier = {}, threading.Barrier(2, timeout=60)
+    started = [
+        threading.Thread(target=lambda seed=seed: together.update({seed: train(seed, barrier)}))
+        for seed in range(2)
+    ]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    same = sum(
+        together[seed][0] == r and torch.equal(together[seed][1], weights)
+        for seed, (r, weights) in enumerate(alone)
+    )
+    return "20 steps each", f"{same} of 2: r and weights bitwise as alone", tell_lost(2 - same)
+
+
+@fault("thread that draws from the global generator while steps are measured")
+def draws(folder):
+    drawn, stop = [], threading.Event()
+
+    def draw():
+        while not stop.is_set():
+            drawn.append(float(torch.rand((), dtype=torch.float64)))
+            time.sleep(2e-4)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    train(0)
+    stop.set()
+    thread.join()
+    repeated = len(drawn) - len(set(drawn))
+    return f"{len(drawn)} draws in 20 steps", "training", f"{repeated} draws come twice"
+
+
+@fault("checkpoint of another run loaded")
+def another_checkpoint(folder):
+    state = None
+    for name in ("one", "two"):
+        model, optimizer, guard, _ = classifier(0)
+        guard.detach()
+        with SafeStep(optimizer, model, run_dir=folder / name) as guard:
+            if state is not None:
+                guard.load_state_dict(state)
+            for _ in range(5):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(
+                    model(torch.ones(2, 32)), torch.arange(2)
+                ).backward()
+                optimizer.step()
+            state = guard.state_dict()
+    one, two = (read_run(folder / name) for name in ("one", "two"))
+    is_said = any(event["name"] == "resumed" for event in two.events)
+    lost = 10 - len(one.steps["step"]) - len(two.steps["step"])
+    survived = f"steps {two['step'][0]} to {two['step'][-1]} in the new folder, " + (
+        "said to be resumed" if is_said else "not said"
+    )
+    return "5 steps, then 5 in another folder", survived, tell_lost(lost)
 
 
 @fault("numbers over 1e300, infinite and not a number")

@@ -1,9 +1,9 @@
 """Train with checkpoints in a process of its own, which may be killed at any moment.
 
-Usage: ``killed_run.py FOLDER NUM_KILLS SEED``. The parent, which has torch imported, forks a child
-that trains from the last checkpoint, and kills it with SIGKILL after a random time; again and
-again, then it lets one finish. It prints, as JSON, at which step each child was killed, and what
-was wrong with the log after a kill.
+Usage: ``killed_run.py FOLDER NUM_KILLS SEED [ahead]``; the last is for ``copy=False``. The parent,
+which has torch imported, forks a child that trains from the last checkpoint, and kills it with
+SIGKILL after a random time; again and again, then it lets one finish. It prints, as JSON, at which
+step each child was killed, and what was wrong with the log after a kill.
 """
 
 import json
@@ -71,11 +71,11 @@ def load(path, model, optimizers, guards):
     return state["step"]
 
 
-def start(folder: Path) -> int:
+def start(folder: Path, *, copy: bool) -> int:
     child = os.fork()
     if child == 0:
         try:
-            train(folder)
+            train(folder, copy=copy)
         finally:
             os._exit(0 if (folder / "final.pt").exists() else 1)
     return child
@@ -85,12 +85,13 @@ def main() -> None:
     """Kill the child, look at the log, and go on."""
     folder, num_kills = Path(sys.argv[1]), int(sys.argv[2])
     folder.mkdir(parents=True)
+    copy = "ahead" not in sys.argv
     with tempfile.TemporaryDirectory() as first:  # a child then starts with everything imported
-        train(Path(first), num_steps=2)
+        train(Path(first), num_steps=2, copy=copy)
     chance = random.Random(int(sys.argv[3]))
     killed_at, wrong = [], []
     while len(killed_at) < num_kills:
-        child = start(folder)
+        child = start(folder, copy=copy)
         log = folder / "run.jsonl"
         size = log.stat().st_size if log.exists() else 0
         size += chance.choice((0, *range(0, 30_000, 1000)))  # how far it gets: up to 30 steps
@@ -114,7 +115,7 @@ def main() -> None:
         if sorted(set(steps)) != list(range(killed_at[-1] + 1)) or run.left_out:
             wrong.append(f"kill {len(killed_at)}: {run.left_out} {len(set(steps))} steps")
         (folder / "final.pt").unlink(missing_ok=True)
-    _, status = os.waitpid(start(folder), 0)
+    _, status = os.waitpid(start(folder, copy=copy), 0)
     found = {"killed_at": killed_at, "wrong": wrong, "status": status}
     sys.stdout.write(json.dumps(found))
 
