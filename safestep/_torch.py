@@ -67,6 +67,9 @@ unflatten_dense_tensors = _find(
 # What state a step is in.
 current_graph_task = _find("_C._current_graph_task_id", "to know that a backward pass is under way")
 current_node = _find("_C._current_autograd_node", "to walk the graph from a hook on a gradient")
+run_backward = _find(
+    "autograd.graph._engine_run_backward", "to see from a hook what a backward pass began at"
+)
 is_executed = _find("_C._will_engine_execute_node", "to know whom a backward pass trains")
 is_any_autocast_enabled = _find("_C._is_any_autocast_enabled", "to ask once, not for each device")
 function_modes = _find("_C._len_torch_function_stack", "to leave modes that an interrupt left on")
@@ -94,6 +97,8 @@ ATTRIBUTES = {
     "_values": "sparse Tensor: values as they are, coalesced or not",
     "_is_zerotensor": "Tensor: torch's mark of a tangent that is zero",
     "_input_metadata": "autograd node: shape of a result that nobody holds",
+    "_saved_dim": "autograd node: the axis of a softmax",
+    "_saved_beta": "autograd node: the factor inside a softplus",
     "_buffers": "Module: to put copies of buffers in their place, and the originals back",
     "_parameters": "Module: to put back a parameter that a forward pass rebinds",
     "_modules": "Module: to walk modules without their named_ methods, at every step",

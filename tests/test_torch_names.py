@@ -80,7 +80,7 @@ def test_private_names_of_torch_come_from_one_file(path):
 
 
 def test_private_attributes_of_others_objects_are_listed_with_a_reason():
-    known = own_names(TREES.values()) | _torch.ATTRIBUTES.keys() | {"_getframe"}
+    known = own_names(TREES.values()) | _torch.ATTRIBUTES.keys() | {"_getframe", "_current_frames"}
     found = {
         f"{path.name}:{node.lineno} {node.attr}"
         for path, tree in TREES.items()
@@ -112,6 +112,8 @@ def holders():
     found |= dict.fromkeys(["_buffers", "_parameters", "_modules"], nn.Module())
     return found | {
         "_input_metadata": (tensor * 2).grad_fn,
+        "_saved_dim": tensor.softmax(0).grad_fn,
+        "_saved_beta": nn.functional.softplus(tensor).grad_fn,
         "_current_level": forward_ad,
         "_enabled": torch.autocast("cpu", torch.bfloat16),
         "_get_backend": group,

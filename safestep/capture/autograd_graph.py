@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from safestep._torch import current_node, is_executed
 from safestep.parallel.shards import is_sharded
 
 # Operations that change shape, strides or dtype of a tensor but not its values.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     f"{name}Backward{version}"
     for version in (0, 1)
     for name in (
@@ -27,7 +28,19 @@ CLAMPS = frozenset(f"Clamp{end}Backward{n}" for end in ("", "Min", "Max") for n 
 Node = Any  # torch.autograd.graph.Node, whose attributes differ by operation
 
 
-def loss_side(roots: Iterable[Node], stops: Collection[Node] = ()) -> set[Node]:
+def kind_of(node: Node) -> str:
+    """Return the operation of a node, such as ``"Sum"``."""
+    return type(node).__name__.partition("Backward")[0]
+
+
+def signed(axis: int) -> int:
+    """Return an axis that a node has saved, and shows without its sign, as it was given."""
+    return axis - 2**64 if axis >= 2**63 else axis
+
+
+def loss_side(
+    roots: Iterable[Node], stops: Collection[Node] = (), at_most: float = inf
+) -> set[Node]:
     """Return the nodes that compute a loss, back to the last operations that use a parameter.
 
     A softmax among them belongs to the loss; one behind them, as in attention, to the model. A
@@ -36,9 +49,10 @@ def loss_side(roots: Iterable[Node], stops: Collection[Node] = ()) -> set[Node]:
     Args:
         roots: ``grad_fn`` of the losses.
         stops: Further nodes at which the search ends.
+        at_most: How many nodes.
 
     Returns:
-        The nodes, including those at which the search ended.
+        The nodes, including those at which the search ended; none where there are more.
     """
     found: set[Node] = set()
     queue = list(roots)
@@ -47,6 +61,8 @@ def loss_side(roots: Iterable[Node], stops: Collection[Node] = ()) -> set[Node]:
         if node is None or node in found:
             continue
         found.add(node)
+        if len(found) > at_most:
+            return set()
         if node not in stops and not _has_parameter(node):
             queue.extend(following for following, _ in node.next_functions)
     return found
@@ -65,7 +81,7 @@ def view_chain(node: Node, through: Collection[str] = ()) -> Iterator[Node]:
     while node is not None:
         yield node
         name = type(node).__name__
-        if name not in _VIEWS and name not in through:
+        if name not in VIEWS and name not in through:
             return
         node = node.next_functions[0][0]
 

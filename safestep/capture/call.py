@@ -15,6 +15,7 @@ from safestep._torch import is_any_autocast_enabled, tree_flatten, tree_unflatte
 from safestep.capture.attributes import Modes
 from safestep.capture.autograd_functions import visible_functions
 from safestep.capture.effects import Start
+from safestep.capture.evidence import EvidenceKeeper
 from safestep.capture.glance import few, look
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.output_gradients import OutputGradients
@@ -44,6 +45,7 @@ class Call:
         samples: By output name, the latest gradient that is not read yet.
         kept: The gradients at the outputs, to audit that of the parameters.
         results: What is kept of its outputs, by name; None of a call passed to `Recorder.record`.
+        keeper: Kept what its gradients show; None of a call passed to `Recorder.record`.
         empty: Names of outputs that have a gradient and no element.
         obstacle: Why the call cannot run again, None if it can.
         opened: Number of the call, in the order in which calls began.
@@ -70,6 +72,7 @@ class Call:
     samples: dict[str, Tensor] = field(default_factory=dict)
     kept: OutputGradients = field(default_factory=OutputGradients)
     results: dict[str, OutputResult] | None = None
+    keeper: EvidenceKeeper | None = None
     empty: list[str] = field(default_factory=list)
     obstacle: str | None = None
     signals: list[Tensor] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safestep.capture.gradient import GradientEvidence
+from safestep.capture.loss_graph import Use, use_of_output
 from safestep.capture.output_gradients import ROOM
 
 if TYPE_CHECKING:
@@ -49,15 +51,31 @@ class EvidenceKeeper:
     def __init__(self) -> None:
         self.room: float = ROOM
         self._class_axes: dict[str, int] = {}
+        self._settled: set[str] = set()
         self._masked: set[str] = set()  # names of outputs of which single classes have no gradient
         self._changed: set[str] = set()  # names of outputs that were seen to change in place
         self._volatile: set[str] = set()  # those of which the gradient was
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Look no longer at the graph of the loss for outputs whose gradient shows their form.
+
+        Args:
+            names: Names of these outputs.
+        """
+        self._settled = set(names)
+
+    def forget(self) -> None:
+        """Look anew at what the outputs are: the loss is another one."""
+        self._settled.clear()
+        self._class_axes.clear()
 
     def values(self, name: str, output: Tensor) -> OutputValues | None:
         """Return the output if it is needed with its gradient: until its class axis is known."""
         return None if name in self._class_axes else OutputValues.of(output)
 
-    def keep(self, call: Call, name: str, gradient: Tensor, values: OutputValues | None) -> Tensor:
+    def keep(
+        self, call: Call, name: str, gradient: Tensor, values: OutputValues | None, place: int = 0
+    ) -> Tensor:
         """Keep what one backward pass shows about an output.
 
         Args:
@@ -65,6 +83,7 @@ class EvidenceKeeper:
             name: Name of the output.
             gradient: Gradient of the loss with respect to it, detached.
             values: The output, if it is needed.
+            place: Its ``output_nr``.
 
         Returns:
             A copy of a small gradient, which is read when the call runs again; a large one itself,
@@ -78,6 +97,8 @@ class EvidenceKeeper:
             unread.append(_nothing)
             call.kept.missing.add(name)
             return gradient
+        is_looked_up = gradient.numel() > 1 and name not in self._settled
+        use = use_of_output(place) if is_looked_up else None
         is_changed = values is not None and values.is_changed
         if is_changed:
             self._changed.add(name)
@@ -88,17 +109,16 @@ class EvidenceKeeper:
             has_zeros = None if axis is None else name in self._masked
             is_kept = self._keep_whole(call, name, gradient)
             if is_kept and axis is not None and name not in self._volatile:
-                unread.append(
-                    partial(self._read_later, name, gradient, gradient._version, has_zeros)
-                )
+                version = gradient._version
+                unread.append(partial(self._read_later, name, gradient, version, has_zeros, use))
                 return gradient
-            evidence = self._read(name, gradient, output, has_zeros)
+            evidence = self._read(name, gradient, output, has_zeros, use)
             unread.append(lambda: evidence)
             return gradient
         gradient = call.samples[name] = gradient.clone()
         call.kept.add(name, gradient)
         output = None if output is None else output.clone()
-        unread.append(partial(self._read, name, gradient, output))
+        unread.append(partial(self._read, name, gradient, output, use=use))
         if len(unread) >= _MANY:
             call.read_gradients()
         return gradient
@@ -112,11 +132,16 @@ class EvidenceKeeper:
         return True
 
     def _read_later(
-        self, name: str, gradient: Tensor, version: int, has_zeros: bool | None
+        self,
+        name: str,
+        gradient: Tensor,
+        version: int,
+        has_zeros: bool | None,
+        use: Use | None,
     ) -> GradientEvidence:
         # Most steps are predicted, and never need it.
         if gradient._version == version:
-            return self._read(name, gradient, None, has_zeros)
+            return self._read(name, gradient, None, has_zeros, use)
         self._volatile.add(name)
         raise RuntimeError(
             f"the loss's gradient at {name} was changed in place; from the next step on it is read "
@@ -129,10 +154,11 @@ class EvidenceKeeper:
         gradient: Tensor,
         output: Tensor | None,
         has_zeros: bool | None = None,
+        use: Use | None = None,
     ) -> GradientEvidence:
         evidence = GradientEvidence.of(
             gradient, self._class_axes.get(name), output,
-            is_changed=name in self._changed, has_zeros=has_zeros,
+            is_changed=name in self._changed, has_zeros=has_zeros, use=use,
         )  # fmt: skip
         if evidence.class_axis is not None:
             self._class_axes[name] = evidence.class_axis

@@ -13,7 +13,7 @@ from torch import Tensor
 from safestep._torch import forward_mode_enabled
 from safestep.capture.fused_logits import LinearTile
 from safestep.capture.gradient import GradientEvidence
-from safestep.capture.loss_watch import LossWatch
+from safestep.capture.loss_watch import LossInput, LossWatch
 from safestep.capture.losses import Part
 from safestep.capture.output_weights import of_logits
 from safestep.capture.outputs import named_tensors
@@ -119,13 +119,15 @@ class LogitFinder:
         output, watch = self._first_run(call, around, keep)
         key = _key(call, watch)
         known = self._plans.get(key)
-        plan = None if known is None else known.refreshed(output, call.gradients)
+        plan = None if known is None else _refreshed(known, call, output)
         is_new = plan is None
         if plan is not None:
             self._plans[key] = plan
         else:
             plan = self._plans[key] = self._weighed(_plan(call, around, output, watch), call)
         self._latest = plan
+        if call.keeper is not None:
+            call.keeper.settle(name for name, form in plan.outputs.items() if form.is_settled)
         if watch.keep is not None and not plan.events <= watch.keep:
             output, watch = _watched(call, around, plan.events)
         # The weight of one loss among several shows only in the gradients of all.
@@ -258,6 +260,17 @@ def _watched(call: Call, around: Around, keep: frozenset[int] | None) -> tuple[A
     return _watched(call, around, keep)
 
 
+def _refreshed(plan: Plan, call: Call, output: Any) -> Plan | None:
+    """Return the plan for another step of the same loss; None if it has to be made anew."""
+    again: Plan | None = None
+    try:
+        again = plan.refreshed(output, call.gradients)
+    finally:
+        if again is None and call.keeper is not None:
+            call.keeper.forget()
+    return again
+
+
 def _plan(call: Call, around: Around, output: Any, watch: LossWatch) -> Plan:
     if not call.gradients:
         with _graph_alone():
@@ -281,12 +294,13 @@ def _plan_of_live(
     gradients: Mapping[str, GradientEvidence],
 ) -> Plan:
     forms = examine_outputs(output, gradients)
-    known = {name: form for name, form in forms.items() if form is not None}
-    if len(known) == len(forms) == 1:
-        return Plan(frozenset(), known)
-    with _graph_alone():
-        output, watch = _watched(call, around, None)
-    return plan_of_outputs(output, forms, watch.seen)
+    seen: Mapping[int, LossInput] = {}
+    if len(forms) > 1 or None in forms.values():
+        with _graph_alone():
+            output, watch = _watched(call, around, None)
+        seen = watch.seen
+    uses = {name: each.use for name, each in gradients.items() if each.use is not None}
+    return plan_of_outputs(output, forms, seen, uses)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from safestep.capture.loss_graph import Use
+
 # |sum| / sum|.| of dL/dlogits over the classes: measured 1e-8 (float32), 7e-4 (bfloat16) for losses
 # of softmax probabilities, .2 to .5 for MSE and binary cross-entropy.
 _ZERO_SUM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -39,6 +41,7 @@ class GradientEvidence:
         labels: The class with the lowest gradient of each row, ``[*B]``; None without a class axis
             or of several gradients.
         pulls: Minus that gradient, ``[*B]``.
+        use: How the loss uses the output, as the autograd graph shows; None where it was not read.
     """
 
     class_axis: int | None
@@ -51,6 +54,7 @@ class GradientEvidence:
     largest: Tensor | None = None
     labels: Tensor | None = None
     pulls: Tensor | None = None
+    use: Use | None = None
 
     @classmethod
     def of(
@@ -61,6 +65,7 @@ class GradientEvidence:
         *,
         is_changed: bool = False,
         has_zeros: bool | None = None,
+        use: Use | None = None,
     ) -> GradientEvidence:
         """Return what a gradient shows.
 
@@ -71,6 +76,7 @@ class GradientEvidence:
                 another one if another optimizer has stepped in between.
             is_changed: Whether the output was changed in place after the model returned it.
             has_zeros: Whether to keep where single classes have no gradient; None to find out.
+            use: How the loss uses the output, if that is known.
 
         Returns:
             The class axis, the rows that count, and the largest gradients.
@@ -78,7 +84,7 @@ class GradientEvidence:
         if class_axis is None:
             class_axis = zero_sum_axis(gradient)
         if class_axis is None:
-            return cls(None, gradient.ne(0), None, gradient, output, is_changed)
+            return cls(None, gradient.ne(0), None, gradient, output, is_changed, use=use)
         by_row = gradient.movedim(class_axis, -1)
         # No temporary of the gradient's size; aminmax along an axis is slow on a CPU.
         lowest, labels = by_row.min(dim=-1)
@@ -94,7 +100,7 @@ class GradientEvidence:
         counted = largest.ne(0)
         zeros, size = (by_row.eq(0), largest) if has_zeros else (None, None)
         return cls(
-            class_axis, counted, rows, sample, output, is_changed, zeros, size, labels, pulls
+            class_axis, counted, rows, sample, output, is_changed, zeros, size, labels, pulls, use
         )
 
     @property
@@ -142,18 +148,20 @@ class GradientEvidence:
             The rows that count in either; the largest gradients of both, or the sum of both if
             neither has a class axis.
         """
+        use = None if self.use is None or other.use is None else self.use.joined(other.use)
         one, two = (self, other) if self.class_axis is not None else (other, self)
         is_changed = one.is_changed or two.is_changed
         if one.class_axis is None:
             values = None if is_changed else one.values
             return GradientEvidence(
-                None, one.counted | two.counted, None, one.sample + two.sample, values, is_changed
-            )
+                None, one.counted | two.counted, None, one.sample + two.sample, values, is_changed,
+                use=use,
+            )  # fmt: skip
         if two.rows is None:
             counted = one.counted | two.counted.any(one.class_axis)
             return replace(
                 one, counted=counted, zeros=None, largest=None, is_changed=is_changed,
-                labels=None, pulls=None,
+                labels=None, pulls=None, use=use,
             )  # fmt: skip
         assert one.rows is not None
         has_values = one.values is not None and two.values is not None
@@ -161,7 +169,7 @@ class GradientEvidence:
             one.class_axis, one.counted | two.counted, torch.cat((one.rows, two.rows)),
             torch.cat((one.sample, two.sample)),
             torch.cat((one.values, two.values)) if has_values else None,  # type: ignore[list-item]
-            is_changed, *_common_zeros(one, two),
+            is_changed, *_common_zeros(one, two), use=use,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from torch.autograd.function import BackwardCFunction
 
-from safestep.capture.autograd_graph import Node, is_behind, loss_side
+from safestep.capture.autograd_graph import Node, is_behind, kind_of, loss_side, signed
 
 # Operations that add exponentials up, by the name of their node.
 _SUMS = (
@@ -51,6 +51,35 @@ def hidden_parts(roots: Collection[Node], stops: Collection[Node]) -> list[str]:
     return [_BY_HAND] * is_by_hand + [_OF_A_FUNCTION.format(name) for name in sorted(own)]
 
 
+def mixes_rows(roots: Collection[Node], stops: Collection[Node]) -> bool:
+    """Return whether a loss is singular where a sum of probabilities over rows vanishes.
+
+    Dice divides by such a sum, the entropy of mean predictions takes its logarithm. A probability
+    is 1 / sum_j exp(z_j - z_k + (a_j - a_k) t). Up to |t| = pi / (2 D), half the radius pi / D,
+    every term has a positive real part, hence the probability, and a sum of them with positive
+    weights: there the loss is analytic. Nearer the radius of one row, the sum over rows may vanish.
+
+    Args:
+        roots: ``grad_fn`` of the losses.
+        stops: Results of softmaxes, sigmoids and losses that are known.
+
+    Returns:
+        Whether there is a logarithm or quotient of such a sum.
+
+    Example:
+        >>> import torch
+        >>> p = torch.zeros(2, 3, requires_grad=True).softmax(-1)
+        >>> [mixes_rows([p.sum(axis).log().sum().grad_fn], [p.grad_fn]) for axis in (0, 1)]
+        [True, False]
+    """
+    nodes = loss_side(roots, stops)
+    return any(
+        _sums_probabilities(operand, nodes, stops)
+        for node in nodes
+        for operand, _ in _operands(node)
+    )
+
+
 _BY_HAND = (
     "the logarithm or quotient of a sum of exponentials, a softmax or sigmoid written by hand. "
     "Write it with torch.softmax, log_softmax, logsumexp or softplus"
@@ -63,7 +92,7 @@ _OF_A_FUNCTION = (
 
 def _operands(node: Node) -> Iterator[tuple[Node, bool]]:
     """Yield what a logarithm or quotient is singular in, and whether it is a sum by itself."""
-    name = _kind(node)
+    name = kind_of(node)
     parts = [following for following, _ in node.next_functions]
     if name in {"Log", "Log2", "Log10", "Log1P", "Reciprocal"}:
         yield parts[0], name == "Log1P"
@@ -73,6 +102,42 @@ def _operands(node: Node) -> Iterator[tuple[Node, bool]]:
         yield node, False
 
 
+def _sums_probabilities(start: Node, nodes: Collection[Node], stops: Collection[Node]) -> bool:
+    queue: list[tuple[Node, tuple[int, int] | None, bool]] = [(start, None, False)]
+    seen = set()
+    while queue:
+        node, axis, is_summed = state = queue.pop()
+        if state in seen or node not in nodes:
+            continue
+        seen.add(state)
+        kind = kind_of(node)
+        if node in stops:
+            is_own = kind == "Softmax" and not is_summed and axis == _axis(node)
+            if (axis or is_summed) and kind in {"Softmax", "Sigmoid"} and not is_own:
+                return True
+            continue
+        if kind in {"Sum", "Mean"} and axis is None:  # over its own classes, a sum is one row's
+            axis, is_summed = _axis(node), is_summed or _axis(node) is None
+        else:
+            is_summed |= kind in _SUMS_OF_ROWS
+        queue += [(following, axis, is_summed) for following, _ in node.next_functions]
+    return False
+
+
+_SUMS_OF_ROWS = frozenset(_SUMS) - {"Add", "Sub", "Rsub"}
+
+
+def _axis(node: Node) -> tuple[int, int] | None:
+    """Return the one axis that a sum or softmax runs over, and the number of axes."""
+    dim = getattr(node, "_saved_dim", ())
+    dims = dim if isinstance(dim, tuple) else (dim,)
+    if len(dims) != 1:
+        return None
+    argument, index = node.next_functions[0]
+    count = len(argument._input_metadata[index].shape)
+    return signed(dims[0]) % count, count
+
+
 def _sums_exponentials(start: Node, nodes: Collection[Node], *, is_summed: bool) -> bool:
     queue, seen = [(start, is_summed)], set()
     while queue:
@@ -80,13 +145,9 @@ def _sums_exponentials(start: Node, nodes: Collection[Node], *, is_summed: bool)
         if state in seen or node not in nodes:
             continue
         seen.add(state)
-        kind = _kind(node)
+        kind = kind_of(node)
         if kind.startswith("Logaddexp") or (is_sum and kind in {"Exp", "Exp2"}):
             return True
         is_sum |= kind in _SUMS
         queue += [(following, is_sum) for following, _ in node.next_functions]
     return False
-
-
-def _kind(node: Node) -> str:
-    return type(node).__name__.partition("Backward")[0]

@@ -18,6 +18,7 @@ from safestep.capture.gradient import (
     masked_classes,
     spares_likely_classes,
 )
+from safestep.capture.loss_graph import Use
 from safestep.capture.losses import binary_rows
 from safestep.capture.temperature import (
     binary_temperature,
@@ -47,6 +48,7 @@ class OutputForm:
         temperature: Divisor of the values before they enter the softmax.
         is_checked: Whether the gradient confirms the temperature.
         lowers_labels: Whether some rows are pushed away from their label, as by a negative weight.
+        use: How the loss uses the output, where its gradient alone leaves the form open.
     """
 
     kind: Kind
@@ -54,6 +56,7 @@ class OutputForm:
     temperature: float = 1.0
     is_checked: bool = True
     lowers_labels: bool = False
+    use: Use | None = None
 
     @property
     def is_evident(self) -> bool:
@@ -71,6 +74,8 @@ class OutputForm:
             The form; its temperature is NaN if it cannot be inferred.
         """
         temperature = None
+        if self.use is not None:
+            return self
         if self.kind == "logits" and self.is_checked and evidence.class_axis is not None:
             temperature = hard_label_temperature(_sampled(output, evidence), evidence.sample)
         elif self.kind == "sigmoid logits" and evidence.class_axis is None:
@@ -79,6 +84,18 @@ class OutputForm:
         if temperature is None or temperature == self.temperature:
             return self
         return replace(self, temperature=temperature)
+
+    def is_stale(self, evidence: GradientEvidence) -> bool:
+        """Return whether the loss is seen to be another one now."""
+        if self.is_settled:
+            return self.kind == "logits" and evidence.class_axis is None
+        ways = [None if use is None else use.ways for use in (self.use, evidence.use)]
+        return ways[0] != ways[1]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the gradient alone shows the form."""
+        return self.is_checked and self.use is None
 
     def describe(self, name: str) -> str:
         """Return the name of the logits in words for the user.
@@ -171,9 +188,35 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
         The form, with temperature NaN if it cannot be inferred; None if the output is not known to
         enter a softmax.
     """
-    axis = evidence.class_axis
     if not bool(evidence.sample.isfinite().all()):
         return None
+    form, use = _by_gradient(output, evidence), evidence.use
+    if use is None or evidence.is_changed or (form is not None and form.is_checked):
+        return form
+    return _by_graph(form, use, tuple(output.shape), evidence.class_axis)
+
+
+def _by_graph(
+    form: OutputForm | None, use: Use, shape: tuple[int, ...], zero_sum_axis: int | None
+) -> OutputForm | None:
+    """Return the form that the graph of the loss shows, where the gradient leaves it open."""
+    form = None if form is None else replace(form, use=use)
+    if use.is_split or use.is_shifted:
+        return form
+    if use.softmaxes and not use.has_sigmoid:
+        axis = use.class_axis(shape, zero_sum_axis)
+        if axis is None or use.changes:  # further softmaxes, of something that is not known
+            return form
+        return OutputForm("logits", axis, use=use)
+    if use.changes:
+        return None if form is None else replace(form, temperature=math.nan)
+    if use.has_sigmoid and zero_sum_axis is None:
+        return OutputForm("sigmoid logits", use=use)
+    return form if use.hidden else None
+
+
+def _by_gradient(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
+    axis = evidence.class_axis
     if axis is None:
         output = output if evidence.values is None else evidence.values
         return _normalised(output) or _sigmoid(output, evidence.sample)

@@ -27,7 +27,9 @@ def of_logits(logits: Tensor, evidence: GradientEvidence, scale: float = 1.0) ->
     Returns:
         Weights and labels, or why they are not known.
     """
-    if evidence.labels is None or evidence.pulls is None or evidence.rows is None:
+    if evidence.rows is None:
+        return f"the gradient at the output does not show the rows' labels. {_HOW_TO_TELL}"
+    if evidence.labels is None or evidence.pulls is None:
         return "several backward passes went through one output"
     if evidence.labels.shape != logits.shape[:-1] or evidence.sample.shape[-1] != logits.shape[-1]:
         return "the output whose gradient is known has another shape than the logits"

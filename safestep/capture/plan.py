@@ -9,7 +9,8 @@ from typing import Any
 
 from safestep.capture.autograd_graph import CLAMPS, Node, is_behind, loss_side, view_chain
 from safestep.capture.gradient import GradientEvidence
-from safestep.capture.hidden import hidden_parts
+from safestep.capture.hidden import hidden_parts, mixes_rows
+from safestep.capture.loss_graph import Use
 from safestep.capture.loss_watch import LossInput
 from safestep.capture.nesting import sums_of_sums
 from safestep.capture.output_form import OutputForm, examine
@@ -36,6 +37,7 @@ class Plan:
         left_out: Output tensors that have a gradient but enter no known softmax.
         idle: Output tensors whose gradient was zero and therefore gave no evidence.
         weighed: Events whose rows may have weight 0 in the loss; the weights are read at each step.
+        mixed: Whether the loss divides by a sum over rows, or takes its logarithm.
         combined: Functions that sum over combinations of classes of several rows.
         hidden: Parts of the loss whose logits are not seen, with what to do.
     """
@@ -45,6 +47,7 @@ class Plan:
     left_out: tuple[str, ...] = ()
     idle: frozenset[str] = frozenset()
     weighed: frozenset[int] = frozenset()
+    mixed: bool = False
     combined: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
 
@@ -63,10 +66,15 @@ class Plan:
         """
         if any(gradients[name].is_live for name in self.idle & gradients.keys()):
             return None
+        if any(form.is_stale(gradients[each]) for each, form in self.outputs.items()):
+            return None
         tensors = dict(named_tensors(output))
         forms = {}
         for name, form in self.outputs.items():
             evidence = gradients[name]
+            if not form.is_settled:
+                forms[name] = form
+                continue
             has_axis = form.class_axis is not None and evidence.class_axis is not None
             if has_axis and not evidence.sums_to_zero:
                 raise LogitsNotFoundError(
@@ -100,6 +108,12 @@ class Plan:
                 "the classes of one row at a time; r may be larger, up to as many times as rows "
                 "are combined"
             )
+        if self.mixed:
+            doubts.append(
+                "the loss holds a quotient or logarithm of a sum of probabilities over rows, as "
+                "Dice does. It is analytic up to half the radius of one row at least, so r may be "
+                "up to twice as large as measured"
+            )
         doubts += [f"r may be larger than measured: {_not_seen(part)}" for part in self.hidden]
         if self.left_out:
             doubts.append(
@@ -129,7 +143,6 @@ def examine_outputs(
         for name, tensor in named_tensors(output)
         if name in gradients
     }
-    _refuse_unknown_temperatures(forms)
     for name, form in forms.items():
         if form is not None and not form.is_checked and gradients[name].is_changed:
             raise LogitsNotFoundError(
@@ -137,6 +150,7 @@ def examine_outputs(
                 "not show by what: divide it out of place, and pass logits=lambda output: output / "
                 "temperature to SafeStep, or tell it the whole training step with guard.record"
             )
+    _refuse_unknown_temperatures(forms)
     return forms
 
 
@@ -145,8 +159,9 @@ def _refuse_unknown_temperatures(forms: Mapping[str, OutputForm | None]) -> None
         if form is not None and isnan(form.temperature):
             raise LogitsNotFoundError(
                 f"{name} enters a softmax at a temperature of its own in each row, or at one that "
-                "this precision does not show. Pass logits=lambda output: output / temperature to "
-                "SafeStep, or tell it the whole training step with guard.record"
+                "this precision or the labels, being soft, do not show. Pass "
+                "logits=lambda output: output / temperature to SafeStep, or tell it the whole "
+                "training step with guard.record"
             )
 
 
@@ -179,7 +194,8 @@ def plan_of_losses(output: Any, seen: Mapping[int, LossInput]) -> Plan:
             "the recorded loss holds no softmax, sigmoid or log-sum-exp between itself and the "
             "last parameters of the model; a squared error alone has no convergence radius"
         )
-    return replace(_plan(events, seen, {}), hidden=tuple(hidden))
+    mixed = mixes_rows(roots, {seen[index].result for index in events})
+    return replace(_plan(events, seen, {}), hidden=tuple(hidden), mixed=mixed)
 
 
 def _not_seen(part: str) -> str:
@@ -187,7 +203,10 @@ def _not_seen(part: str) -> str:
 
 
 def plan_of_outputs(
-    output: Any, forms: Mapping[str, OutputForm | None], seen: Mapping[int, LossInput]
+    output: Any,
+    forms: Mapping[str, OutputForm | None],
+    seen: Mapping[int, LossInput],
+    uses: Mapping[str, Use],
 ) -> Plan:
     """Return the plan for a call of a model: losses inside it and outputs that enter a softmax.
 
@@ -195,6 +214,7 @@ def plan_of_outputs(
         output: What the model returned, with its autograd graph if `seen` holds anything.
         forms: The result of ``examine_outputs``, for every output that has a gradient.
         seen: The calls of loss functions, softmaxes and sigmoids in it.
+        uses: How the loss uses the outputs, where its graph was read.
 
     Returns:
         The plan. An output from which a loss inside the model was computed belongs to that loss.
@@ -221,15 +241,17 @@ def plan_of_outputs(
         # Such as attention probabilities or a feature: another output was computed from them.
         if any(is_behind(nodes[other], nodes[name]) for other in free if other != name):
             del outputs[name]
+    open_forms = [name for name, form in forms.items() if name in uses and not _is_settled(form)]
     losses_inside = [nodes[name] for name in unknown if name in is_single]
     hidden = hidden_parts(losses_inside, {seen[index].result for index in events})
+    hidden += [part for name in open_forms for part in uses[name].hidden]
     if hidden and not events and not outputs:
         raise LogitsNotFoundError("; ".join(map(_not_seen, hidden)))
     if not events and not outputs:
         raise LogitsNotFoundError(
             "the gradient of the loss does not sum to zero over the classes of any tensor that the "
             "model returns, nor is it that of a binary cross-entropy, so none is known to enter a "
-            f"softmax (a squared error does not). {_HOW_TO_TELL}"
+            f"softmax (a squared error does not). {_changed(uses)}{_HOW_TO_TELL}"
         )
     kept = [*inner, *(nodes[name] for name in outputs)]
     # Values between a softmax and a loss inside the model, such as log-probabilities.
@@ -240,7 +262,22 @@ def plan_of_outputs(
         and not (name in is_single and events)
         and nodes[name] not in within and not any(is_behind(node, nodes[name]) for node in kept)
     ]  # fmt: skip
-    return replace(_plan(events, seen, outputs, tuple(left_out)), hidden=tuple(hidden))
+    plan = _plan(events, seen, outputs, tuple(left_out))
+    return replace(plan, hidden=tuple(hidden), mixed=any(use.is_mixed for use in uses.values()))
+
+
+def _is_settled(form: OutputForm | None) -> bool:
+    return form is not None and form.is_settled
+
+
+def _changed(uses: Mapping[str, Use]) -> str:
+    """Return what stands between an output and a softmax, as a sentence; empty if nothing does."""
+    found = [
+        f"{name}: {', '.join(sorted(use.changes))}" for name, use in uses.items() if use.changes
+    ]
+    if not found:
+        return ""
+    return f"Between an output and a softmax or sigmoid stands more ({'; '.join(found)}). "
 
 
 def _probabilities(nodes: Mapping[str, Node], seen: Mapping[int, LossInput]) -> dict[str, int]:

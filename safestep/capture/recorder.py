@@ -208,17 +208,19 @@ class Recorder:
             self._idle.after_call()
         outputs = _with_graph(output)
         call.kept.inside = self._order.of(outputs)
-        call.results = {}
+        call.results, call.keeper = {}, self._evidence
         for name, tensor in outputs:
             values = self._evidence.values(name, tensor)
             failed = partial(self.failures.note, f"reading the gradient of {name}")
-            tensor.register_hook(kept_out(self._on_gradient(call, name, values), failed))
+            tensor.register_hook(
+                kept_out(self._on_gradient(call, name, values, tensor.output_nr), failed)
+            )
             ends = self._ends(name, tensor.detach()) if self._watches else ()
             call.signals += ends
             call.results[name] = OutputResult.of(tensor, ends)
 
     def _on_gradient(
-        self, call: Call, name: str, values: OutputValues | None
+        self, call: Call, name: str, values: OutputValues | None, place: int
     ) -> Callable[[Tensor | None], None]:
         def look(gradient: Tensor | None) -> None:
             if gradient is None:  # of a compiled graph's output that the loss does not depend on
@@ -228,7 +230,7 @@ class Recorder:
             if call not in self._calls:
                 call.is_fresh = self._void_cleared(call)
                 self._queue(call)
-            kept = self._evidence.keep(call, name, gradient.detach(), values)
+            kept = self._evidence.keep(call, name, gradient.detach(), values, place)
             if self._watches:
                 call.signals += self._norms(name, kept)
 

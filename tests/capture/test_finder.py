@@ -27,6 +27,7 @@ def loop_call(model, loss, *inputs):
     call = SimpleNamespace(
         run=run_within(lambda: model(*inputs)),
         gradients={}, empty=[], obstacle=None, modes=([], []), undrawn=(), examples=None,
+        keeper=None,
     )  # fmt: skip
     output = model(*inputs)
     tensors = [(name, t) for name, t in named_tensors(output) if t.requires_grad]
@@ -47,6 +48,7 @@ def step_call(step):
         modes=([], []),
         undrawn=(),
         examples=None,
+        keeper=None,
     )
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from safestep import SafeStep
 
+pytestmark = pytest.mark.filterwarnings("ignore:SafeStep. the loss holds a quotient")
 ROWS, FEATURES, CLASSES = 4, 3, 5
 ANGLES, CIRCLES = 1024, 100
 RESOLUTION = 1.05  # circles are 3 % apart, and a singularity shows 2 % before its circle

@@ -370,7 +370,6 @@ LOOPS = {
 }
 # What the guard says of a loop, and is right to.
 SAID = {
-    "R-Drop": "output is taken for the logits themselves",  # soft targets show no temperature
     "PEFT DoRA": "two estimators of one step differ",  # DoRA detaches a norm
 }
 CASES = [

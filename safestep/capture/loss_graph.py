@@ -1,0 +1,222 @@
+"""Read from the autograd graph, while a backward pass runs, how the loss uses a model's output."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from safestep._torch import current_node, run_backward
+from safestep.capture.autograd_graph import VIEWS, Node, kind_of, loss_side, signed
+from safestep.capture.hidden import hidden_parts, mixes_rows
+
+_SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "Logsumexp", "Logcumsumexp"})
+_SIGMOIDS = frozenset(
+    {"Sigmoid", "LogSigmoid", "Softplus", "BinaryCrossEntropyWithLogits", "SoftMarginLoss"}
+)
+# They keep some rows, or elements, and change none.
+_CUTS = frozenset({"Gather", "Index", "IndexSelect", "MaskedSelect", "Split", "Take", "Unbind"})
+_TURNS = frozenset({"Permute", "Transpose", "T"})
+# They add a constant to logits, or leave some out: the radius may well be the same.
+_SHIFTS = frozenset(
+    {"Add", "Cat", "ConstantPadNd", "CopySlices", "IndexPut", "MaskedFill", "Stack", "Sub", "Where"}
+)  # fmt: skip
+_SHIFT, _NESTED = "an addition", "another softmax or sigmoid"
+_MOST_NODES = 4096  # of a loss that is walked through
+
+
+class SoftmaxOf(NamedTuple):
+    """A softmax of an output: its axis, counted from the first and the last one, and its length."""
+
+    axis: int
+    from_end: int
+    length: int
+    is_turned: bool  # axes were exchanged before it
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a loss uses an output of a model.
+
+    Attributes:
+        softmaxes: Softmaxes of the output itself.
+        has_sigmoid: Whether there is a sigmoid of the output itself.
+        changes: What stands between the output and further softmaxes or sigmoids.
+        is_split: Whether parts of the output are used in different ways.
+        hidden: Parts of the loss whose logits are not seen; see ``hidden_parts``.
+        is_mixed: Whether a sum over rows is divided by, or its logarithm taken; see ``mixes_rows``.
+    """
+
+    softmaxes: frozenset[SoftmaxOf]
+    has_sigmoid: bool
+    changes: frozenset[str]
+    is_split: bool
+    hidden: tuple[str, ...]
+    is_mixed: bool
+
+    @property
+    def ways(self) -> tuple[object, ...]:
+        """What would be another loss if it were different; numbers of classes may change."""
+        axes = frozenset((each.axis, each.from_end) for each in self.softmaxes)
+        return axes, self.has_sigmoid, self.changes, self.is_split
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether constants may have been added before a softmax, and no more."""
+        return self.changes == {_SHIFT}
+
+    def joined(self, other: Use) -> Use:
+        """Return how two losses, of two backward passes, use the output together."""
+        return Use(
+            self.softmaxes | other.softmaxes,
+            self.has_sigmoid or other.has_sigmoid,
+            self.changes | other.changes,
+            self.is_split or other.is_split,
+            tuple(dict.fromkeys((*self.hidden, *other.hidden))),
+            self.is_mixed or other.is_mixed,
+        )
+
+    def class_axis(self, shape: tuple[int, ...], zero_sum_axis: int | None) -> int | None:
+        """Return the axis of the output that all softmaxes run over.
+
+        Args:
+            shape: Of the output.
+            zero_sum_axis: The axis over which the gradient sums to zero, None if there is none.
+
+        Returns:
+            None if there is no softmax, or not one axis for all.
+        """
+        found = {_axis(each, shape, zero_sum_axis) for each in self.softmaxes}
+        return found.pop() if len(found) == 1 else None
+
+
+def _axis(softmax: SoftmaxOf, shape: tuple[int, ...], zero_sum_axis: int | None) -> int | None:
+    if zero_sum_axis is not None:
+        return zero_sum_axis if shape[zero_sum_axis] == softmax.length else None
+    places = (softmax.axis, len(shape) - softmax.from_end)
+    fitting = {at for at in places if 0 <= at < len(shape) and shape[at] == softmax.length}
+    return fitting.pop() if len(fitting) == 1 and not softmax.is_turned else None
+
+
+def use_of_output(place: int) -> Use | None:
+    """Return how the loss uses an output; call it inside a hook on the output's gradient.
+
+    Args:
+        place: ``output_nr`` of the output.
+
+    Returns:
+        None where the graph does not tell: the backward pass was not begun from Python, say.
+    """
+    try:
+        return _use_of_output(place)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+        return None  # a node that this torch builds in another way
+
+
+def _use_of_output(place: int) -> Use | None:
+    output = current_node()
+    roots = _roots()
+    side = loss_side(roots, {output}, at_most=_MOST_NODES) if output is not None else set()
+    if output not in side:
+        return None
+    readers: dict[Node, list[Node]] = defaultdict(list)
+    for node in side - {output}:
+        for following, index in node.next_functions:
+            if following is not None and (following is not output or index == place):
+                readers[following].append(node)
+    return _use(output, readers, roots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    node: Node
+    change: str = ""
+    is_cut: bool = False
+    is_turned: bool = False
+
+
+def _use(output: Node, readers: Mapping[Node, list[Node]], roots: Collection[Node]) -> Use:
+    softmaxes, changes, ends = set(), set(), set()
+    has_sigmoid = is_cut = is_used_otherwise = False
+    for way in _ways(output, readers):
+        kind = kind_of(way.node)
+        is_end = kind in _SOFTMAXES or kind in _SIGMOIDS
+        is_used_otherwise |= way.node in roots and not is_end and way.change != _NESTED
+        if not is_end:
+            continue
+        ends.add(way.node)
+        is_cut |= way.is_cut
+        is_odd = way.change == _CHANGES["Neg"] and kind in _SIGMOIDS
+        if (way.change and not is_odd) or (kind == "Softplus" and way.node._saved_beta != 1):
+            changes.add(way.change or _CHANGES["Mul"])
+        elif kind in _SIGMOIDS:
+            has_sigmoid = True
+        else:
+            softmaxes |= set(_softmaxes_of(way))
+    is_split = is_cut and (is_used_otherwise or (has_sigmoid and bool(softmaxes)))
+    return Use(
+        frozenset(softmaxes), has_sigmoid, frozenset(changes), is_split,
+        tuple(hidden_parts(roots, ends)), mixes_rows(roots, {*ends, output}),
+    )  # fmt: skip
+
+
+def _ways(output: Node, readers: Mapping[Node, list[Node]]) -> Iterator[_Way]:
+    """Walk from an output towards the loss, all ways."""
+    queue, seen = [_Way(node) for node in readers[output]], set()
+    while queue:
+        way = queue.pop()
+        if way in seen:
+            continue
+        seen.add(way)
+        yield way
+        beyond = _beyond(way, kind_of(way.node))
+        queue += [replace(beyond, node=reader) for reader in readers[way.node]]
+
+
+def _beyond(way: _Way, kind: str) -> _Way:
+    if kind in _SOFTMAXES or kind in _SIGMOIDS:
+        return replace(way, change=_NESTED)
+    if kind in _TURNS:
+        return replace(way, is_turned=True)
+    if kind in _CUTS or kind in {"Select", "Slice"}:
+        return replace(way, is_cut=True)
+    if type(way.node).__name__ in VIEWS or kind == "_DDPSink" or way.change not in {"", _SHIFT}:
+        return way
+    if kind in _SHIFTS and sum(each is not None for each, _ in way.node.next_functions) == 1:
+        return replace(way, change=_SHIFT)
+    return replace(way, change=_CHANGES.get(kind, kind.lower()))
+
+
+_CHANGES = {"Div": "a division", "Mul": "a product", "Neg": "a change of sign"}
+
+
+def _softmaxes_of(way: _Way) -> Iterator[SoftmaxOf]:
+    argument, index = way.node.next_functions[0]  # logsumexp's result lacks the axis
+    shape = tuple(argument._input_metadata[index].shape)
+    dims = way.node._saved_dim
+    dims = dims if isinstance(dims, tuple) else (dims,)
+    for dim in dims:
+        axis = signed(dim) % len(shape)
+        yield SoftmaxOf(axis, len(shape) - axis, shape[axis], way.is_turned)
+
+
+def _roots() -> list[Node]:
+    """Return where the backward pass under way began, without what it began at."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not run_backward.__code__:
+        frame = frame.f_back
+    if frame is None:  # a device's own thread runs the hooks, while the caller waits
+        waiting = [top for top in sys._current_frames().values() if _is_backward(top)]
+        frame = waiting[0] if len(waiting) == 1 else None
+    started = () if frame is None else frame.f_locals["t_outputs"]
+    nodes = [each.grad_fn if isinstance(each, Tensor) else each.node for each in started]
+    return [node for node in nodes if node is not None]
+
+
+def _is_backward(frame: FrameType) -> bool:
+    return frame.f_code is run_backward.__code__
