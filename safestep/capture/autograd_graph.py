@@ -22,6 +22,9 @@ VIEWS = frozenset(
     )
 )  # fmt: skip
 
+# A parameter that is added to logits may be a prior, or the transitions of a random field.
+_SHIFTS = frozenset({"Add", "Sub", "Rsub"})
+
 # Operations that keep probabilities away from 0 and 1.
 CLAMPS = frozenset(f"Clamp{end}Backward{n}" for end in ("", "Min", "Max") for n in (0, 1))
 
@@ -44,7 +47,8 @@ def loss_side(
     """Return the nodes that compute a loss, back to the last operations that use a parameter.
 
     A softmax among them belongs to the loss; one behind them, as in attention, to the model. A
-    parameter of one element (a learned loss weight or temperature) does not count as a parameter.
+    parameter that is added, or of one element (a learned loss weight or temperature), does not
+    count as a parameter.
 
     Args:
         roots: ``grad_fn`` of the losses.
@@ -141,6 +145,8 @@ def _is_executed(accumulator: Node) -> bool:
 
 
 def _has_parameter(node: Node) -> bool:
+    if kind_of(node) in _SHIFTS:
+        return False
     for following, _ in node.next_functions:
         *_, origin = (None, *view_chain(following))
         variable = getattr(origin, "variable", None)

@@ -26,6 +26,7 @@ _TURNS = frozenset({"Permute", "Transpose", "T"})
 _SHIFTS = frozenset(
     {"Add", "Cat", "ConstantPadNd", "CopySlices", "IndexPut", "MaskedFill", "Stack", "Sub", "Where"}
 )  # fmt: skip
+_COMBINING = {"CtcLoss": "ctc_loss"}
 _SHIFT, _NESTED = "an addition", "another softmax or sigmoid"
 _MOST_NODES = 4096  # of a loss that is walked through
 
@@ -48,6 +49,7 @@ class Use:
         has_sigmoid: Whether there is a sigmoid of the output itself.
         changes: What stands between the output and further softmaxes or sigmoids.
         is_split: Whether parts of the output are used in different ways.
+        combined: Functions behind the output that sum over combinations of classes.
         hidden: Parts of the loss whose logits are not seen; see ``hidden_parts``.
         is_mixed: Whether a sum over rows is divided by, or its logarithm taken; see ``mixes_rows``.
     """
@@ -56,6 +58,7 @@ class Use:
     has_sigmoid: bool
     changes: frozenset[str]
     is_split: bool
+    combined: frozenset[str]
     hidden: tuple[str, ...]
     is_mixed: bool
 
@@ -64,6 +67,11 @@ class Use:
         """What would be another loss if it were different; numbers of classes may change."""
         axes = frozenset((each.axis, each.from_end) for each in self.softmaxes)
         return axes, self.has_sigmoid, self.changes, self.is_split
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether the output enters no softmax, so that a radius need not know of it."""
+        return not (self.softmaxes or self.has_sigmoid or self.changes or self.hidden)
 
     @property
     def is_shifted(self) -> bool:
@@ -77,6 +85,7 @@ class Use:
             self.has_sigmoid or other.has_sigmoid,
             self.changes | other.changes,
             self.is_split or other.is_split,
+            self.combined | other.combined,
             tuple(dict.fromkeys((*self.hidden, *other.hidden))),
             self.is_mixed or other.is_mixed,
         )
@@ -141,10 +150,11 @@ class _Way:
 
 
 def _use(output: Node, readers: Mapping[Node, list[Node]], roots: Collection[Node]) -> Use:
-    softmaxes, changes, ends = set(), set(), set()
+    softmaxes, changes, ends, combined = set(), set(), set(), set()
     has_sigmoid = is_cut = is_used_otherwise = False
     for way in _ways(output, readers):
         kind = kind_of(way.node)
+        combined |= {_COMBINING[kind]} if kind in _COMBINING else set()
         is_end = kind in _SOFTMAXES or kind in _SIGMOIDS
         is_used_otherwise |= way.node in roots and not is_end and way.change != _NESTED
         if not is_end:
@@ -160,7 +170,7 @@ def _use(output: Node, readers: Mapping[Node, list[Node]], roots: Collection[Nod
             softmaxes |= set(_softmaxes_of(way))
     is_split = is_cut and (is_used_otherwise or (has_sigmoid and bool(softmaxes)))
     return Use(
-        frozenset(softmaxes), has_sigmoid, frozenset(changes), is_split,
+        frozenset(softmaxes), has_sigmoid, frozenset(changes), is_split, frozenset(combined),
         tuple(hidden_parts(roots, ends)), mixes_rows(roots, {*ends, output}),
     )  # fmt: skip
 

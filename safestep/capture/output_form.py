@@ -59,6 +59,11 @@ class OutputForm:
     use: Use | None = None
 
     @property
+    def is_of_values(self) -> bool:
+        """Whether the values alone show the kind: that they are normalised."""
+        return self.kind in {"log-probabilities", "probabilities"}
+
+    @property
     def is_evident(self) -> bool:
         """Whether this output must have entered a loss and not a later part of the model."""
         return self.is_checked and "probabilities" not in self.kind.split()
@@ -191,8 +196,11 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
     if not bool(evidence.sample.isfinite().all()):
         return None
     form, use = _by_gradient(output, evidence), evidence.use
-    if use is None or evidence.is_changed or (form is not None and form.is_checked):
+    if use is None or evidence.is_changed:
         return form
+    if form is not None and form.is_checked:
+        is_inner = form.is_of_values and bool(use.changes or use.has_sigmoid)
+        return None if is_inner else form  # the loss is not a function of these probabilities alone
     return _by_graph(form, use, tuple(output.shape), evidence.class_axis)
 
 

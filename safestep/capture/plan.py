@@ -158,7 +158,8 @@ def _refuse_unknown_temperatures(forms: Mapping[str, OutputForm | None]) -> None
     for name, form in forms.items():
         if form is not None and isnan(form.temperature):
             raise LogitsNotFoundError(
-                f"{name} enters a softmax at a temperature of its own in each row, or at one that "
+                f"{_changed({name: form.use} if form.use else {})}{name} enters a softmax at a "
+                "temperature of its own in each row, or at one that "
                 "this precision or the labels, being soft, do not show. Pass "
                 "logits=lambda output: output / temperature to SafeStep, or tell it the whole "
                 "training step with guard.record"
@@ -228,10 +229,12 @@ def plan_of_outputs(
     is_single = {name for name, tensor in named_tensors(output) if tensor.numel() == 1}
     events = _live([nodes[name] for name in unknown if name in is_single], seen)
     events |= _live([nodes[name] for name in unknown if name not in is_single], losses)
-    probabilities = _probabilities({name: nodes[name] for name in unknown}, seen)
+    # A loss of probabilities is a function of them, unless they enter another softmax.
+    inner = {name for name, use in uses.items() if use.changes or use.has_sigmoid}
+    probabilities = _probabilities({name: nodes[name] for name in {*unknown} - inner}, seen)
     events |= frozenset(probabilities.values())
-    inner = [seen[index].prediction for index in events]
-    free = [name for name in forms if not any(is_behind(node, nodes[name]) for node in inner)]
+    behind = [seen[index].prediction for index in events]
+    free = [name for name in forms if not any(is_behind(node, nodes[name]) for node in behind)]
     outputs: dict[str, OutputForm] = {}
     for name in free:
         form = forms[name]
@@ -253,17 +256,20 @@ def plan_of_outputs(
             "model returns, nor is it that of a binary cross-entropy, so none is known to enter a "
             f"softmax (a squared error does not). {_changed(uses)}{_HOW_TO_TELL}"
         )
-    kept = [*inner, *(nodes[name] for name in outputs)]
+    kept = [*behind, *(nodes[name] for name in outputs)]
     # Values between a softmax and a loss inside the model, such as log-probabilities.
-    within = loss_side([nodes[name] for name in is_single & set(unknown)], inner)
+    within = loss_side([nodes[name] for name in is_single & set(unknown)], behind)
     left_out = [
         name for name in free
         if name not in outputs and name not in probabilities
         and not (name in is_single and events)
+        and not (name in uses and uses[name].is_harmless)
         and nodes[name] not in within and not any(is_behind(node, nodes[name]) for node in kept)
     ]  # fmt: skip
     plan = _plan(events, seen, outputs, tuple(left_out))
-    return replace(plan, hidden=tuple(hidden), mixed=any(use.is_mixed for use in uses.values()))
+    combined = frozenset().union(plan.combined, *(use.combined for use in uses.values()))
+    mixed = any(use.is_mixed for use in uses.values())
+    return replace(plan, hidden=tuple(hidden), mixed=mixed, combined=tuple(sorted(combined)))
 
 
 def _is_settled(form: OutputForm | None) -> bool:

@@ -107,15 +107,21 @@ def _roots(call: Call, output: Any) -> tuple[list[Tensor], list[Tensor]]:
     if not call.gradients:
         roots = [tensor for _, tensor in traced_loss(output)]
         return roots, [torch.ones_like(tensor) for tensor in roots]
-    # A loss that the model returns. Other outputs enter softmaxes outside the model.
     pairs = [
-        (tensor, call.gradients[name].sample.to(tensor))
+        (tensor, _whole_gradient(call, name))
         for name, tensor in named_tensors(output)
         if tensor.grad_fn is not None
-        and name in call.gradients
-        and call.gradients[name].class_axis is None
     ]
-    return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
+    known = [(tensor, gradient.to(tensor)) for tensor, gradient in pairs if gradient is not None]
+    return [tensor for tensor, _ in known], [gradient for _, gradient in known]
+
+
+def _whole_gradient(call: Call, name: str) -> Tensor | None:
+    """Return the gradient at an output; None if there is none, or it was too large to keep."""
+    evidence = call.gradients.get(name)
+    if evidence is None or evidence.class_axis is None:
+        return None if evidence is None else evidence.sample
+    return call.kept.sums.get(name)
 
 
 class _Results(TorchFunctionMode):

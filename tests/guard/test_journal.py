@@ -60,13 +60,17 @@ def test_run_log_says_which_logits_were_found_and_which_head_set_the_radius(tmp_
 
 
 def test_logits_whose_temperature_nobody_showed_are_a_warning(tmp_path):
-    """A plain loop with soft labels: a temperature outside of the model would leave no mark."""
+    """Soft labels at two temperatures: the graph shows that there is a division, not by what."""
     torch.manual_seed(0)
     model, inputs = nn.Linear(4, 6), torch.randn(8, 4)
     labels = softmax(3 * torch.randn(8, 6), -1)
 
+    def loss():
+        logits = model(inputs)
+        return -(labels * (log_softmax(logits, -1) + log_softmax(logits / 4, -1))).sum(-1).mean()
+
     with pytest.warns(UserWarning, match="whether a temperature comes between"):
-        report = one_step(model, lambda: -(labels * log_softmax(model(inputs), -1)).sum(-1).mean())
+        report = one_step(model, loss)
 
     assert report.status == "ok"
 

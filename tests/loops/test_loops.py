@@ -8,84 +8,20 @@ import math
 
 import pytest
 import torch
+from loops.loop import Loop, draw, network
 from loops.optimizers import OPTIMIZERS
+from loops.published import PUBLISHED
 from torch import nn, optim
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, softmax
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from safestep import SafeStep
-
 pytestmark = [
     pytest.mark.loops,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 STEPS, LIMIT = 12, 0.3
-
-
-def network(width=12):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(5, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width), nn.GELU(),
-        nn.Linear(width, 3),
-    )  # fmt: skip
-
-
-def draw(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    shape = shape or (8,)
-    return torch.randn(*shape, 5, generator=generator), torch.randint(3, shape, generator=generator)
-
-
-class Loop:
-    """A model, its optimizers, and one training step of a loop.
-
-    Subclasses override `backward`, which returns the arguments of every forward call that counts.
-    """
-
-    lr = 1e-3
-    tolerance = 2e-3  # of r: where a step is small against the parameters, float32 rounds it
-
-    def __init__(self, make=optim.AdamW):
-        self.model = self.build()
-        self.optimizers = self.make_optimizers(make)
-        self.guards = []
-
-    def build(self):
-        return network()
-
-    def make_optimizers(self, make):
-        return [make(self.model.parameters(), lr=self.lr)]
-
-    def guard(self, **options):
-        self.guards = [SafeStep(each, self.model, **options) for each in self.optimizers]
-
-    def backward(self, seed):
-        inputs, targets = draw(seed)
-        cross_entropy(self.model(inputs), targets).backward()
-        return [(inputs,)]
-
-    def after_step(self):
-        pass
-
-    def logits(self, model, *args):
-        """Return what enters the softmax, of a copy of the model."""
-        return model(*args)
-
-    def train(self, seed):
-        """Make one step; return for each optimizer the model before and after it, and calls."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-            if callable(getattr(optimizer, "train", None)):
-                optimizer.train()
-        calls, steps = self.backward(seed), []
-        for optimizer in self.optimizers:
-            before = copy.deepcopy(self.model)
-            optimizer.step()
-            steps.append((before, copy.deepcopy(self.model), calls))
-        self.after_step()
-        return steps
 
 
 class RaggedAccumulation(Loop):
@@ -367,9 +303,13 @@ LOOPS = {
     "adversarial training": Adversarial,
     "PEFT LoRA": Lora,
     "PEFT DoRA": Dora,
+    **PUBLISHED,
 }
+COMBINED = r".*sums over combinations of classes"
 # What the guard says of a loop, and is right to.
 SAID = {
+    "conditional random field": COMBINED,
+    "CTC": COMBINED,
     "PEFT DoRA": "two estimators of one step differ",  # DoRA detaches a norm
 }
 CASES = [
@@ -384,6 +324,25 @@ CASES = [
     ),
     *(pytest.param(Loop, make, id=name) for name, make in OPTIMIZERS.items()),
 ]
+
+
+@pytest.mark.parametrize("name", ["conditional random field", "CTC"])
+def test_what_is_measured_one_row_at_a_time_is_said(name):
+    loop = LOOPS[name]()
+    loop.guard()
+    with pytest.warns(UserWarning, match=COMBINED):
+        loop.train(0)
+
+
+@pytest.mark.filterwarnings("ignore:SafeStep. a step was not measured")
+def test_a_mixture_whose_weights_alone_are_an_output_is_not_measured_by_them():
+    loop = LOOPS["mixture density"]()
+    loop.is_told = False
+    loop.guard()
+    for seed in range(3):
+        loop.train(seed)
+        assert loop.guards[0].last.status == "unmeasured"
+        assert "guard.record" in loop.guards[0].last.reason
 
 
 def reference(loop, before, after, calls):
