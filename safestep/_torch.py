@@ -97,6 +97,7 @@ ATTRIBUTES = {
     "_values": "sparse Tensor: values as they are, coalesced or not",
     "_is_zerotensor": "Tensor: torch's mark of a tangent that is zero",
     "_input_metadata": "autograd node: shape of a result that nobody holds",
+    "_forward_cls": "node of an own Function: the class that the user wrote",
     "_saved_dim": "autograd node: the axis of a softmax",
     "_saved_beta": "autograd node: the factor inside a softplus",
     "_buffers": "Module: to put copies of buffers in their place, and the originals back",

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 from torch.distributed.pipelining import stage as pipelining_stage
 from torch.distributed.tensor import _api as dtensor_api
+from torch.utils import checkpoint
 
 from safestep import _torch
 
@@ -112,6 +113,7 @@ def holders():
     found |= dict.fromkeys(["_buffers", "_parameters", "_modules"], nn.Module())
     return found | {
         "_input_metadata": (tensor * 2).grad_fn,
+        "_forward_cls": checkpoint.CheckpointFunction._backward_cls,
         "_saved_dim": tensor.softmax(0).grad_fn,
         "_saved_beta": nn.functional.softplus(tensor).grad_fn,
         "_current_level": forward_ad,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from safestep._torch import forward_mode_enabled
-from safestep.capture.fused_logits import LinearTile
 from safestep.capture.gradient import GradientEvidence
+from safestep.capture.logits import Logits, describe
 from safestep.capture.loss_watch import LossInput, LossWatch
-from safestep.capture.losses import Part
+from safestep.capture.losses import LOSS_FUNCTIONS, Part
 from safestep.capture.output_weights import of_logits
 from safestep.capture.outputs import named_tensors
+from safestep.capture.own_functions import learn
 from safestep.capture.plan import (
     LogitsNotFoundError,
     Plan,
@@ -36,29 +37,6 @@ if TYPE_CHECKING:
 LogitsFn = Callable[[Any], Any]
 # Makes what is entered around the user's code each time that it runs.
 Around = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """Logits that enter one softmax.
-
-    Attributes:
-        name: Where they were found, in words for the user.
-        source: The logits, classes last, ``[*B, C]``, or a tile that computes them.
-        mask: True where a row counts, None if all do. Shape ``[*B]``.
-        loss: Weights and labels of the rows in the loss, or why they are not known.
-    """
-
-    name: str
-    source: Tensor | LinearTile
-    mask: Tensor | None = None
-    loss: RowLoss | str = UNWEIGHED
-
-    @property
-    def values(self) -> Tensor:
-        """The logits, ``[*B, C]``; computed at each access if they are too large to store."""
-        source = self.source
-        return source if isinstance(source, Tensor) else source().view(source.shape)
 
 
 class LogitFinder:
@@ -124,7 +102,12 @@ class LogitFinder:
         if plan is not None:
             self._plans[key] = plan
         else:
-            plan = self._plans[key] = self._weighed(_plan(call, around, output, watch), call)
+            known_functions = len(LOSS_FUNCTIONS)
+            plan = self._weighed(_plan(call, around, output, watch), call)
+            if len(LOSS_FUNCTIONS) > known_functions:  # this run has not seen those learned since
+                output, watch = _watched(call, around, None)
+                key = _key(call, watch)
+            self._plans[key] = plan
         self._latest = plan
         if call.keeper is not None:
             call.keeper.settle(name for name, form in plan.outputs.items() if form.is_settled)
@@ -219,36 +202,6 @@ def find_logits(
     return found
 
 
-def describe(found: Sequence[Logits]) -> str:
-    """Return one line that says which logits were found.
-
-    Args:
-        found: The logits.
-
-    Returns:
-        For instance ``"logits: input of cross_entropy, [512, 5000], 3 % of rows ignored"``.
-
-    Example:
-        >>> describe([Logits("output", torch.zeros(4, 3), torch.tensor([1, 1, 1, 0]).bool())])
-        'logits: output, [4, 3], 25 % of rows ignored'
-    """
-    heads: dict[str, list[Logits]] = {}
-    for item in found:
-        heads.setdefault(item.name, []).append(item)
-    return "logits: " + "; ".join(_describe_head(name, items) for name, items in heads.items())
-
-
-def _describe_head(name: str, items: Sequence[Logits]) -> str:
-    first, *rest = (item.source.shape for item in items)
-    shape = [first[0] + sum(other[0] for other in rest), *first[1:]] if rest else list(first)
-    masks = [item.mask for item in items if item.mask is not None]
-    counted = sum(int(mask.sum()) for mask in masks)
-    total = sum(mask.numel() for mask in masks)
-    if counted == total:
-        return f"{name}, {shape}"
-    return f"{name}, {shape}, {100 * (1 - counted / total):.2g} % of rows ignored"
-
-
 def _watched(call: Call, around: Around, keep: frozenset[int] | None) -> tuple[Any, LossWatch]:
     watch = LossWatch(keep)
     try:
@@ -275,6 +228,8 @@ def _plan(call: Call, around: Around, output: Any, watch: LossWatch) -> Plan:
     if not call.gradients:
         with _graph_alone():
             output, watch = _watched(call, around, None)
+            if learn(output, lambda: _watched(call, around, None)[0]):
+                output, watch = _watched(call, around, None)
         return plan_of_losses(output, watch.seen)
     live = {name: found for name, found in call.gradients.items() if found.is_live}
     if not live:

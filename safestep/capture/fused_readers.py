@@ -76,6 +76,24 @@ def _tiles(
         yield tile, None if mask is None else mask[part]
 
 
+def tiled_logits(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> Iterator[Part]:
+    """Return tiles of the logits of a last layer.
+
+    Args:
+        rows: What enters it. Shape ``[B, F]``.
+        weight: Its weight. Shape ``[C, F]``.
+        bias: Its bias, ``[C]``, if it has one.
+        mask: True for rows that count, ``[B]``; None: all.
+
+    Returns:
+        Tiles, each with the mask of its rows.
+    """
+    bias = None if bias is None else _held(bias)
+    return _tiles(rows, _held(weight), bias, (len(weight),), mask)
+
+
 def chunked_logprob(
     hidden: Tensor,
     weight: Tensor,

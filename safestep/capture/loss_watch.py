@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_tensor
 from torch.overrides import TorchFunctionMode
 
 from safestep._torch import DisableTorchFunction, tree_map
@@ -117,7 +117,7 @@ class LossWatch(TorchFunctionMode):
 def _loss_input(
     entry: LossFunction, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LossInput:
-    argument = args[0] if args else kwargs[entry.argument]
+    argument = next(filter(is_tensor, args)) if args else kwargs[entry.argument]
     return LossInput(
         entry,
         tuple(_with_rows(_of_all_examples(part)) for part in entry.reader(*args, **kwargs)),

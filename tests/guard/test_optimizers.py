@@ -224,3 +224,65 @@ def test_parameters_of_another_dtype_are_clipped_as_well_as_their_rounding_allow
     # bfloat16 keeps 8 bits of the weights and of the tangent.
     tolerance = 0.1 if dtype is torch.bfloat16 else 1e-9
     assert applied == pytest.approx(1.0, rel=tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"amsgrad": True}], ids=str)
+def test_capturable_steps_are_guarded_as_others_are(monkeypatch, options):
+    """Their counts of steps are tensors on the device. Torch keeps them off a CPU: not here."""
+    monkeypatch.setattr(optim.adam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(8, 5, generator=generator), torch.arange(8) % 3
+    models = [nn.Linear(5, 3)]
+    models.append(copy.deepcopy(models[0]))
+    guarded, plain = (
+        optim.AdamW(each.parameters(), lr=torch.tensor(1e-2), capturable=True, **options)
+        for each in models
+    )
+    guard = SafeStep(guarded, models[0], estimator="jvp")
+
+    def step(factor=1.0):
+        for optimizer, model in zip((guarded, plain), models, strict=True):
+            optimizer.zero_grad()
+            (factor * cross_entropy(model(inputs), labels)).backward()
+            optimizer.step()
+
+    for _ in range(4):
+        step()
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    guarded.param_groups[0]["lr"].mul_(1e5)
+    step()
+    assert guard.last.status == "clipped"
+    before = [param.clone() for param in models[0].parameters()]
+    step(float("nan"))
+    assert guard.last.status == "skipped"
+    assert all(map(torch.equal, models[0].parameters(), before))
+    assert {int(state["step"]) for state in guarded.state.values()} == {5}
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.Adam])
+def test_a_differentiable_step_keeps_its_graph(cls):
+    """The rate's own gradient, through the step, is bitwise that without a guard."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(8, 5, generator=generator), torch.arange(8) % 3
+    model, found = nn.Linear(5, 3), []
+    for is_guarded in (False, True):
+        rate = torch.tensor(0.1, requires_grad=True)
+        starts = [param.detach().clone().requires_grad_() for param in model.parameters()]
+        params = [start.clone() for start in starts]
+
+        def loss(params=params):
+            return cross_entropy(nn.functional.linear(inputs, *params), labels)
+
+        optimizer = cls(params, lr=rate, differentiable=True)
+        guard = SafeStep(optimizer, model, estimator="jvp") if is_guarded else None
+        if guard is not None:
+            guard.record(loss)
+        for param, gradient in zip(params, torch.autograd.grad(loss(), params), strict=True):
+            param.grad = gradient
+        optimizer.step()
+        loss().backward()
+        found.append([rate.grad, *(start.grad for start in starts)])
+    assert guard is not None
+    assert guard.last.status == "ok"
+    assert all(map(torch.equal, *found))

@@ -1,0 +1,175 @@
+"""Learn where a user's own ``torch.autograd.Function`` holds the logits of the loss it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from safestep.capture.autograd_graph import loss_side
+from safestep.capture.fused_readers import Part, tiled_logits
+from safestep.capture.gradient import GradientEvidence
+from safestep.capture.losses import LOSS_FUNCTIONS, LossFunction
+from safestep.capture.output_form import OutputForm, examine
+from safestep.capture.outputs import traced_loss
+
+_SAME_WAY = 1 - 1e-3  # cosine of two gradients of a row that are the same up to rounding
+_unclear: set[str] = set()  # functions that were looked at in vain
+
+
+def learn(output: Any, run: Callable[[], Any]) -> bool:
+    """Enter into LOSS_FUNCTIONS the own functions of a loss whose gradient shows their logits.
+
+    An argument is what enters a softmax if the gradient there is that of one label in each row; or
+    the rows, weights and labels of a last layer are arguments, and the gradient at the rows is that
+    of the cross-entropy of their product.
+
+    Args:
+        output: What a recorded function returned, with its graph.
+        run: Runs the function again, and returns the same.
+
+    Returns:
+        Whether there are new ones.
+    """
+    side = loss_side([tensor.grad_fn for _, tensor in traced_loss(output)])
+    own = [type(node) for node in side if isinstance(node, BackwardCFunction)]
+    classes = {kind._forward_cls for kind in own}  # pyright: ignore[reportAttributeAccessIssue]
+    names = {f"{each.__module__}.{each.__qualname__}" for each in classes}
+    learned = [_learn(name, run) for name in sorted(names - _unclear - LOSS_FUNCTIONS.keys())]
+    return any(learned)
+
+
+def _learn(name: str, run: Callable[[], Any]) -> bool:
+    calls: list[tuple[Any, ...]] = []
+
+    def listen(*args: Any) -> Iterator[Part]:
+        calls.append(args)
+        return iter(())
+
+    LOSS_FUNCTIONS[name] = LossFunction(name=name, reader=listen, example=None, is_fused=True)
+    try:
+        loss = [tensor for _, tensor in traced_loss(run())]
+    finally:
+        del LOSS_FUNCTIONS[name]
+    reader = _reader(loss, calls[0]) if calls else None
+    if reader is None:
+        _unclear.add(name)
+        return False
+    LOSS_FUNCTIONS[name] = LossFunction(
+        name=name, reader=reader, example=None, is_fused=True, rows=reader.row_flags
+    )
+    return True
+
+
+def _reader(loss: Sequence[Tensor], args: tuple[Any, ...]) -> _Direct | _Linear | None:
+    places = [at for at, arg in enumerate(args) if _is_computed(arg)]
+    if not places:
+        return None
+    gradients = torch.autograd.grad(
+        [each.sum() for each in loss], [args[at] for at in places],
+        retain_graph=True, allow_unused=True,
+    )  # fmt: skip
+    for at, gradient in zip(places, gradients, strict=True):
+        if gradient is None or not bool(gradient.any()):
+            continue
+        values = args[at].detach()
+        form = examine(values, GradientEvidence.of(gradient, output=values))
+        if form is not None and form.is_checked and form.class_axis is not None:
+            return _Direct(at, form)
+        linear = _Linear.of(args, at)
+        if linear is not None and linear.explains(args, gradient):
+            return linear
+    return None
+
+
+def _is_computed(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.grad_fn is not None and arg.ndim > 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Direct:
+    """An argument holds the logits; negative labels, where there are some, do not count."""
+
+    at: int
+    form: OutputForm
+
+    def __call__(self, *args: Any) -> Iterator[Part]:
+        assert self.form.class_axis is not None
+        logits = args[self.at].movedim(self.form.class_axis, -1) / self.form.temperature
+        yield logits, _counted(args, logits.shape[:-1])
+
+    def row_flags(self, flags: Tensor, *args: Any) -> Tensor:
+        (logits, _), *_ = self(*args)
+        return flags if flags.shape == logits.shape[:-1] else flags.any()
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """Arguments hold the rows that enter a last layer, its weight and its bias."""
+
+    rows: int
+    weight: int
+    bias: int | None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], rows: int) -> _Linear | None:
+        tensors = {at: each for at, each in enumerate(args) if isinstance(each, Tensor)}
+        features = args[rows].shape[-1]
+        weights = [
+            at for at, each in tensors.items()
+            if at != rows and each.ndim == 2 and each.shape[1] == features
+        ]  # fmt: skip
+        if len(weights) != 1 or _labels(args, args[rows].shape[:-1]) is None:
+            return None
+        classes = len(args[weights[0]])
+        biases = [
+            at for at, each in tensors.items()
+            if each.is_floating_point() and each.shape == (classes,)
+        ]  # fmt: skip
+        return cls(rows, weights[0], biases[0] if len(biases) == 1 else None)
+
+    def explains(self, args: tuple[Any, ...], gradient: Tensor) -> bool:
+        """Return whether a gradient at the rows is that of a cross-entropy, up to row weights."""
+        labels = _labels(args, args[self.rows].shape[:-1])
+        assert labels is not None
+        rows, gradient = args[self.rows].detach().flatten(0, -2), gradient.flatten(0, -2)
+        live, labels = gradient.ne(0).any(-1), labels.flatten()
+        if bool((labels[live] < 0).any()):
+            return False
+        weight = args[self.weight].detach().double()
+        logits = rows[live].double() @ weight.T
+        if self.bias is not None:
+            logits = logits + args[self.bias].detach().double()
+        pull = logits.softmax(-1)
+        pull.scatter_add_(-1, labels[live, None], torch.full_like(pull[:, :1], -1.0))
+        same = torch.cosine_similarity(pull @ weight, gradient[live].double(), dim=-1)
+        return bool((same > _SAME_WAY).all())
+
+    def __call__(self, *args: Any) -> Iterator[Part]:
+        rows, bias = args[self.rows], None if self.bias is None else args[self.bias]
+        counted = _counted(args, rows.shape[:-1])
+        mask = None if counted is None else counted.flatten()
+        return tiled_logits(rows.flatten(0, -2), args[self.weight], bias, mask)
+
+    def row_flags(self, flags: Tensor, *args: Any) -> Tensor:
+        shape = args[self.rows].shape[:-1]
+        return flags.flatten() if flags.numel() == shape.numel() else flags.any()
+
+
+def _labels(args: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
+    """Return the one argument that may hold a label for each row."""
+    fitting = [
+        each for each in args
+        if isinstance(each, Tensor) and each.dtype in (torch.long, torch.int32)
+        and each.numel() == shape.numel()
+    ]  # fmt: skip
+    return fitting[0].long().reshape(shape) if len(fitting) == 1 else None
+
+
+def _counted(args: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
+    labels = _labels(args, shape)
+    return None if labels is None else labels >= 0
