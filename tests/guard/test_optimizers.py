@@ -1,6 +1,7 @@
 """Every optimizer's real update, clipped to the limit as a dense float64 Jacobian measures it."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -229,7 +230,8 @@ def test_parameters_of_another_dtype_are_clipped_as_well_as_their_rounding_allow
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"amsgrad": True}], ids=str)
 def test_capturable_steps_are_guarded_as_others_are(monkeypatch, options):
     """Their counts of steps are tensors on the device. Torch keeps them off a CPU: not here."""
-    monkeypatch.setattr(optim.adam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    module = sys.modules[optim.Adam.__module__]
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
     generator = torch.Generator().manual_seed(0)
     inputs, labels = torch.randn(8, 5, generator=generator), torch.arange(8) % 3
     models = [nn.Linear(5, 3)]
