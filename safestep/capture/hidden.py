@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch.autograd.function import BackwardCFunction
 
@@ -51,6 +51,15 @@ def hidden_parts(roots: Collection[Node], stops: Collection[Node]) -> list[str]:
     return [_BY_HAND] * is_by_hand + [_OF_A_FUNCTION.format(name) for name in sorted(own)]
 
 
+def may_hide(nodes: Iterable[Node]) -> bool:
+    """Return whether a loss can hold what ``hidden_parts`` and ``mixes_rows`` look for.
+
+    Args:
+        nodes: Its nodes.
+    """
+    return any(kind_of(node) in _SINGULAR or isinstance(node, BackwardCFunction) for node in nodes)
+
+
 def mixes_rows(roots: Collection[Node], stops: Collection[Node]) -> bool:
     """Return whether a loss is singular where a sum of probabilities over rows vanishes.
 
@@ -80,6 +89,8 @@ def mixes_rows(roots: Collection[Node], stops: Collection[Node]) -> bool:
     )
 
 
+_LOGARITHMS = frozenset({"Log", "Log2", "Log10", "Log1P", "Reciprocal"})
+_SINGULAR = _LOGARITHMS | {"Div", "Logaddexp", "Logaddexp2"}
 _BY_HAND = (
     "the logarithm or quotient of a sum of exponentials, a softmax or sigmoid written by hand. "
     "Write it with torch.softmax, log_softmax, logsumexp or softplus"
@@ -94,7 +105,7 @@ def _operands(node: Node) -> Iterator[tuple[Node, bool]]:
     """Yield what a logarithm or quotient is singular in, and whether it is a sum by itself."""
     name = kind_of(node)
     parts = [following for following, _ in node.next_functions]
-    if name in {"Log", "Log2", "Log10", "Log1P", "Reciprocal"}:
+    if name in _LOGARITHMS:
         yield parts[0], name == "Log1P"
     elif name == "Div" and len(parts) > 1:
         yield parts[1], False

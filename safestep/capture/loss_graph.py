@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safestep._torch import current_node, run_backward
 from safestep.capture.autograd_graph import VIEWS, Node, kind_of, loss_side, signed
-from safestep.capture.hidden import hidden_parts, mixes_rows
+from safestep.capture.hidden import hidden_parts, may_hide, mixes_rows
 
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "Logsumexp", "Logcumsumexp"})
 _SIGMOIDS = frozenset(
@@ -133,7 +133,7 @@ def _use_of_output(place: int) -> Use | None:
     side = loss_side(roots, {output}, at_most=_MOST_NODES) if output is not None else set()
     if output not in side:
         return None
-    readers: dict[Node, list[Node]] = defaultdict(list)
+    readers: dict[Node, list[Node]] = defaultdict(list, {root: [] for root in roots})
     for node in side - {output}:
         for following, index in node.next_functions:
             if following is not None and (following is not output or index == place):
@@ -169,9 +169,12 @@ def _use(output: Node, readers: Mapping[Node, list[Node]], roots: Collection[Nod
         else:
             softmaxes |= set(_softmaxes_of(way))
     is_split = is_cut and (is_used_otherwise or (has_sigmoid and bool(softmaxes)))
+    hidden, is_mixed = (), False
+    if may_hide(readers):
+        hidden, is_mixed = tuple(hidden_parts(roots, ends)), mixes_rows(roots, {*ends, output})
     return Use(
         frozenset(softmaxes), has_sigmoid, frozenset(changes), is_split, frozenset(combined),
-        tuple(hidden_parts(roots, ends)), mixes_rows(roots, {*ends, output}),
+        hidden, is_mixed,
     )  # fmt: skip
 
 
