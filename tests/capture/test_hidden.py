@@ -143,15 +143,31 @@ class Reversed(torch.autograd.Function):
         return -gradient
 
 
+class Brier(torch.autograd.Function):
+    """Squares of probabilities, whose gradient is not that of one label in each row."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        share = logits.softmax(1)
+        ctx.save_for_backward(share)
+        return (share - functional.one_hot(LABELS, 3)).square().sum(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (share,) = ctx.saved_tensors
+        slope = 2 * (share - functional.one_hot(LABELS, 3))
+        return gradient[:, None] * share * (slope - (share * slope).sum(1, keepdim=True))
+
+
 def test_an_own_function_is_named_as_the_obstacle_and_as_a_doubt():
     model = network()
-    with pytest.warns(UserWarning, match="not seen, LogProbability, a torch.autograd.Function"):
-        last = step(model, lambda: -LogProbability.apply(model(INPUTS)).mean())
+    with pytest.warns(UserWarning, match="not seen, Brier, a torch.autograd.Function"):
+        last = step(model, lambda: Brier.apply(model(INPUTS)).mean())
     assert last.status == "unmeasured"
 
     def both():
         logits = model(INPUTS)
-        return functional.cross_entropy(logits / 5, LABELS) - LogProbability.apply(logits).mean()
+        return functional.cross_entropy(logits / 5, LABELS) + Brier.apply(logits).mean()
 
     model = network()
     guard = SafeStep(torch.optim.SGD(model.parameters(), 0.1), model)
@@ -163,7 +179,7 @@ def test_an_own_function_is_named_as_the_obstacle_and_as_a_doubt():
             guard.optimizer.step()
     said = " ".join(str(warning.message) for warning in caught)
     assert guard.last.estimator == "difference"
-    assert "LogProbability in the model has no forward-mode derivative" in said
+    assert "Brier in the model has no forward-mode derivative" in said
     assert "r may be larger than measured: the loss holds a part" in said
 
 
