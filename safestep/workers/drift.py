@@ -143,7 +143,7 @@ class WorkerWatch:
                 f"WorkerWatch: expected `state` of {len(self._named)} workers, got "
                 f"{len(state['_named'])}. Start afresh when the number of workers changes."
             )
-        for name in self._state_names():
+        for name in state.keys() & set(self._state_names()):  # older states lack some
             setattr(self, name, np.array(state[name], dtype=getattr(self, name).dtype))
 
     def _state_names(self) -> list[str]:
