@@ -83,11 +83,11 @@ def tell_healthy(evidence: Evidence, first: int, last: int, *, is_told: bool = F
     if is_told or not len(over):
         return sentence(inside)
     begin = first + over[0] + 1  # the first of the values that followed which is itself so high
-    is_high = evidence.loss[begin:][:AFTERMATH] > evidence.edges[begin:][:AFTERMATH]
-    from_step = evidence.series.step[begin + int(is_high.argmax())]
+    is_high = evidence.loss[begin : last + 1] > evidence.edges[begin : last + 1]
+    from_step = evidence.series.step[begin + int(is_high[:AFTERMATH].argmax())]
+    high = count(max(1, int(is_high.sum())), "step")
     return sentence(
-        f"{inside}, but the loss was above its usual range from step {from_step} on, at "
-        f"{count(len(over), 'step')}"
+        f"{inside}, but the loss was above its usual range from step {from_step} on, at {high}"
     )
 
 
@@ -189,6 +189,8 @@ def loss_effect(evidence: Evidence, episode: Episode) -> str:
         and not np.isfinite(evidence.loss[episode.first : episode.last + 1]).any()
     ):
         return f"loss unaffected from then on ({before} before, {after} after)"
+    if effect.kind == "held" and effect.before - effect.after > 0.2 * abs(effect.before):
+        return f"loss went on falling ({before} before, {after} after)"
     if effect.kind == "held":
         return f"loss unaffected ({before} before, {after} after)"
     if effect.kind == "unclear":

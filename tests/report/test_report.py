@@ -190,18 +190,21 @@ def test_runs_of_one_folder_are_listed_and_never_added_up(tmp_path):
     assert all(f"{name}, begun " in page for name in names)
 
 
-def test_csv_is_enough_for_a_report(tmp_path):
+@pytest.mark.parametrize(
+    ("later", "effect"),
+    [("1.0", "loss unaffected (1 before, 1 after)"),
+     ("0.5", "loss went on falling (1 before, 0.5 after)")],
+    ids=["level", "falling"],
+)  # fmt: skip
+def test_csv_is_enough_for_a_report(tmp_path, later, effect):
     rows = ["step,safestep/normalized_step,safestep/scale,train_loss"]
-    rows += [f"{step},{9.0 if step == 30 else 0.5},{0.11 if step == 30 else 1.0},1.0"
-             for step in range(60)]  # fmt: skip
+    rows += [f"{step},{9.0 if step == 30 else 0.5},{0.11 if step == 30 else 1.0},"
+             f"{later if step > 30 else 1.0}" for step in range(60)]  # fmt: skip
     (tmp_path / "metrics.csv").write_text("\n".join(rows))
 
     page = page_of(tmp_path)
 
-    assert (
-        "1 intervention at step 30: r = 9, scaled by 0.11; loss unaffected (1 before, 1 after)."
-        in page.words
-    )
+    assert f"1 intervention at step 30: r = 9, scaled by 0.11; {effect}." in page.words
 
 
 def test_report_command_prints_where_the_page_is(tmp_path, capsys):
