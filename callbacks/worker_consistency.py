@@ -112,7 +112,7 @@ class WorkerConsistency(Callback):
         if self.metrics is None or self._loss is None:
             return
         accumulates = trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization
-        # DDP's last batch is the one that it reduces; fully_shard reduces each in Lightning.
+        # DDP reduces only a step's last batch, which shows; fully_shard reduces each in Lightning.
         tells_itself = isinstance(trainer.strategy.model, DistributedDataParallel)
         if accumulates and not tells_itself:
             self.metrics.record(self._loss, is_last=self._is_last_of_step(trainer))

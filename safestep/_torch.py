@@ -68,7 +68,7 @@ unflatten_dense_tensors = _find(
 current_graph_task = _find("_C._current_graph_task_id", "to know that a backward pass is under way")
 current_node = _find("_C._current_autograd_node", "to walk the graph from a hook on a gradient")
 run_backward = _find(
-    "autograd.graph._engine_run_backward", "to see from a hook what a backward pass began at"
+    "autograd.graph._engine_run_backward", "to find from a hook the losses of a backward pass"
 )
 is_executed = _find("_C._will_engine_execute_node", "to know whom a backward pass trains")
 is_any_autocast_enabled = _find("_C._is_any_autocast_enabled", "to ask once, not for each device")
@@ -97,7 +97,7 @@ ATTRIBUTES = {
     "_values": "sparse Tensor: values as they are, coalesced or not",
     "_is_zerotensor": "Tensor: torch's mark of a tangent that is zero",
     "_input_metadata": "autograd node: shape of a result that nobody holds",
-    "_forward_cls": "node of an own Function: the class that the user wrote",
+    "_forward_cls": "node of a custom Function: the class that the user wrote",
     "_saved_dim": "autograd node: the axis of a softmax",
     "_saved_beta": "autograd node: the factor inside a softplus",
     "_buffers": "Module: to put copies of buffers in their place, and the originals back",
@@ -113,10 +113,10 @@ ATTRIBUTES = {
     "_get_fsdp_state": "module of fully_shard: the way to its reduce-scatter",
     "_fsdp_param_group": "state of fully_shard: the way to its reduce-scatter",
     "_reduce_scatter_comm": "group of fully_shard: its reduce-scatter, to listen to",
-    "_FromTorchTensor": "torch.distributed.tensor: the way into a DTensor, to carry a tangent",
-    "_ToTorchTensor": "torch.distributed.tensor: the way out of a DTensor, to carry a tangent",
-    "_op_dispatcher": "DTensor: to answer what torch asks when one gets a tangent",
-    "_custom_op_handlers": "dispatcher of DTensor: the answers",
+    "_FromTorchTensor": "torch.distributed.tensor: DTensor.from_local, to carry a tangent",
+    "_ToTorchTensor": "torch.distributed.tensor: DTensor.to_local, to carry a tangent",
+    "_op_dispatcher": "DTensor: to answer the size check of a tensor that gets a tangent",
+    "_custom_op_handlers": "dispatcher of DTensor: the table that holds this answer",
     "_PipelineStageBase": "torch.distributed.pipelining.stage: to find the stages of a pipeline",
     "_get_ddp_logging_data": "DistributedDataParallel: to see another communication hook",
 }

@@ -22,7 +22,7 @@ VIEWS = frozenset(
     )
 )  # fmt: skip
 
-# A parameter that is added to logits may be a prior, or the transitions of a random field.
+# A parameter that is only added may belong to the loss: a class prior, the transitions of a CRF.
 _SHIFTS = frozenset({"Add", "Sub", "Rsub"})
 
 # Operations that keep probabilities away from 0 and 1.
@@ -37,7 +37,7 @@ def kind_of(node: Node) -> str:
 
 
 def signed(axis: int) -> int:
-    """Return an axis that a node has saved, and shows without its sign, as it was given."""
+    """Return a saved axis with its sign: nodes show a negative one as an unsigned integer."""
     return axis - 2**64 if axis >= 2**63 else axis
 
 
@@ -53,10 +53,10 @@ def loss_side(
     Args:
         roots: ``grad_fn`` of the losses.
         stops: Further nodes at which the search ends.
-        at_most: How many nodes.
+        at_most: Largest number of nodes.
 
     Returns:
-        The nodes, including those at which the search ended; none where there are more.
+        The nodes, including those at which the search ended; empty if there are more.
     """
     found: set[Node] = set()
     queue = list(roots)

@@ -45,7 +45,7 @@ class Call:
         samples: By output name, the latest gradient that is not read yet.
         kept: The gradients at the outputs, to audit that of the parameters.
         results: What is kept of its outputs, by name; None of a call passed to `Recorder.record`.
-        keeper: Kept what its gradients show; None of a call passed to `Recorder.record`.
+        keeper: Keeps what its gradients show; None for a call passed to `Recorder.record`.
         empty: Names of outputs that have a gradient and no element.
         obstacle: Why the call cannot run again, None if it can.
         opened: Number of the call, in the order in which calls began.

@@ -54,10 +54,10 @@ class EvidenceKeeper:
         self._settled: set[str] = set()
         self._masked: set[str] = set()  # names of outputs of which single classes have no gradient
         self._changed: set[str] = set()  # names of outputs that were seen to change in place
-        self._volatile: set[str] = set()  # those of which the gradient was
+        self._volatile: set[str] = set()  # those whose gradient changed in place
 
     def settle(self, names: Iterable[str]) -> None:
-        """Look no longer at the graph of the loss for outputs whose gradient shows their form.
+        """Stop reading the graph of the loss for outputs whose gradient shows their form.
 
         Args:
             names: Names of these outputs.
@@ -65,7 +65,7 @@ class EvidenceKeeper:
         self._settled = set(names)
 
     def forget(self) -> None:
-        """Look anew at what the outputs are: the loss is another one."""
+        """Forget class axes and settled outputs, because the loss has changed."""
         self._settled.clear()
         self._class_axes.clear()
 
@@ -83,11 +83,11 @@ class EvidenceKeeper:
             name: Name of the output.
             gradient: Gradient of the loss with respect to it, detached.
             values: The output, if it is needed.
-            place: Its ``output_nr``.
+            place: ``output_nr`` of the output.
 
         Returns:
-            A copy of a small gradient, which is read when the call runs again; a large one itself,
-            which is read at once unless there is room to keep it.
+            A copy of a small gradient, which is read when the call runs again. A large gradient is
+            not copied. It is read at once, or later if it is kept and its class axis is known.
         """
         if not gradient.numel():
             call.empty.append(name)
@@ -139,13 +139,13 @@ class EvidenceKeeper:
         has_zeros: bool | None,
         use: Use | None,
     ) -> GradientEvidence:
-        # Most steps are predicted, and never need it.
+        # Most steps are predicted and never need the evidence.
         if gradient._version == version:
             return self._read(name, gradient, None, has_zeros, use)
         self._volatile.add(name)
         raise RuntimeError(
             f"the loss's gradient at {name} was changed in place; from the next step on it is read "
-            "before that"
+            "before it can change"
         )
 
     def _read(

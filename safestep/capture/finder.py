@@ -104,7 +104,7 @@ class LogitFinder:
         else:
             known_functions = len(LOSS_FUNCTIONS)
             plan = self._weighed(_plan(call, around, output, watch), call)
-            if len(LOSS_FUNCTIONS) > known_functions:  # this run has not seen those learned since
+            if len(LOSS_FUNCTIONS) > known_functions:  # learned after this run, which lacks them
                 output, watch = _watched(call, around, None)
                 key = _key(call, watch)
             self._plans[key] = plan

@@ -79,13 +79,13 @@ def _tiles(
 def tiled_logits(
     rows: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> Iterator[Part]:
-    """Return tiles of the logits of a last layer.
+    """Return the logits of a last linear layer, in tiles.
 
     Args:
-        rows: What enters it. Shape ``[B, F]``.
+        rows: Inputs of the layer. Shape ``[B, F]``.
         weight: Its weight. Shape ``[C, F]``.
         bias: Its bias, ``[C]``, if it has one.
-        mask: True for rows that count, ``[B]``; None: all.
+        mask: True for rows that count, ``[B]``; None if all do.
 
     Returns:
         Tiles, each with the mask of its rows.

@@ -1,4 +1,4 @@
-"""See whether the loss is still the same, without recording the calls that it comes from."""
+"""Tell whether the loss is still the same, without recording calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from safestep.capture.gradient import zero_sum_axis
 from safestep.capture.hooks import kept_out
 
-_ROWS = 4  # of a gradient that show whether it sums to zero over classes
+_ROWS = 4  # enough of a gradient to show whether it sums to zero over classes
 
 
 class Glance:
@@ -25,13 +25,13 @@ class Glance:
         self._calls: list[dict[str, Tensor]] = []  # rows by name of the output, for each call
 
     def at(self, outputs: Iterable[tuple[str, Tensor]]) -> None:
-        """Wait for the gradients at the outputs of one call, each with its name."""
+        """Hook the named outputs of one call, to keep a few rows of their gradients."""
         rows: dict[str, Tensor] = {}
         for name, output in outputs:
             output.register_hook(kept_out(partial(self._keep, rows, name), self._failed))
 
     def looks(self) -> set[Hashable]:
-        """Return for each call whose outputs have gradients what `Call.look` would."""
+        """Return what `Call.look` would, for each call whose outputs got gradients."""
         return {look("", rows) for rows in self._calls}
 
     def clear(self) -> None:
@@ -52,12 +52,12 @@ def few(gradient: Tensor) -> Tensor:
 def look(
     function: str, rows: Mapping[str, Tensor], known: Mapping[str, int | None] | None = None
 ) -> Hashable:
-    """Return what can be told of the loss of a call without running it again.
+    """Return what identifies the loss of a call without running the call again.
 
     Args:
-        function: Name of a function that was told to `record`.
+        function: Name of a function that was passed to `record`, else empty.
         rows: The first rows of the gradients at its outputs, by their names.
-        known: The class axes of outputs of which that is known.
+        known: Class axes that are known already, by output name.
 
     Returns:
         The name, and the class axis of each output. It does not depend on the size of a batch.

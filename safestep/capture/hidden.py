@@ -65,8 +65,8 @@ def mixes_rows(roots: Collection[Node], stops: Collection[Node]) -> bool:
 
     Dice divides by such a sum, the entropy of mean predictions takes its logarithm. A probability
     is 1 / sum_j exp(z_j - z_k + (a_j - a_k) t). Up to |t| = pi / (2 D), half the radius pi / D,
-    every term has a positive real part, hence the probability, and a sum of them with positive
-    weights: there the loss is analytic. Nearer the radius of one row, the sum over rows may vanish.
+    every term has a positive real part. So have each probability and every sum of probabilities
+    with positive weights, and the loss is analytic there. Beyond it, a sum over rows may vanish.
 
     Args:
         roots: ``grad_fn`` of the losses.

@@ -1,4 +1,4 @@
-"""Logits that were found, and how to tell a user which."""
+"""Logits that were found, and their description for the user."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def describe(found: Sequence[Logits]) -> str:
         For instance ``"logits: input of cross_entropy, [512, 5000], 3 % of rows ignored"``.
 
     Example:
+        >>> import torch
         >>> describe([Logits("output", torch.zeros(4, 3), torch.tensor([1, 1, 1, 0]).bool())])
         'logits: output, [4, 3], 25 % of rows ignored'
     """

@@ -19,20 +19,20 @@ _SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "Logsumexp", "Logcumsumexp"})
 _SIGMOIDS = frozenset(
     {"Sigmoid", "LogSigmoid", "Softplus", "BinaryCrossEntropyWithLogits", "SoftMarginLoss"}
 )
-# They keep some rows, or elements, and change none.
+# Operations that select rows or elements and change no value.
 _CUTS = frozenset({"Gather", "Index", "IndexSelect", "MaskedSelect", "Split", "Take", "Unbind"})
 _TURNS = frozenset({"Permute", "Transpose", "T"})
-# They add a constant to logits, or leave some out: the radius may well be the same.
+# Operations that may add constants to logits or mask some: the radius may stay the same.
 _SHIFTS = frozenset(
     {"Add", "Cat", "ConstantPadNd", "CopySlices", "IndexPut", "MaskedFill", "Stack", "Sub", "Where"}
 )  # fmt: skip
 _COMBINING = {"CtcLoss": "ctc_loss"}
 _SHIFT, _NESTED = "an addition", "another softmax or sigmoid"
-_MOST_NODES = 4096  # of a loss that is walked through
+_MOST_NODES = 4096  # a loss with more is not read: it would take too long
 
 
 class SoftmaxOf(NamedTuple):
-    """A softmax of an output: its axis, counted from the first and the last one, and its length."""
+    """A softmax of an output: its axis, counted from both ends, and its length."""
 
     axis: int
     from_end: int
@@ -47,7 +47,7 @@ class Use:
     Attributes:
         softmaxes: Softmaxes of the output itself.
         has_sigmoid: Whether there is a sigmoid of the output itself.
-        changes: What stands between the output and further softmaxes or sigmoids.
+        changes: Operations that change the output before further softmaxes or sigmoids.
         is_split: Whether parts of the output are used in different ways.
         combined: Functions behind the output that sum over combinations of classes.
         hidden: Parts of the loss whose logits are not seen; see ``hidden_parts``.
@@ -64,22 +64,22 @@ class Use:
 
     @property
     def ways(self) -> tuple[object, ...]:
-        """What would be another loss if it were different; numbers of classes may change."""
+        """What stays the same as long as the loss does, whatever the number of classes."""
         axes = frozenset((each.axis, each.from_end) for each in self.softmaxes)
         return axes, self.has_sigmoid, self.changes, self.is_split
 
     @property
     def is_harmless(self) -> bool:
-        """Whether the output enters no softmax, so that a radius need not know of it."""
+        """Whether the output enters no softmax or sigmoid, so that no radius depends on it."""
         return not (self.softmaxes or self.has_sigmoid or self.changes or self.hidden)
 
     @property
     def is_shifted(self) -> bool:
-        """Whether constants may have been added before a softmax, and no more."""
+        """Whether additions or masks are all that changes the output before a softmax."""
         return self.changes == {_SHIFT}
 
     def joined(self, other: Use) -> Use:
-        """Return how two losses, of two backward passes, use the output together."""
+        """Return the use by the losses of two backward passes together."""
         return Use(
             self.softmaxes | other.softmaxes,
             self.has_sigmoid or other.has_sigmoid,
@@ -94,7 +94,7 @@ class Use:
         """Return the axis of the output that all softmaxes run over.
 
         Args:
-            shape: Of the output.
+            shape: Shape of the output.
             zero_sum_axis: The axis over which the gradient sums to zero, None if there is none.
 
         Returns:
@@ -119,12 +119,12 @@ def use_of_output(place: int) -> Use | None:
         place: ``output_nr`` of the output.
 
     Returns:
-        None where the graph does not tell: the backward pass was not begun from Python, say.
+        The use; None if the graph does not show it, as when C++ began the backward pass.
     """
     try:
         return _use_of_output(place)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
-        return None  # a node that this torch builds in another way
+        return None  # this version of torch builds a node in another way
 
 
 def _use_of_output(place: int) -> Use | None:
@@ -179,7 +179,7 @@ def _use(output: Node, readers: Mapping[Node, list[Node]], roots: Collection[Nod
 
 
 def _ways(output: Node, readers: Mapping[Node, list[Node]]) -> Iterator[_Way]:
-    """Walk from an output towards the loss, all ways."""
+    """Walk every path from an output towards the loss."""
     queue, seen = [_Way(node) for node in readers[output]], set()
     while queue:
         way = queue.pop()
@@ -219,7 +219,7 @@ def _softmaxes_of(way: _Way) -> Iterator[SoftmaxOf]:
 
 
 def _roots() -> list[Node]:
-    """Return where the backward pass under way began, without what it began at."""
+    """Return the nodes at which the backward pass under way began."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not run_backward.__code__:
         frame = frame.f_back

@@ -48,7 +48,7 @@ class OutputForm:
         temperature: Divisor of the values before they enter the softmax.
         is_checked: Whether the gradient confirms the temperature.
         lowers_labels: Whether some rows are pushed away from their label, as by a negative weight.
-        use: How the loss uses the output, where its gradient alone leaves the form open.
+        use: How the loss uses the output; None if the gradient alone shows the form.
     """
 
     kind: Kind
@@ -91,7 +91,7 @@ class OutputForm:
         return replace(self, temperature=temperature)
 
     def is_stale(self, evidence: GradientEvidence) -> bool:
-        """Return whether the loss is seen to be another one now."""
+        """Return whether the evidence shows that the loss has changed."""
         if self.is_settled:
             return self.kind == "logits" and evidence.class_axis is None
         ways = [None if use is None else use.ways for use in (self.use, evidence.use)]
@@ -213,7 +213,7 @@ def _by_graph(
         return form
     if use.softmaxes and not use.has_sigmoid:
         axis = use.class_axis(shape, zero_sum_axis)
-        if axis is None or use.changes:  # further softmaxes, of something that is not known
+        if axis is None or use.changes:  # further softmaxes, of unknown logits
             return form
         return OutputForm("logits", axis, use=use)
     if use.changes:

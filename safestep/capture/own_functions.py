@@ -1,4 +1,4 @@
-"""Learn where a user's own ``torch.autograd.Function`` holds the logits of the loss it computes."""
+"""Find the logits in the arguments of a user's own ``torch.autograd.Function``."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from safestep.capture.output_form import OutputForm, examine
 from safestep.capture.outputs import traced_loss
 
 _SAME_WAY = 1 - 1e-3  # cosine of two gradients of a row that are the same up to rounding
-_unclear: set[str] = set()  # functions that were looked at in vain
+_unclear: set[str] = set()  # functions whose gradient did not show their logits
 
 
 def learn(output: Any, run: Callable[[], Any]) -> bool:
-    """Enter into LOSS_FUNCTIONS the own functions of a loss whose gradient shows their logits.
+    """Add to LOSS_FUNCTIONS the user's Functions whose gradient shows where their logits are.
 
-    An argument is what enters a softmax if the gradient there is that of one label in each row; or
-    the rows, weights and labels of a last layer are arguments, and the gradient at the rows is that
-    of the cross-entropy of their product.
+    An argument holds the logits if the gradient there is that of a softmax with one label in each
+    row. Else the arguments may hold the inputs, weight and labels of a last layer: they do if the
+    gradient at the inputs is that of the cross-entropy of their product.
 
     Args:
         output: What a recorded function returned, with its graph.
-        run: Runs the function again, and returns the same.
+        run: Runs the function again and returns its output.
 
     Returns:
-        Whether there are new ones.
+        Whether any was added.
     """
     side = loss_side([tensor.grad_fn for _, tensor in traced_loss(output)])
     own = [type(node) for node in side if isinstance(node, BackwardCFunction)]
@@ -92,7 +92,7 @@ def _is_computed(arg: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Direct:
-    """An argument holds the logits; negative labels, where there are some, do not count."""
+    """An argument holds the logits; rows with a negative label do not count."""
 
     at: int
     form: OutputForm

@@ -111,7 +111,7 @@ class Plan:
         if self.mixed:
             doubts.append(
                 "the loss holds a quotient or logarithm of a sum of probabilities over rows, as "
-                "Dice does. It is analytic up to half the radius of one row at least, so r may be "
+                "Dice does. It is analytic at least up to half the radius of one row, so r may be "
                 "up to twice as large as measured"
             )
         doubts += [f"r may be larger than measured: {_not_seen(part)}" for part in self.hidden]

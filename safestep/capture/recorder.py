@@ -149,12 +149,12 @@ class Recorder:
         return self._glance is not None
 
     def rest(self, *, is_on: bool) -> None:
-        """Record no forward calls for now, only see of what kind the loss is; or record again."""
+        """Keep a few rows of gradients in place of recording forward calls; or record again."""
         if is_on != (self._glance is not None):
             self._glance = Glance(self._not_recorded) if is_on else None
 
     def looks(self) -> frozenset[Hashable]:
-        """Return what is seen of the loss of the step under way."""
+        """Return what identifies the loss of the step under way."""
         seen = set() if self._glance is None else self._glance.looks()
         return frozenset(seen.union(call.look() for call in self._calls))
 

@@ -30,13 +30,13 @@ from safestep.workers.replicas import ReplicaWatch
 
 @dataclass(frozen=True, slots=True)
 class Doubts:
-    """What will not do to find the r of an update.
+    """Which cheaper ways to find r are ruled out for an update.
 
     Attributes:
         prediction: Whether only an exact measurement will do.
-        secant: Whether a secant will not do.
-        part: Whether a part of the batch will not do.
-        trail: A number that ranks have in common if they predict the same.
+        secant: Whether a secant is ruled out.
+        part: Whether measuring a part of the batch is ruled out.
+        trail: A number that is equal on ranks that predict the same.
     """
 
     prediction: bool
@@ -74,7 +74,7 @@ class Agreement:
         self.own_gradients = None if self.is_alone else several
         check_replica_interval(interval, is_whole)
         self._reasons: tuple[int, list[str | None]] = -2, []  # step and texts of all ranks' reasons
-        self._idle_at = -2  # step at which no rank could measure, for the reasons of the one before
+        self._idle_at = -2  # latest step that no rank could measure, with no new reason
         # Ranks that train models of their own are never equal, and then no replicas of each other.
         self._updates = ReplicaWatch("update", is_trusted=False, has_size=True)
         self._params = ReplicaWatch("checksum of the parameters", is_trusted=False)
@@ -82,7 +82,7 @@ class Agreement:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing could be measured at the last step, on any rank and as before."""
+        """Whether no rank could measure the last step, for the same reasons as the one before."""
         return self._idle_at == self.ranks.step - 1
 
     def begin_step(self, step: int, setup: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
@@ -109,15 +109,15 @@ class Agreement:
         self.ranks.are_compared = True
 
     def health(self, health: Health, doubts: Doubts, *, are_parts: bool) -> tuple[Health, Doubts]:
-        """Return the sizes that the batch of all ranks has, and what any rank doubts.
+        """Return the sizes of the batch of all ranks, and what any rank doubts.
 
-        With them all ranks predict the same, or measure in the same way, and need not ask each
-        other again: one that measured alone would wait for the others. Each one's own data would
-        look unusual now and then, and with enough ranks there would be such a one in every step.
+        With these, all ranks predict the same or measure in the same way, and need not ask again:
+        a rank that measured alone would wait for the others. They judge one batch, as the data of a
+        single rank look unusual now and then: among many ranks, one would at every step.
 
         Args:
             health: The sizes of this rank.
-            doubts: What this rank cannot do with.
+            doubts: What this rank doubts.
             are_parts: Whether the norms are those of this rank's shard.
 
         Returns:
@@ -147,13 +147,13 @@ class Agreement:
     ) -> Measurement:
         """Return the measurement that all ranks act on.
 
-        Takes one small all-gather. Two more, of the reasons, follow only where a rank found an
-        obstacle that is new, which all know after the first.
+        Takes one small all-gather. Two more follow, with the reasons, if a rank met a new obstacle;
+        the first tells all ranks whether one did.
 
         Args:
             mine: This rank's.
             fingerprint: That of its update.
-            state: A number that ranks have in common whose audits of the gradient know the same.
+            state: A number that is equal on ranks whose gradient audits know the same.
 
         Returns:
             The smallest radius and the gravest finding over the ranks.
@@ -205,10 +205,10 @@ class Agreement:
     def averaged(
         self, second: Callable[[Update, Mean | None], SecondGradient]
     ) -> Callable[[Update], SecondGradient] | None:
-        """Return what computes the mean gradient of all ranks once more, None for ranks of shards.
+        """Return what computes the mean gradient of all ranks again; None if they hold shards.
 
         Args:
-            second: Computes it; the second argument averages over the ranks.
+            second: Computes it; its second argument averages over the ranks.
         """
         if self.has_replicas or self.is_alone:
             mean = None if self.is_alone else self.ranks.mean
@@ -272,7 +272,7 @@ def _of_row(mine: Measurement, row: Sequence[float]) -> Measurement:
 
 
 def _own_of_shards(_: Sequence[Tensor]) -> NoReturn:
-    raise LookupError("no rank of shards holds its own gradient and the whole update")
+    raise LookupError("no rank that holds shards has both its own gradient and the whole update")
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

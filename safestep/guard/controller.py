@@ -169,13 +169,13 @@ class StepController:
         return report
 
     def severity(self, measurement: Measurement) -> float:
-        """Return how near a step comes to being shortened: only if this is over the limit.
+        """Return the number that decides about a step: over the limit, it is shortened.
 
         Args:
             measurement: What was measured of it, agreed over the workers.
 
         Returns:
-            Its r; with `sufficient_decrease`, less where its loss falls enough.
+            r; with `sufficient_decrease`, at most the limit if the loss falls enough.
         """
         excess = self._decrease.excess(measurement.loss)
         return min(measurement.normalized_step, self.max_normalized_step * excess)
@@ -224,7 +224,7 @@ class StepController:
             return 0.0, "skipped", reason
         is_whole = measurement.finding is Finding.MEASURED
         left_alone: Status = "ok" if is_whole else "unmeasured"
-        is_sure = measurement.estimator is Estimator.PREDICTED  # to pass, also over the limit
+        is_sure = measurement.estimator is Estimator.PREDICTED  # to pass, even over the limit
         if self.action == "monitor" or is_sure or not math.isfinite(measurement.radius):
             return 1.0, left_alone, reason
         scale = self.max_normalized_step * measurement.radius

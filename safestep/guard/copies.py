@@ -19,7 +19,7 @@ from safestep.parallel.shards import are_sharded, counted_here, local
 # Tensors up to this size are copied together: alone, allocation would take longer than the copy.
 _SMALL = 2**16
 # The memory of the copies is kept between steps up to this number of elements (64 MiB in float32):
-# on a CPU, pages that are asked for anew take as long as the copy itself.
+# on a CPU, new pages take as long as the copy itself.
 _KEPT = 2**24
 
 

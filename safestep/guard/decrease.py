@@ -70,13 +70,13 @@ class SufficientDecrease:
         return False
 
     def excess(self, change: LossChange) -> float:
-        """Return how far a loss is from falling enough: 1 where it just does, infinite without c.
+        """Return the divergence over the largest one that the rule allows.
 
         Args:
             change: What is predicted of the loss, or what a secant found.
 
         Returns:
-            The divergence over the largest that the rule allows; infinite where it is not known.
+            At most 1 if the loss falls enough; infinite if that is not known, or without a rule.
         """
         return math.inf if self._share is None else change.excess(self._share, FLOOR)
 

@@ -7,16 +7,16 @@ from typing import Literal
 
 TO_REPAIR = (
     "Look for gradients that were not cleared before the backward pass, or changed after it (a "
-    "hook, clipping that is not meant, a missing mean over ranks or batches), for a loss that got "
-    "another term, and for a machine that computes wrong"
+    "hook, unintended clipping, a missing mean over ranks or batches), for a new term in the loss, "
+    "and for a machine that computes wrong numbers"
 )
 TO_REPAIR_RANK = (
     "Look on that rank for gradients that were not cleared before the backward pass or changed in "
-    "it (a hook), for a loss that got another term, and for a machine that computes wrong"
+    "it (a hook), for a new term in the loss, and for a machine that computes wrong numbers"
 )
 TO_AUDIT = (
-    "Tell the guard the whole training step, guard.record(step, *args), just before it runs, where "
-    "step returns the loss"
+    "Pass the whole training step to guard.record(step, *args) just before it runs, where step "
+    "returns the loss"
 )
 
 

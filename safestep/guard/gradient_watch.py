@@ -47,9 +47,9 @@ class GradientWatch:
     Several ranks average their second gradients. Ranks of shards make none: ``fully_shard`` reduces
     gradients into ``.grad`` within the backward pass, where a second one would be added. There, an
     alarm takes two audited steps in a row whose ratio is off by more than 2 % (10 % in half
-    precision); two equal ones if the ratio is below 1. Where WorkerMetrics keeps what the gradients
-    of DDP were before the all-reduce, `RankGradients` names the ranks whose own one is off; a rank
-    of ``fully_shard`` has the whole update nowhere, so that none is named.
+    precision); two equal ones if the ratio is below 1. Where WorkerMetrics keeps the gradients of
+    DDP from before the all-reduce, `RankGradients` names the ranks whose own gradient is wrong.
+    Under ``fully_shard`` no rank holds the whole update, so none is named.
 
     Args:
         interval: Audit at least one in so many steps; None adds none.
@@ -121,7 +121,7 @@ class GradientWatch:
         return measurement
 
     def fingerprint(self, health: Health, mine: Measurement) -> float:
-        """Return a number that ranks have in common if they will decide alike on the next slopes.
+        """Return a number that is equal on ranks that will judge the next slopes alike.
 
         Args:
             health: Sizes of the update under way.

@@ -125,7 +125,7 @@ class GuardedStep:
         raise NotImplementedError
 
     def _spared_step(self) -> tuple[StepReport, Measurement] | None:
-        """Return the verdict on a step that is known to be neither measured nor undone."""
+        """Return the verdict on a step that will be neither measured nor undone, else None."""
         raise NotImplementedError
 
     def _begin(self) -> None:

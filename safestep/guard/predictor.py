@@ -67,9 +67,9 @@ class Predictor:
     Where a part of the batch is known to tell about all of it, and r is expected below 0.5 of the
     limit, that is measured instead, for all but the first 4 steps and one in 16.
 
-    Where a step over the limit passes if its loss falls, all this is about a step's severity, which
-    is over the limit only if the step is about to be shortened: see ``StepController.severity``.
-    A secant may then tell beyond 0.8 of the limit too: of r it says little there, but it holds the
+    Where a step over the limit passes if its loss falls, severity takes the place of r in all this:
+    it is over the limit only if the step is to be shortened, see ``StepController.severity``. Then
+    a secant is taken beyond 0.8 of the limit too: it says little about r there, but it measures the
     change of the loss itself.
 
     Args:
@@ -90,7 +90,7 @@ class Predictor:
         self._usual = _Window(WINDOW)
         self._measured = _Window(_RECENT)
         self._options: tuple[Any, ...] = ()
-        self._trail = 0  # checksum of all that was ever seen
+        self._trail = 0  # checksum of all inputs so far
 
     def predict(
         self,
@@ -139,7 +139,7 @@ class Predictor:
         return Measure.QUICKLY if is_between and self._spared < SECANTS else Measure.EXACTLY
 
     def trail(self, options: tuple[Any, ...]) -> float:
-        """Return a number that ranks have in common if they will answer alike to the same signals.
+        """Return a number that is equal on ranks that give one answer to the same signals.
 
         Args:
             options: What turns the direction of the next update when it changes.
@@ -150,11 +150,11 @@ class Predictor:
         """Return whether a measurement that is not exact is enough to let the step through.
 
         Args:
-            severity: What was measured.
-            how: How.
+            severity: Severity of the step by that measurement.
+            how: How it was measured.
 
         Returns:
-            Whether it is far from the limit.
+            Whether the severity is far enough below the limit.
         """
         return severity <= (ROUGH if how is Measure.ROUGHLY else NEAR) * self.limit
 
@@ -171,7 +171,7 @@ class Predictor:
         Args:
             step_norm: Distance of the update that was measured.
             normalized_step: Its r.
-            severity: How near it came to being shortened, unless that is its r.
+            severity: Its severity, see ``StepController.severity``; None if that is r.
             is_exact: Whether it is neither a secant's nor of a part of the batch.
         """
         if not (step_norm > 0 and math.isfinite(normalized_step)):
@@ -214,7 +214,7 @@ class Predictor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` returned; other options make the first step after it unusual.
+        """Take what `state_dict` returned; if options differ, the next step is measured.
 
         Args:
             state: The state; it is not changed.
@@ -236,7 +236,7 @@ class Predictor:
 
     @property
     def _deciding(self) -> _Factors:
-        """What says whether the next step passes."""
+        """Factors of the quantity that decides whether the next step passes."""
         return self._severities if self._passes_long_steps and not self._is_held else self._radii
 
     def _is_due(self, bound: float) -> bool:
@@ -274,14 +274,14 @@ def direction_options(groups: Sequence[dict[str, Any]], count: int) -> tuple[flo
 
 
 class _Factors:
-    """What the last measurements found per unit of distance.
+    """r or severity per unit of distance, from the last measurements.
 
     Args:
         values: From the oldest to the latest; only the last 32 are kept.
 
     Attributes:
         latest: The largest of the latest few.
-        largest: The largest of all that count: not of a bad batch.
+        largest: The largest of all without outliers, as a bad batch makes them.
     """
 
     def __init__(self, values: Sequence[float] = ()) -> None:
@@ -290,7 +290,7 @@ class _Factors:
         self.largest = max((f for f in self.values if f <= OUTLIER * self.latest), default=0.0)
 
     def joined(self, value: float) -> _Factors:
-        """Return these and a new one, without the oldest where there are too many."""
+        """Return the factors and a new one, without the oldest if there are too many."""
         return _Factors((*self.values, value))
 
 

@@ -15,11 +15,11 @@ OUTSIDE = 3.0  # times the largest usual difference
 class RankGradients:
     """Judge the gradients that the ranks had before the all-reduce, each by its own loss.
 
-    Of every rank the slope of its own loss along the update is known from its outputs, and again
-    from the gradient that its backward pass left. A rank is named where the two differ by more than
-    three times what they did on any rank in the last 64 audits, and their ratio is off by more than
-    rounding (1e-4; 2 % in half precision), while those of half the ranks or more do not: at once if
-    the ratio is off by more than 2 % (10 %), else at the second audit in a row. Clipping, loss
+    The slope of a rank's loss along the update follows from its outputs, and again from the
+    gradient that its backward pass left. The rank is off if the two differ by more than three times
+    the largest usual difference of the last 64 audits, and their ratio is off by more than rounding
+    (1e-4; 2 % in half precision). It is named at once if the ratio is off by more than 2 % (10 %),
+    else at the second such audit in a row; none is named if most ranks are off. Clipping, loss
     scales and means over ranks come later and play no part.
 
     Attributes:
@@ -36,7 +36,7 @@ class RankGradients:
 
         Args:
             step: The step's number.
-            ranks: The slopes of each rank; none where they are not known.
+            ranks: The slopes of each rank; empty if they are not known.
         """
         known = {rank: slopes for rank, slopes in enumerate(ranks) if slopes.reason is None}
         if not known:
@@ -46,7 +46,7 @@ class RankGradients:
             return
         others = [abs(slopes.difference) for rank, slopes in known.items() if rank not in off]
         self._usual.append(max(others))
-        # A rank of which this audit tells nothing stays what it was.
+        # A rank that this audit does not show stays what it was.
         suspects = {rank: since for rank, since in self._suspects.items() if rank not in known}
         suspects |= {rank: self._suspects.get(rank, step) for rank in sorted(off)}
         gross = {rank for rank in off if known[rank].is_gross}

@@ -1,4 +1,4 @@
-"""Let a step pass whose radius is known not to be measured, without copies."""
+"""Save the copies of a step that is known to be neither measured nor undone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safestep.capture.recorder import Recorder
 from safestep.guard.retries import Retries
 from safestep.parallel.norms import joint_norm
 
-# Their steps work element by element: what is finite before the step is finite after it.
+# These work element by element: a gradient that is finite and not huge gives a finite step.
 _ELEMENTWISE = {
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
     torch.optim.Adamax, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta,
@@ -18,12 +18,12 @@ _SAFE = 1e4  # learning rate times gradient norm; half precision ends at 65504
 
 
 class Rest:
-    """Say of a step, before it is made, that it will be neither measured nor undone.
+    """Tell, before a step is made, whether it will be neither measured nor undone.
 
-    That is so while `Retries` pauses, the optimizer turns a finite gradient into a finite step, and
-    the gradient and the learning rates are finite. Then nothing is copied, and calls are not
-    recorded: a few rows of the gradients at the outputs show whether the loss is still the same.
-    If it is another one, the next step is measured.
+    It will be neither while `Retries` pauses, the optimizer works element by element, and gradient
+    norm times learning rate is below 1e4. Then nothing is copied, and calls are not recorded: a few
+    rows of the gradients at the outputs show whether the loss is still the same. If the loss has
+    changed, the next step is measured.
 
     Args:
         optimizer: The optimizer.
@@ -39,11 +39,11 @@ class Rest:
         self._is_possible = is_possible and type(optimizer) in _ELEMENTWISE
 
     def reasons(self) -> tuple[str | None, str | None]:
-        """Count the step under way.
+        """Count the step under way, and return why it will not be measured.
 
         Returns:
-            Why it is neither measured nor undone, None if it may be; and why it cannot be measured
-            even then, since its calls were not recorded.
+            Why it is neither measured nor undone, None if it may be undone. Then, why it cannot be
+            measured even so: its calls were not recorded. None if they were.
         """
         recorder, retries = self._recorder, self._retries
         was_resting = recorder.is_resting

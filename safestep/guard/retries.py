@@ -50,7 +50,7 @@ class Retries:
             seen: What is known of the loss without an attempt.
 
         Returns:
-            Whether it counts: not if the loss is another one.
+            Whether it counts: only if the loss is still the same.
         """
         is_same = seen == self._seen
         self._pause -= is_same
@@ -59,15 +59,15 @@ class Retries:
     def attempt(
         self, calls: Sequence[Call], measure: Callable[[], Measurement], *, counts: bool
     ) -> Measurement | None:
-        """Try to measure.
+        """Measure, unless it would only fail again.
 
         Args:
             calls: The calls that show the loss.
             measure: Raises an error if it fails.
-            counts: Whether a failure says that the next attempt would fail too.
+            counts: Whether a failure shows that the next attempt may fail too.
 
         Returns:
-            What `measure` returns; None while it would only fail again.
+            What `measure` returns; None if it was not called.
         """
         seen = None if self.reason is None else frozenset(call.look() for call in calls)
         if not self.is_due(seen):
@@ -84,13 +84,13 @@ class Retries:
         return found
 
     def is_due(self, seen: Hashable) -> bool:
-        """Count a step.
+        """Count a step, and return whether to try at it.
 
         Args:
             seen: What is known of the loss without an attempt.
 
         Returns:
-            Whether to try at it.
+            True if the pause is over or the loss has changed.
         """
         if self.reason is None or seen != self._seen:
             return True

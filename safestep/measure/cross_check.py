@@ -166,11 +166,11 @@ class CheckedEstimator:
         return self._check(found, update) if self._checks.is_due() else found
 
     def _of_shards(self, update: Update) -> Measurement:
-        # With passes that all ranks run alike: in each they wait for each other.
+        # All ranks must run the same passes: in each of them they wait for each other.
         refuse_hybrids(self._module)
         warning = None
         if any(map(is_flattened, update.params)) and self.estimator is Estimator.JVP:
-            self.estimator = Estimator.DIFFERENCE  # what is flattened leaves its tangent behind
+            self.estimator = Estimator.DIFFERENCE  # flattened parameters lose their tangents
         if self.estimator is Estimator.JVP and is_tensor_parallel(update.params, self._module):
             exact, warning = self._of_pieces(update)
             if exact is not None:
@@ -178,13 +178,13 @@ class CheckedEstimator:
             self.estimator = Estimator.DIFFERENCE
         if self.estimator is not Estimator.DIFFERENCE:
             return self._measured(update)
-        found = self._difference(update)  # once: a second one is each rank's own decision
+        found = self._difference(update)  # once: each rank would decide on a second alone
         is_usual = found.error <= self._usual_error(Estimator.DIFFERENCE, update) * found.r
         remarks = () if is_usual or not isfinite(found.r) else (str(found),)
         return _measurement(self.estimator, found.smallest, remarks=remarks, warning=warning)
 
     def _of_pieces(self, update: Update) -> tuple[Measurement | None, str | None]:
-        # What forward mode measures of tensor parallelism, or None and why it does not.
+        # What forward mode measures under tensor parallelism, or None and why it fails.
         try:
             found = self._measured(update)
         except (LogitsNotFoundError, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""Say what is doubtful about a measurement, or stood in its way."""
+"""Messages about measurements that are doubtful or failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INSTEAD = "; r is measured by finite difference instead"
 
 
 def of_another_draw() -> str:
-    """Return what to say where a call does not give the same logits again."""
+    """Return the warning of a call that gives other logits when it is repeated."""
     return (
         "a call that is repeated gives other logits: it draws from a random generator that is out "
         "of reach, and r is that of another draw"
@@ -22,12 +22,12 @@ def of_another_draw() -> str:
 
 
 def of_a_difference(estimator: Estimator, r: float, second: Difference) -> str:
-    """Return what to say where a difference shows another r.
+    """Return the warning of a finite difference that contradicts another estimator.
 
     Args:
-        estimator: The estimator that it contradicts.
+        estimator: The other estimator.
         r: What that one measured.
-        second: What the difference measured.
+        second: What the finite difference measured.
     """
     text = (
         f"two estimators of one step differ: {estimator.value} r {r:.3g}; difference {second}, "
@@ -75,7 +75,7 @@ def culprit(error: BaseException, module: nn.Module) -> str:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the first sentence of an error, or its type.
+    """Return the first sentence of an error's message, or its type if it has none.
 
     Args:
         error: The error.

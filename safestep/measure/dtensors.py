@@ -1,4 +1,4 @@
-"""Carry tangents through DTensors, as tensor parallelism computes with them."""
+"""Carry tangents through the DTensors of tensor parallelism."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from safestep.parallel.shards import is_sharded
 
 @contextmanager
 def tangents_of_dtensors() -> Iterator[None]:
-    """Give a forward-mode derivative to what torch has none for: the ways in and out of a DTensor.
+    """Give DTensor's from_local, redistribute and to_local the forward-mode derivatives they lack.
 
-    To make a DTensor of a tensor, to distribute it in another way, and to take this rank's piece
-    out are linear, so their tangent is what they make of the tangent. All other operators of a
-    DTensor have torch's own derivatives. Costs a second transfer, of the tangent, for each.
+    All three are linear: the tangent of the result is the result for the tangent. The other
+    operators of a DTensor have torch's own derivatives. Each transfer between ranks happens twice,
+    the second time for the tangent.
 
     Yields:
         Nothing.
 
     Raises:
-        NotImplementedError: If torch holds distributed tensors in another way than is known.
+        NotImplementedError: If this version of torch builds DTensors in an unknown way.
     """
     api = sys.modules.get("torch.distributed.tensor._api")
     if api is None:  # nothing made a DTensor
@@ -46,16 +46,16 @@ def tangents_of_dtensors() -> Iterator[None]:
             stack.enter_context(
                 _attribute(function, "apply", staticmethod(_linear(function.apply)))
             )
-        # Without gradients it takes the piece out and leaves the tangent.
+        # Where gradients are off, it returns the piece without its tangent.
         stack.enter_context(_attribute(kind, "to_local", _linear(kind.to_local)))
-        # torch asks it when a tensor gets a tangent, and DTensor has no answer.
+        # torch calls this when a tensor gets a tangent, and DTensor does not implement it.
         stack.enter_context(_item(handlers, have_same_size, lambda *_: True))
         stack.enter_context(_ZeroTangents())
         yield
 
 
 class _ZeroTangents(TorchFunctionMode):
-    """Give a DTensor beside one with a tangent a tangent of zeros: torch's own are no DTensors."""
+    """Give a zero tangent to a DTensor beside one with a tangent: torch's zeros are no DTensors."""
 
     def __torch_function__(
         self,
@@ -68,7 +68,7 @@ class _ZeroTangents(TorchFunctionMode):
         kwargs = kwargs or {}
         values = (*args, *kwargs.values())
         if len(values) > 1 and any(_is_dtensor(v) and _tangent(v) is not None for v in values):
-            # What is written to must stay the tensor itself.
+            # An in-place operation must get the tensor itself.
             kept = getattr(func, "__name__", "").endswith("_")
             args = (*args[:kept], *map(_filled, args[kept:]))
             kwargs = {name: _filled(value) for name, value in kwargs.items()}

@@ -68,7 +68,7 @@ def tangents_in_place(
         if isinstance(tangents, Written) and not has_shards:
             tangents.write(list(map(_zero_tangent, params)))
         else:
-            # One at a time: the copy also copies the tangent, and a lazy sequence computes each.
+            # One at a time: a lazy sequence computes each, and copy_ keeps a copy of the tangent.
             for param, tangent in zip(params, tangents, strict=True):
                 if param in gathered:
                     shards[param] = local(tangent)

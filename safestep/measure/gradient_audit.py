@@ -25,8 +25,8 @@ from safestep.parallel.shards import counted_here, local
 if TYPE_CHECKING:
     from safestep.measure.update import Update
 
-# Returns of each parameter the gradient that this rank had before the all-reduce, or raises
-# LookupError with why it is not known.
+# Returns the gradient of each parameter on this rank before the all-reduce, or raises LookupError
+# with the reason why they are not known.
 OwnGradients = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 
 
@@ -90,7 +90,7 @@ class GradientAudit:
         return replace(_slopes(left, right, is_coarse=is_coarse), own=own)
 
     def _read(self, rows: list[Tensor]) -> list[list[float]]:
-        """Return the terms of the outputs, then those of gradients, in one wait."""
+        """Return the terms of the outputs, then those of the gradients, with one wait."""
         device = rows[0].device
         outputs = [term.to(device) for term in self._terms]
         total = torch.stack(outputs).sum(0) if outputs else torch.zeros_like(rows[0])
@@ -121,7 +121,7 @@ def _tangent(tensor: Tensor) -> Tensor | None:
 def _slopes(
     left: Sequence[float], right: Sequence[float], scale: float = 1.0, *, is_coarse: bool
 ) -> Slopes:
-    """Return the slopes of outputs and gradient, of which the second is yet to be unscaled."""
+    """Return the slopes of outputs and gradient, where the gradient still holds the loss scale."""
     size = sqrt(left[1]) + sqrt(right[1]) / scale
     return Slopes(left[0], right[0] / scale, size, is_coarse=is_coarse)
 

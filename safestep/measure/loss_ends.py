@@ -67,7 +67,7 @@ class LossEnds:
                 yield tensor, gradient / self.loss_scale()
 
     def loss_scale(self) -> float:
-        """Return the factor on the loss's gradient, which the step's gradient is divided by."""
+        """Return the loss scale: a factor of gradients in backward that the step's do not have."""
         if self._scale is None:
             self._scale = running_loss_scale(is_made=self._is_made)
         return self._scale

@@ -71,7 +71,7 @@ class Estimator(str, Enum):
     DIFFERENCE = (
         "difference", "difference",
         "a finite difference of the logits along a small part of the step, off by 2 % of r at "
-        "most, or by what is said beside it",
+        "most (20 % in half precision), or by the error given beside it",
         _difference, True, 0.02, 0.2,
     )  # fmt: skip
     SAMPLED = (

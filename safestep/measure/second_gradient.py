@@ -16,7 +16,7 @@ from safestep.measure.loss_ends import LossEnds
 if TYPE_CHECKING:
     from safestep.measure.update import Update
 
-# Returns the mean over the ranks of what each of them makes.
+# Returns the mean over the ranks of the tensors that each rank computes.
 Mean = Callable[[Callable[[], Sequence[Tensor]]], Sequence[Tensor]]
 
 # Sine of the angle up to which one gradient is the other, and share by which it may be longer: what
@@ -54,7 +54,7 @@ class SecondGradient:
             update: The update.
             module: The root module of its calls.
             is_coarse: Whether anything was computed in half precision.
-            mean: Averages gradients over the ranks; None on a lone one. Every rank then calls this.
+            mean: Averages gradients over the ranks, which must all call this; None on a lone rank.
 
         Returns:
             The comparison.

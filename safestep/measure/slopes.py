@@ -10,7 +10,7 @@ from math import floor, isfinite, isnan, log10, nan
 _PERPENDICULAR = 1e-3
 _SAME = 1e-6  # of the size: replicas have one gradient and one update
 _NEAR, _NEAR_COARSE = 1e-4, 0.02  # distance of the ratio from 1 up to which it may be rounding
-_GROSS, _GROSS_COARSE = 0.02, 0.1  # that no rounding makes
+_GROSS, _GROSS_COARSE = 0.02, 0.1  # distance from 1 over which it is not rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Slopes:
         size: 2-norm of the terms of each sum, added: the unit of their difference.
         obstacle: Why they cannot be compared, else None.
         is_coarse: Whether anything was computed in half precision.
-        own: Of one rank's batch: with the gradient that the rank had before the all-reduce in place
-            of the one that was used; None on a lone rank.
-        ranks: Of the batch of all ranks: `own` of each of them.
+        own: Those of the rank's own batch and its gradient from before the all-reduce; of no
+            meaning on a lone rank.
+        ranks: The `own` of each rank; empty if they are not known.
         is_agreed: Whether all ranks know the same of the run, and so come to one decision.
 
     Example:
@@ -88,11 +88,11 @@ UNSEEN = Slopes(obstacle="a finite difference shows no exact slope")
 
 
 def row_of(slopes: Slopes, state: float) -> tuple[float, ...]:
-    """Return what one rank tells the others.
+    """Return the slopes as the numbers that a rank sends to the others.
 
     Args:
         slopes: Its slopes.
-        state: A number that ranks have in common if they know the same of the run.
+        state: A number that is equal on ranks that know the same of the run.
     """
     own = slopes.own or UNSEEN
     return slopes.outputs, slopes.gradient, slopes.size, own.gradient, own.size, state
@@ -105,7 +105,7 @@ def over_ranks(
 
     Args:
         mine: Those of this rank.
-        rows: Of each rank its `row_of`; NaN where it could not compare.
+        rows: The `row_of` of each rank; NaN where it could not compare.
         are_parts: Whether each rank's `gradient` is that of its shards.
         is_whole: Whether every rank has data.
 

@@ -115,16 +115,16 @@ class Ranks:
         ]  # fmt: skip
 
     def mean(self, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Return the mean over the ranks of tensors that each of them makes.
+        """Return the mean over the ranks of tensors that each rank computes.
 
         Args:
-            make: Makes this rank's, of the same shapes on every rank. They are overwritten.
+            make: Computes this rank's, of the same shapes on every rank. They are overwritten.
 
         Returns:
             The means.
 
         Raises:
-            RuntimeError: If a rank cannot make them, on every rank.
+            RuntimeError: On every rank, if one cannot compute its tensors.
         """
         tensors: Sequence[Tensor] = ()
         failed: Exception | None = None

@@ -78,7 +78,7 @@ def gathered_params(module: nn.Module, *, of_pieces: bool = True) -> frozenset[T
 
     Args:
         module: The module that runs.
-        of_pieces: Count those too that are pieces of tensor parallelism when they are gathered.
+        of_pieces: Whether to return those too that stay pieces of tensor parallelism when gathered.
     """
     return frozenset(
         param.sharded_param
@@ -135,11 +135,11 @@ def counted_here(params: Sequence[Tensor]) -> list[bool]:
 
 
 def any_over_ranks(params: Sequence[Tensor], is_so: bool) -> bool:
-    """Return whether something is so on any of the ranks that hold shards; each must call it.
+    """Return whether something is true on any rank that holds shards; all these must call it.
 
     Args:
-        params: The parameters, one of which is a DTensor or what is left of one.
-        is_so: Whether it is so on this rank.
+        params: The parameters, at least one of which is distributed.
+        is_so: Whether it is true on this rank.
 
     Returns:
         The same on every rank.
@@ -233,7 +233,7 @@ def tangents_when_gathered(module: nn.Module, tangents: Mapping[Tensor, Tensor])
         Nothing.
 
     Raises:
-        RuntimeError: If a parameter is in none of the modules that gather it.
+        RuntimeError: If no module gathers a parameter.
     """
     reshard(module)
     missing = dict(tangents)
@@ -248,7 +248,7 @@ def tangents_when_gathered(module: nn.Module, tangents: Mapping[Tensor, Tensor])
             ]
             handles.append(child.register_forward_pre_hook(_WriteTangents(places)))
         if missing:
-            raise RuntimeError("a sharded parameter is in none of the modules that gather it")
+            raise RuntimeError("no module gathers a sharded parameter")
         yield
     finally:
         for handle in handles:
@@ -270,7 +270,7 @@ class _WriteTangents:
 
 
 def distributed_like(param: Any, shard: Tensor) -> Any:
-    """Return a tensor of which each rank holds a shard, as it holds one of a parameter.
+    """Return a tensor that is distributed over the ranks like a parameter.
 
     Args:
         param: The parameter.
@@ -291,7 +291,7 @@ def _gathered(tensor: Any, like: Any) -> Any:
     """Return a distributed tensor as ``fully_shard`` gathers a parameter: whole, or a piece."""
     if not is_sharded(like):
         return tensor.full_tensor()
-    from torch.distributed.tensor import Replicate  # here, as it takes a second where none is
+    from torch.distributed.tensor import Replicate  # slow: only where needed
 
     kept = dict(zip(like.device_mesh.mesh_dim_names, like.placements, strict=True))
     placements = [kept.get(dim, Replicate()) for dim in tensor.device_mesh.mesh_dim_names]

@@ -18,7 +18,7 @@ from safestep.runlog.series import (
     thin,
 )
 
-_MOST_POINTS = 500  # extremes of more would hide the mean
+_MOST_POINTS = 500  # more would show extremes and hide the mean
 
 __all__ = ["plot_cost", "plot_learning_rate", "say_lowered"]
 
@@ -112,7 +112,7 @@ def _cost_says(run: Run) -> str:
 
 
 def say_cost(run: Run) -> str:
-    """Return what the guard cost a step, and how many times as long that made it.
+    """Return the time that the guard took at a step, and how many times as long it made steps.
 
     Args:
         run: A run with times.
@@ -130,8 +130,8 @@ def say_cost(run: Run) -> str:
 
 @figure(
     "cost",
-    caption="Time that the guard took at each step, of a long run the means of stretches; dotted: "
-    "the mean of all.",
+    caption="Time that the guard took at each step; in a long run, means over stretches of steps. "
+    "Dotted: the mean over the run.",
     says=_cost_says, has_data=has_step("seconds"),
 )  # fmt: skip
 def plot_cost(run: Run, ax: Axes | None = None) -> Axes:

@@ -27,7 +27,7 @@ from safestep.runlog.series import FEW, StepSeries, positive, step_series, thin
 __all__ = ["plot_distribution", "plot_normalized_step", "plot_safe_zone"]
 
 PHASES = ("early", "middle", "late")
-_LEAST_BAR = 0.06  # of the room of a phase
+_LEAST_BAR = 0.06  # share of the height that a phase has
 _THIRDS = ("the first third", "the second", "the last third")
 
 
@@ -157,7 +157,7 @@ def _draw_phase(
     """Draw the histogram of r at some steps, standing on a base line."""
     counts, _ = np.histogram(np.log10(series.proposed[at]).clip(min=edges[0]), edges)
     heights = 0.85 * counts / max(counts.max(), 1)
-    heights[counts > 0] = heights[counts > 0].clip(min=_LEAST_BAR)  # one step is seen, too
+    heights[counts > 0] = heights[counts > 0].clip(min=_LEAST_BAR)  # so that one step is seen
     ax.stairs(
         base + heights, 10**edges, baseline=base, fill=True,
         color=COLORS["normalized_step"], alpha=0.75,

@@ -172,14 +172,15 @@ def _micro_says(run: Run) -> str:
     values = micro_means(run, "loss")[1]
     known = values[np.isfinite(values).all(axis=1)]
     if not len(known) or known.shape[1] < 2:
-        return "Each step's micro-batches have losses of their own."
+        return "The log holds too few losses of micro-batches to compare."
     spread = float(np.median(known.std(axis=1) / np.abs(known.mean(axis=1)).clip(1e-300)))
     means = known.mean(axis=0)
     low, high = int(means.argmin()), int(means.argmax())
     return (
-        f"In the median step the micro-batches' losses differ by {percent(spread)} of their mean; "
-        f"on average number {low} has the lowest ({number(float(means[low]))}) and number {high} "
-        f"the highest ({number(float(means[high]))})."
+        f"In the median step the micro-batches' losses vary by {percent(spread)} of their mean "
+        "(standard deviation); "
+        f"on average micro-batch {low} has the lowest ({number(float(means[low]))}) and "
+        f"micro-batch {high} the highest ({number(float(means[high]))})."
     )
 
 

@@ -64,7 +64,7 @@ class LossChange(NamedTuple):
     reason: str | None = None
 
     def excess(self, share: float, floor: float) -> float:
-        """Return the divergence over the largest at which the loss falls enough.
+        """Return the divergence over the largest one at which the loss falls enough.
 
         Args:
             share: c in slope + divergence <= c * slope, the share of what the slope promises.

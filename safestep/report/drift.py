@@ -10,12 +10,12 @@ from safestep.runlog.reader import Run
 from safestep.runlog.series import scalar, worker_noun
 
 _MAX_WORKERS = 5  # named one by one
-_LEVEL_OF = 50  # records from the beginning of a drift on, whose medians are told
+_LEVEL_OF = 50  # records from the onset of a deviation, of which medians are told
 _COLUMNS = {
     "loss": ("loss", "loss"),
     "gradient norm": ("grad_norm", "gradient norm"),
     "cosine to the mean": ("cosine_to_mean", "gradient's cosine to the mean"),
-}  # by the quantity of an event, the column and the words for it
+}  # column and words for the quantity of an event
 _OFTEN = 10  # flags within twenty records; alike workers have one in a hundred steps
 
 
@@ -59,7 +59,7 @@ def _tell(event: dict[str, Any], since: Any, noun: str, run: Run) -> str:
 
 
 def _levels(event: dict[str, Any], run: Run) -> str:
-    """Return the level of what deviates beside that of the others, from its beginning on."""
+    """Return the medians of what deviates, and of the same on the others, since the onset."""
     quantity, rank, since = (event.get(name) for name in ("quantity", "rank", "since"))
     name, word = _COLUMNS.get(str(quantity), ("", ""))
     values = run.workers.get(name)

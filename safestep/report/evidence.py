@@ -17,7 +17,7 @@ from safestep.report.levels import Effect, effect_of
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, spans, step_series
 
-_SECOND_RUN = ("run again, ", "its batch was not compared")  # how the guard's words on it begin
+_SECOND_RUN = ("run again, ", "its batch was not compared")  # how messages about it begin
 _JOINED_GAP = 10  # touched steps so near each other are one story
 _LASTING = 10  # so many steps over the loss band, or under it again, are no chance
 _MAX_JUDGED = 2000  # episodes whose loss is looked at, those of the largest r
@@ -37,7 +37,7 @@ class Evidence:
             ten steps: in a long run a shorter one is chance. Shape ``[T]``.
         reasons: By number of a step that was not taken, why.
         why_scaled: By number of a step that was scaled, why, where the log has more than r to say.
-        second_runs: By number of a step that was touched, what a second run of its batch told.
+        second_runs: By number of a step that was touched, what a second run of its batch showed.
         episodes: What `find_episodes` found; empty before.
     """
 
@@ -102,7 +102,7 @@ def gather(run: Run) -> Evidence:
 
 
 def _reasons(run: Run, status: str) -> dict[int, tuple[str, str]]:
-    """Return by step of a status the reason, and apart from it what a second run told."""
+    """Return for each step of a status the reason, and what a second run showed."""
     reasons, found = run.steps.get("reason"), run.steps.get("status")
     if reasons is None or found is None:
         return {}
@@ -113,7 +113,7 @@ def _reasons(run: Run, status: str) -> dict[int, tuple[str, str]]:
 
 
 def cause_of(reason: str) -> str:
-    """Return the reason of a step's status in a reader's words, without what a second run told.
+    """Return the reason of a step's status in plain words, without what a second run showed.
 
     Args:
         reason: The reason in the log.

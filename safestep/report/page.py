@@ -153,7 +153,7 @@ def _bar(run: Run) -> list[dict[str, Any]]:
 
 
 def _measured(run: Run) -> str:
-    """Return at how many steps r was measured and in which ways, predicted, or not known."""
+    """Return at how many steps r was measured, in each way, predicted, or not known."""
     counts = {way: int(mask.sum()) for way, mask in how_measured(run).items() if mask.any()}
     others = {name: counts.pop(name, 0) for name in ("predicted", "unmeasured", "unknown")}
     skipped = int(step_series(run).skipped.sum())

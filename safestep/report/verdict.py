@@ -91,7 +91,7 @@ def _story(evidence: Evidence) -> list[str]:
 
 
 def _loss_course(evidence: Evidence, headline: str) -> list[str]:
-    """Return where the loss began and ended, if the headline does not, and where it was lost."""
+    """Return where the loss began and ended, if the headline does not, and where not finite."""
     known, lost = np.flatnonzero(np.isfinite(evidence.loss)), say_lost(evidence)
     if len(known) < 2:
         return [sentence(f"the loss was {lost}")] if lost else []
@@ -112,7 +112,7 @@ def _loss_course(evidence: Evidence, headline: str) -> list[str]:
 
 
 def _second_runs(evidence: Evidence) -> list[str]:
-    """Return what second runs of the batches of touched steps told, the most frequent first."""
+    """Return what second runs of touched steps' batches showed, the most frequent first."""
     told = Counter(evidence.second_runs.values()).most_common(_MAX_SECOND_RUNS)
     steps = {text: step for step, text in reversed(evidence.second_runs.items())}
     total = int(evidence.series.intervened.sum())
@@ -120,7 +120,7 @@ def _second_runs(evidence: Evidence) -> list[str]:
 
 
 def _second_run(text: str, step: int, times: int, total: int) -> str:
-    """Return the guard's words on second runs, with whose they were; equal results clear it all."""
+    """Return the result of second runs, with their steps; an equal one clears the machine."""
     which = f"all {times:,}" if times == total else f"{times:,} of {total:,}"
     whose = f"the batch{'es' * (times > 1)} of {which if times > 1 else 'step'} "
     whose += "touched steps" if times > 1 else str(step)

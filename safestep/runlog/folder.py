@@ -127,7 +127,7 @@ def set_aside(shown: Path) -> Path | None:
 
 
 def cut_torn_line(fd: int) -> None:
-    """Cut a file after its last whole line; it has one.
+    """Cut a file after its last whole line, of which it must have one.
 
     Args:
         fd: The open file.

@@ -8,10 +8,10 @@ MOST_BYTES = 1 << 23  # some ten thousand records
 
 
 class WaitingRecords:
-    """Records in their order, the oldest of them given up where they take too much memory.
+    """Queue of records that drops the oldest when they take too much memory.
 
     Attributes:
-        num_lost: How many were given up.
+        num_lost: Number of records that were dropped.
 
     Example:
         >>> waiting = WaitingRecords(most_bytes=8)
@@ -44,11 +44,11 @@ class WaitingRecords:
             self.num_lost += 1
 
     def first(self) -> tuple[str, bytes]:
-        """Return the kind and the rest of the record that waits longest."""
+        """Return the kind and the rest of the oldest record."""
         return self._records[0]
 
     def pop(self) -> None:
-        """Remove the record that waits longest."""
+        """Remove the oldest record."""
         self._size -= len(self._records.popleft()[1])
 
     def clear(self) -> None:

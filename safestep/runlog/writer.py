@@ -31,7 +31,7 @@ except ImportError:  # Windows: an open file cannot be renamed there, so runs do
 
 _logger = logging.getLogger("safestep")
 
-_PATIENCE = 16  # records from one try to the next, where they cannot be written
+_PATIENCE = 16  # records from one attempt to the next, after a write failed
 
 
 class RunLog:
@@ -160,8 +160,8 @@ class _Writing:
         self._fd = -1
         self._closing: weakref.finalize | None = None
         self._waiting = WaitingRecords()
-        self._num_tries = 0  # records since a write failed, 0 where none did
-        self._is_over = False  # another of this process goes on with this run
+        self._num_tries = 0  # records since a write failed, 0 if none did
+        self._is_over = False  # another writer of this process continues this run
         _runs.add(self)
 
     def join(self, writer: RunLog, settings: dict[str, Any], owners: set[int] | None) -> None:
@@ -320,7 +320,7 @@ class _Writing:
         try:
             self._write(make_header(self.run, started, self._world_size, self._settings))
         except OSError:
-            self.path.unlink(missing_ok=True)  # a run is begun with its header, or not
+            self.path.unlink(missing_ok=True)  # no file without a header
             raise
         if self._is_resumed:
             self._say_resumed()

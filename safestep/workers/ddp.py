@@ -84,8 +84,8 @@ class DdpWorkers:
     ) -> tuple[Tensor, MicroValues | None]:
         """Return all ranks' numbers ``[N, K]``, and those of their micro-batches if there are any.
 
-        The latter are in the same message, once it is known how many there are: a step with more
-        of them than any before takes a second one.
+        Both travel in one message. A step with more micro-batches than any before takes a second
+        one, with room for them.
         """
         count = len(losses)
         while True:

@@ -23,8 +23,8 @@ _SPIKE_MADS = 20.0
 _SPIKE_FACTOR = 100.0
 # Largest deviation that counts, for workers whose values are all equal and give no scale.
 _FAR_MADS = 1000.0
-# So many steps are kept to date an event; a part of them is ordinary if its mean deviation is at
-# most this share of that of the steps after it.
+# Number of steps that are kept to date an event. The first of them count as ordinary if their mean
+# deviation is at most this share of the mean of those after them.
 _KEPT, _ORDINARY = 128, 0.2
 # The scale of ordinary deviations is averaged over about this many steps.
 _MEMORY = 50
@@ -225,11 +225,11 @@ class WorkerWatch:
     def _dated(self, side: int, quantity: int, rank: int) -> tuple[int, float]:
         """Return when a deviation began, and its mean since then.
 
-        Evidence often grew by chance before: a first part of it that lies within a fifth of the
-        rest is left out, at the cut with the largest change of the mean.
+        Evidence often begins to grow by chance. So the first part is left out if its mean deviation
+        is at most a fifth of the mean of the rest; the cut is where the mean changes most.
         """
         since, count = (int(of[side, quantity, rank]) for of in (self._since, self._count))
-        if count > _KEPT:  # it began before what is kept
+        if count > _KEPT:  # it began before the steps that are kept
             return since, float(self._deviation_sum[side, quantity, rank] / count)
         mads = self._recent[-count:, quantity, rank]
         sums, cuts = np.cumsum(mads), np.arange(1, count)

@@ -23,9 +23,9 @@ class FsdpWorkers:
     measured pay nothing. A measured one pays one more transfer of the size of the gradients, and
     memory for one group of parameters.
 
-    Where gradients accumulate on each rank and are reduced at the end of a step, no norm of a
-    micro-batch's own gradient is known. Where each backward pass is reduced, the norm of each is,
-    and the step's gradients are those of its last micro-batch.
+    Where ranks accumulate gradients and reduce them at the end of a step, the norms of the
+    micro-batches' own gradients are not known. Where every backward pass is reduced, they are, and
+    the step's gradients are those of its last micro-batch.
 
     Args:
         model: A module that ``fully_shard`` was applied to, itself or to parts of it.
@@ -43,7 +43,7 @@ class FsdpWorkers:
         self._losses: list[Tensor] = []
         self.num_workers = mesh.size()
         self.gram: Tensor | None = None  # of the backward pass under way
-        self._grams: list[Tensor | None] = []  # of each that was reduced or not
+        self._grams: list[Tensor | None] = []  # of each backward pass, None if it was not reduced
         self.micro: MicroValues | None = None
         self.is_measured, self.was_reduced = True, False
         self._modules = list(sharding_modules(model))
@@ -82,7 +82,7 @@ class FsdpWorkers:
         count, last = len(losses), self._grams[-1]
         gram = losses.new_zeros(size, size) if last is None else last / scale**2
         norms = losses.new_full((count, size), torch.nan)
-        if count > 1 and None not in self._grams:  # each was reduced, each of a part of the loss
+        if count > 1 and None not in self._grams:  # each was reduced, with a part of the loss
             gram = gram * count**2
             norms = torch.stack([g.diagonal() for g in self._grams if g is not None])
             norms = norms * (count / scale) ** 2

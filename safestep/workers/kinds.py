@@ -14,8 +14,8 @@ class MicroValues:
 
     Attributes:
         losses: Their losses. Shape ``[M, N]``.
-        grad_norms: Norms of their own gradients, of a loss that was divided by their number before
-            backward, as usual; NaN where a rank never sees them. Shape ``[M, N]``.
+        grad_norms: Norms of their own gradients, if each loss was divided by the number of
+            micro-batches before backward; NaN where a rank never sees them. Shape ``[M, N]``.
     """
 
     losses: Tensor
@@ -30,7 +30,7 @@ class Workers(Protocol):
         are_ranks: Whether worker i is the same one at every step, so that it can be watched.
         checksums: Of each rank's replica of the parameters, as of the last `sums`; None where there
             are no replicas. Shape ``[N, 2]``.
-        micro: Of each rank's micro-batches, as of the last `sums`; None where each had one.
+        micro: Those of each rank's micro-batches, as of the last `sums`; None if each had one.
     """
 
     num_workers: int

@@ -40,7 +40,7 @@ class LocalGradients:
         self._kept: set[int] = set()
         self._added: list[Tensor] = []  # squared norms of what each parameter got in this backward
         self._backwards: list[Tensor] = []  # the same of each backward, summed
-        self._complete: set[int] = set()  # of the step that ended, until the next backward pass
+        self._complete: set[int] = set()  # `_kept` of the last step, until the next backward pass
         self.is_on = True
         self.was_reduced = False
         self._hooks = [
@@ -84,7 +84,7 @@ class LocalGradients:
     def added(self) -> Tensor:
         """Return the squared norm of what each backward pass of this step added, in their order.
 
-        Float64, NaN for the only one: that is the gradient itself. Shape ``[M]``.
+        Float64; NaN if there was one alone, which added the whole gradient. Shape ``[M]``.
         """
         if len(self._backwards) == 1:
             return torch.full((1,), torch.nan, dtype=torch.float64, device=self._device)
@@ -106,7 +106,7 @@ class LocalGradients:
         """Return the gradient of each parameter in the step that ended last, None without one.
 
         Returns:
-            The gradients; none if they were not kept, or if a backward pass came since.
+            The gradients; empty if they were not kept, or if a backward pass came since.
         """
         if not self._complete:
             return {}
@@ -114,7 +114,7 @@ class LocalGradients:
         return dict(zip(self.parameters, kept, strict=True))
 
     def clear(self) -> None:
-        """End a step: what comes next belongs to another one."""
+        """End a step; its gradients are kept until the next backward pass."""
         self._kept, self._complete = set(), self._kept
         self._backwards, self._added = [], []
 

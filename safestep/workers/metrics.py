@@ -87,16 +87,15 @@ class WorkerMetrics:
     single process. Call `record` right after each backward, before gradients
     are clipped or unscaled. Training stays bitwise the same.
 
-    Under DDP, a SafeStep on the same parameters audits each worker's own gradient with what is kept
-    here, and names the ranks where it is not that of their loss: see `audit_interval` there.
+    Under DDP, a SafeStep on the same parameters audits each worker's own gradient, which is kept
+    here, and names the ranks whose gradient is not that of their loss: see `audit_interval` there.
 
     The mean gradient is the one that DDP computes. A comm hook that compresses changes
     ``cosine_to_mean`` and adds to ``noise_scale``; the other numbers do not change.
 
-    With gradient accumulation on several ranks, call it after each backward: the losses of all
-    micro-batches, and their gradient norms where a rank sees them, reach the log together, in the
-    message that is exchanged at the end of a step. Divide each loss by the number of micro-batches
-    before backward, as usual.
+    With gradient accumulation on several ranks, call it after each backward. The losses of all
+    micro-batches, and their gradient norms where a rank sees them, are exchanged and logged at the
+    end of a step. Divide each loss by the number of micro-batches before backward, as usual.
 
     Under DDP every rank must call `record`, so it does not work inside ``ddp.join()``. Zero the
     gradients after each reduction: a second reduction on top of the first mixes the mean into the

@@ -22,7 +22,7 @@ class MicroBatches:
 
     are_ranks = False
     checksums: Tensor | None = None  # one process has one copy of the parameters
-    micro: MicroValues | None = None  # they are the workers themselves
+    micro: MicroValues | None = None  # micro-batches are the workers here
 
     def __init__(self, model: Module, num_workers: int) -> None:
         self._model = model
