@@ -52,7 +52,7 @@ def plot_loss_change(run: Run, ax: Axes | None = None) -> Axes:
     predicted, observed = change_pairs(step_series(run))
     if len(predicted) < 2:
         return say(ax, "no measured step with two losses")
-    dots(ax, predicted, observed, "normalized_step", size=3)
+    dots(ax, predicted, observed, "normalized_step", size=3 if len(predicted) > 100 else 6)
     shares = np.array_split(np.argsort(predicted), min(_GROUPS, len(predicted)))
     middle = [(np.median(predicted[share]), np.median(observed[share])) for share in shares]
     ax.plot(*zip(*middle, strict=True), color=INK, linewidth=1.6, marker="o", markersize=3)

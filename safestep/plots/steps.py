@@ -139,6 +139,7 @@ def plot_distribution(run: Run, ax: Axes | None = None) -> Axes:
         )  # fmt: skip
     make_log(ax, "x")
     ax.set_yticks([0.4, -0.6, -1.6], PHASES)
+    ax.set_ylim(top=1.1)  # room for the limit's name
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
     mark_limit(ax, axis="x")
@@ -177,7 +178,7 @@ def _safe_zone_says(run: Run) -> str:
 
 @figure(
     "safe_zone",
-    caption="The shaded zone is safe: there the step is shorter than the radius.",
+    caption="The shaded zone is safe: there the step is shorter than the radius. Pale: predicted.",
     says=_safe_zone_says,
     has_data=lambda run: has_step("radius")(run) and has_step("proposed")(run),
 )  # fmt: skip

@@ -169,7 +169,7 @@ def line_by_trust(
     if not is_predicted.any():
         ax.plot(x, y, color=color, linewidth=1.1)
         return
-    ax.plot(x, y, color=color, linewidth=0.8, alpha=0.55)
+    ax.plot(x, y, color=color, linewidth=1, alpha=0.65)
     measured = ~is_predicted
     ax.plot(
         x[measured], y[measured], ".", color=color, markersize=3,
