@@ -122,6 +122,11 @@ class LogitFinder:
             self.warning = "; ".join(filter(None, (plan.doubts(), self.warning))) or None
         return found
 
+    @property
+    def understates(self) -> bool:
+        """Whether the loss has a part that is not measured as the latest logits are."""
+        return self._latest is not None and self._latest.understates
+
     def _find_again(self, call: Call, around: Around) -> list[Logits]:
         """Return the logits of a call's first examples, where those of all were found last.
 

@@ -85,6 +85,12 @@ class Plan:
         _refuse_unknown_temperatures(forms)
         return replace(self, outputs=forms) if forms != dict(self.outputs) else self
 
+    @property
+    def understates(self) -> bool:
+        """Whether r may be larger than what is measured of the parts that are seen."""
+        lowers = any(form.lowers_labels for form in self.outputs.values())
+        return bool(self.combined or self.mixed or self.hidden or lowers)
+
     def doubts(self) -> str | None:
         """Return one sentence per assumption about the logits, None if there are none."""
         doubts = [

@@ -33,12 +33,12 @@ from safestep.guard.kept_batches import KeptBatches
 from safestep.guard.lookahead import Lookahead
 from safestep.guard.options import Action, check_arguments, check_past
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
-from safestep.guard.rest import Rest
 from safestep.guard.retries import Retries
 from safestep.guard.rollback import Rollback
 from safestep.guard.second_run import SecondRun
 from safestep.guard.snapshot import Snapshot
 from safestep.guard.undo import Undo, carry_out
+from safestep.guard.unmeasured import KnownUnmeasured
 from safestep.measure.binding_radius import radii_of_step
 from safestep.measure.cross_check import CheckedEstimator
 from safestep.measure.inner_radii import RadiusName, inner_watch
@@ -200,7 +200,7 @@ class SafeStep(GuardedStep):
         self._second_run = SecondRun(module, ranks, self._journal, kept)
         self._rollback = Rollback(optimizer, module, rollback, rollback_after, state, ranks)
         can_rest = rollback is None and inside is None and self._agreement.is_alone
-        self._rest = Rest(optimizer, recorder, self._retries, is_possible=can_rest)
+        self._unmeasured = KnownUnmeasured(optimizer, recorder, self._retries, is_possible=can_rest)
         self._handles = self._attach()
 
     def log(self, **values: Any) -> None:
@@ -274,7 +274,7 @@ class SafeStep(GuardedStep):
         return report, measurement
 
     def _spared_step(self) -> tuple[StepReport, Measurement] | None:
-        reason, self._obstacle = self._rest.reasons()
+        reason, self._obstacle = self._unmeasured.reasons()
         if reason is None:
             return None
         unmeasured = Measurement.failed(reason, self._estimator.estimator)

@@ -120,6 +120,8 @@ class CheckedEstimator:
         """
         with update.alone():
             found = self._found(update, quick)
+        if self.finder.understates:
+            found = replace(found, remarks=(*found.remarks, "r may be larger"))
         lacks = {what: None for call in update.calls for what in call.lacks}
         warning = found.warning or self.finder.warning
         if not lacks:

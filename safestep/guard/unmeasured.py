@@ -17,13 +17,12 @@ _ELEMENTWISE = {
 _SAFE = 1e4  # learning rate times gradient norm; half precision ends at 65504
 
 
-class Rest:
+class KnownUnmeasured:
     """Tell, before a step is made, whether it will be neither measured nor undone.
 
-    It will be neither while `Retries` pauses, the optimizer works element by element, and gradient
-    norm times learning rate is below 1e4. Then nothing is copied, and calls are not recorded: a few
-    rows of the gradients at the outputs show whether the loss is still the same. If the loss has
-    changed, the next step is measured.
+    It will be neither while `Retries` pauses, the gradients at the outputs look as they did, the
+    optimizer works element by element, and gradient norm times learning rate is below 1e4. Then
+    nothing is copied.
 
     Args:
         optimizer: The optimizer.
