@@ -111,13 +111,15 @@ def test_sharded_modules_resume_bitwise_from_a_sharded_checkpoint(found):
             assert all(map(torch.equal, one[1].values(), two[1].values()))
 
 
-@pytest.mark.parametrize("kind", ["flattened", "tensor parallel"])
-def test_flattened_and_tensor_parallel_modules_are_measured_by_difference(found, kind):
+@pytest.mark.parametrize(("kind", "way"), [("flattened", "difference"), ("tensor parallel", "jvp")])
+def test_flattened_modules_are_measured_by_difference_and_tensor_parallel_ones_exactly(
+    found, kind, way
+):
     for rank in found[kind]:
         assert len(rank["reports"]) == len(rank["batches"]) > 0
         for report in rank["reports"]:
             assert report["status"] in ("ok", "clipped")
-            assert report["estimator"].startswith(("difference", "secant", "predicted"))
+            assert report["estimator"].startswith((way, "secant", "predicted"))
             assert report["step_norm"] > 0
 
 
