@@ -13,7 +13,7 @@ from torch import Tensor
 from safestep.radius.batch import BatchRadius, LogitTangent
 from safestep.radius.ladder import logit_spread
 
-FIRST_CHECKS = 1  # first measurements, all checked; after them the gaps grow
+FIRST_CHECKS = 3  # first measurements, all checked; after them the gaps grow
 LONGEST_GAP = 64  # measurements from one check to the next
 _UNSETTLED = 0.2  # share of r: an error that large leaves the check open
 
