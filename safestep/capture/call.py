@@ -16,8 +16,7 @@ from safestep.capture.attributes import Modes
 from safestep.capture.autograd_functions import visible_functions
 from safestep.capture.effects import Start
 from safestep.capture.evidence import EvidenceKeeper
-from safestep.capture.glance import few, look
-from safestep.capture.gradient import GradientEvidence
+from safestep.capture.gradient import GradientEvidence, first_rows, zero_sum_axis
 from safestep.capture.output_gradients import OutputGradients
 from safestep.capture.random_state import CallConditions, RandomState
 from safestep.capture.results import OutputResult
@@ -157,8 +156,8 @@ class Call:
             not depend on how many rows a batch has.
         """
         known = {name: evidence.class_axis for name, evidence in self._gradients.items()}
-        rows = {name: few(gradient) for name, gradient in self.samples.items()}
-        return look(getattr(self.function, "__qualname__", ""), rows, known)
+        axes = known | {name: zero_sum_axis(first_rows(g)) for name, g in self.samples.items()}
+        return getattr(self.function, "__qualname__", ""), tuple(sorted(axes.items()))
 
     @property
     def undrawn(self) -> frozenset[str]:

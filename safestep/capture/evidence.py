@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from safestep.capture.gradient import GradientEvidence
+from safestep.capture.gradient import GradientEvidence, first_rows
 from safestep.capture.loss_graph import Use, use_of_output
 from safestep.capture.output_gradients import ROOM
 
@@ -107,6 +107,7 @@ class EvidenceKeeper:
             axis = self._class_axes.get(name)
             # Once the axis is known, a look for masked classes would wait for the device.
             has_zeros = None if axis is None else name in self._masked
+            call.samples[name] = first_rows(gradient).clone()
             is_kept = self._keep_whole(call, name, gradient)
             if is_kept and axis is not None and name not in self._volatile:
                 version = gradient._version

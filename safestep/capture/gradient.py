@@ -294,6 +294,11 @@ def lowers_labels(logits: Tensor, gradient: Tensor) -> bool:
     return bool((is_clear & ((x * y).sum(-1) < -0.5 * x.norm(dim=-1) * y.norm(dim=-1))).any())
 
 
+def first_rows(gradient: Tensor) -> Tensor:
+    """Return a few rows of a gradient, which show whether it sums to zero over classes."""
+    return gradient[:4] if gradient.ndim else gradient
+
+
 def zero_sum_axis(gradient: Tensor) -> int | None:
     """Return the axis over which a gradient sums to zero, None if there is none."""
     # Classes are last, or second as in [B, C, H, W]. Other axes sum to zero for other reasons: the
@@ -309,4 +314,4 @@ def zero_sum_axis(gradient: Tensor) -> int | None:
     residuals = [gradient.sum(axis, dtype=torch.float64).abs().sum() for axis in axes]
     total, *sums = torch.stack([gradient.abs().sum(dtype=torch.float64), *residuals]).tolist()
     zeros = (axis for axis, rest in zip(axes, sums, strict=True) if rest <= tolerance * total)
-    return next(zeros, None) if total > 0 else None
+    return next(zeros, None) if 0 < total < math.inf else None

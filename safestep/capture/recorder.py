@@ -17,7 +17,6 @@ from safestep.capture.autograd_graph import trains_any
 from safestep.capture.call import Call
 from safestep.capture.evidence import SMALL, EvidenceKeeper, OutputValues
 from safestep.capture.failures import Failures
-from safestep.capture.glance import Glance
 from safestep.capture.hooks import ModuleHooks, kept_out
 from safestep.capture.idle import IdleWatch
 from safestep.capture.output_gradients import ROOM, OutputOrder
@@ -63,7 +62,6 @@ class Recorder:
         self._part = self.module if part is None else eager_module(part)
         self._params = params
         self._watches = watches
-        self._glance: Glance | None = None
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
         self._told: list[Call] = []  # by `record`, since the last step
         self._open: list[Call | None] = []  # None: a call that is not recorded
@@ -128,7 +126,7 @@ class Recorder:
         shows there (rows that are fitted, rows that count) is not so at the start of the step.
         """
         # Schedule-free optimizers move before they evaluate; SAM after an evaluation of its own.
-        self._is_in_step, self._glance = True, None
+        self._is_in_step = True
         self._step_start = _versions(self._params()) if self._calls else None
 
     def take(self) -> list[Call]:
@@ -137,26 +135,13 @@ class Recorder:
         self._calls.clear()
         self._told.clear()
         self._idle.stepped()
-        if self._glance is not None:
-            self._glance.clear()
         self._is_in_step, self._step_start = False, None
         self._conditions.effects.end_step()
         return calls
 
-    @property
-    def is_resting(self) -> bool:
-        """Whether forward calls are not recorded."""
-        return self._glance is not None
-
-    def rest(self, *, is_on: bool) -> None:
-        """Keep a few rows of gradients in place of recording forward calls; or record again."""
-        if is_on != (self._glance is not None):
-            self._glance = Glance(self._not_recorded) if is_on else None
-
     def looks(self) -> frozenset[Hashable]:
-        """Return what identifies the loss of the step under way."""
-        seen = set() if self._glance is None else self._glance.looks()
-        return frozenset(seen.union(call.look() for call in self._calls))
+        """Return what is seen of the loss of the step under way."""
+        return frozenset(call.look() for call in self._calls)
 
     def keep_gradients(self, *, all_of_them: bool) -> None:
         """Keep the gradients at the outputs until the next step.
@@ -181,7 +166,7 @@ class Recorder:
             del self._open[max(0, calls_under_way(module) - 1) :]
         is_within = bool(self._open)
         self._open.append(None)
-        if self._glance is not None or is_within or not torch.is_grad_enabled():
+        if is_within or not torch.is_grad_enabled():
             return
         if self._is_in_step and not self._is_at_start():
             return
@@ -197,10 +182,6 @@ class Recorder:
         if len(self._open) > 1:  # calls inside this one that raised an error are still there
             del self._open[max(1, calls_under_way(module)) :]
         call = self._open.pop() if self._open else None
-        if self._glance is not None and not self._open and torch.is_grad_enabled():
-            self._glance.at(
-                (n, tensor) for n, tensor in named_tensors(output) if not tensor.is_leaf
-            )
         if call is None:
             return
         call.notice_effects()

@@ -274,9 +274,9 @@ class SafeStep(GuardedStep):
         return report, measurement
 
     def _spared_step(self) -> tuple[StepReport, Measurement] | None:
-        reason, self._obstacle = self._unmeasured.reasons()
-        if reason is None:
+        if (reason := self._unmeasured.reason()) is None:
             return None
+        self._recorder.take()
         unmeasured = Measurement.failed(reason, self._estimator.estimator)
         return self._controller.decide(unmeasured, self._lr), unmeasured
 

@@ -109,6 +109,8 @@ class SecondRun:
         obstacle = next((call.obstacle for call in calls if call.obstacle is not None), None)
         if obstacle is not None or not calls:
             return Sameness.UNKNOWN, obstacle or "no forward call was recorded"
+        if any(call.kept.have_moved(set(update.params)) for call in calls):
+            return Sameness.UNKNOWN, "another optimizer has moved parameters since"
         try:
             outputs = self._outputs(update)
             sameness = _sameness(calls, outputs, self._journal.loss)

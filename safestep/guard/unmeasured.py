@@ -37,24 +37,11 @@ class KnownUnmeasured:
         self._optimizer, self._recorder, self._retries = optimizer, recorder, retries
         self._is_possible = is_possible and type(optimizer) in _ELEMENTWISE
 
-    def reasons(self) -> tuple[str | None, str | None]:
-        """Count the step under way, and return why it will not be measured.
-
-        Returns:
-            Why it is neither measured nor undone, None if it may be undone. Then, why it cannot be
-            measured even so: its calls were not recorded. None if they were.
-        """
-        recorder, retries = self._recorder, self._retries
-        was_resting = recorder.is_resting
-        if not (self._is_possible and (was_resting or retries.is_pausing) and self._is_safe()):
-            recorder.rest(is_on=False)
-            return None, retries.reason if was_resting else None
-        is_same = retries.rests(recorder.looks())
-        recorder.rest(is_on=is_same and retries.is_pausing)
-        if not (is_same or was_resting):
-            return None, None
-        recorder.take()
-        return retries.reason, None
+    def reason(self) -> str | None:
+        """Return why the step under way is neither measured nor undone, None if it may be."""
+        if not (self._is_possible and self._retries.is_pausing and self._is_safe()):
+            return None
+        return self._retries.reason if self._retries.rests(self._recorder.looks()) else None
 
     def _is_safe(self) -> bool:
         groups = self._optimizer.param_groups

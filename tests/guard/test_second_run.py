@@ -8,6 +8,7 @@ from helpers.compare import assert_bitwise_equal
 from helpers.models import mlp
 from helpers.scripts import run_script
 from torch import nn
+from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.guard.second_run import SecondRun
@@ -357,3 +358,17 @@ def test_each_rank_keeps_its_own_batch(ranks):
         assert kept["run"] == found[0]["run"]
         assert torch.equal(kept["calls"][0]["args"][0], seen["inputs"])
         assert seen["file"].endswith(f"-step0-rank{rank}.pt")
+
+
+def test_a_step_of_another_optimizer_in_between_is_no_fault_of_the_machine():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=1e3) for part in (model[0], model[2])]
+    guards = [SafeStep(optimizer, model) for optimizer in optimizers]
+    functional.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+    assert [guard.last.status for guard in guards] == ["clipped", "clipped"]
+    assert "gives the same result bit for bit" in guards[0].last.reason
+    assert "another optimizer has moved parameters since" in guards[1].last.reason

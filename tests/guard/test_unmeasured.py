@@ -1,6 +1,7 @@
 """Steps that are known to stay unmeasured: what they cost, and what still holds."""
 
 from copy import deepcopy
+from math import isnan
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ class Loop:
 
     @property
     def is_resting(self):
-        return self.guard._recorder.is_resting
+        """Whether the last step was not copied: its distance is not known."""
+        return self.guard.last.status == "unmeasured" and isnan(self.guard.last.step_norm)
 
     def state(self):
         return deepcopy((self.model.state_dict(), self.optimizer.state_dict()["state"]))
@@ -95,28 +97,45 @@ def test_a_rate_that_is_not_finite_makes_no_step():
     assert_same(loop.state(), before)
 
 
-def test_another_loss_is_measured_at_the_next_step():
+def test_another_loss_is_measured_at_once_each_time():
     loop = Loop()
     loop.rest()
+    loop.optimizer.param_groups[0]["lr"] = 1e3  # as the loss changes
 
-    for _ in range(2):
+    loop.step(lambda output: cross_entropy(output, LABELS))
+
+    assert loop.guard.last.status == "clipped"
+    loop.optimizer.param_groups[0]["lr"] = 1e-3
+    for _ in range(3):
+        for _ in range(12):
+            loop.step()
         loop.step(lambda output: cross_entropy(output, LABELS))
-
-    assert loop.guard.last.status == "ok"
-    assert not loop.is_resting
+        assert loop.guard.last.status == "ok"
 
 
 def test_another_loss_in_one_micro_batch_of_two_is_seen():
     loop = Loop()
     loop.rest()
 
-    for _ in range(2):
-        loop.optimizer.zero_grad()
-        squared(loop.model(torch.randn(8, 4))).backward()
-        cross_entropy(loop.model(torch.randn(8, 4)), LABELS).backward()
-        loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    squared(loop.model(torch.randn(8, 4))).backward()
+    cross_entropy(loop.model(torch.randn(8, 4)), LABELS).backward()
+    loop.optimizer.step()
 
     assert not loop.is_resting
+
+
+def test_large_outputs_rest_and_wake_too():
+    model = nn.Linear(4, 700)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    guard, labels = SafeStep(optimizer, model), torch.arange(100)
+    for step in range(20):
+        optimizer.zero_grad()
+        output = model(torch.randn(100, 4))
+        (squared(output) if step < 19 else cross_entropy(output, labels)).backward()
+        optimizer.step()
+        assert isnan(guard.last.step_norm) == (8 <= step < 19)
+    assert guard.last.status == "ok"
 
 
 def test_a_closure_and_an_optimizer_that_mixes_elements_do_not_rest():
@@ -129,7 +148,6 @@ def test_a_closure_and_an_optimizer_that_mixes_elements_do_not_rest():
         loss.backward()
         return loss
 
-    loop.optimizer.step(closure)
     loop.optimizer.step(closure)
     assert loop.guard.last.status == "ok"
 
