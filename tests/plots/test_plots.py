@@ -383,7 +383,7 @@ def test_micro_batches_are_drawn_as_the_mean_of_the_ranks(tmp_path):
     render(ax)
     assert ax.collections[0].get_array().T.tolist() == [[1.0, 2.0, 3.0]] * 5
     assert kind.has_data(run)
-    assert "number 0 has the lowest (1) and number 2 the highest (3)" in kind.says(run)
+    assert "micro-batch 0 has the lowest (1) and micro-batch 2 the highest (3)" in kind.says(run)
 
 
 def test_one_long_step_among_many_is_seen_in_the_distribution(tmp_path):
