@@ -1,5 +1,6 @@
 """What the page's headline may say about a run: one function a finding, the gravest first."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -74,7 +75,7 @@ def _unmeasured(run: Run, evidence: Evidence) -> Finding | None:
     reasons, status = run.steps.get("reason"), run.steps.get("status")
     at = np.flatnonzero(status == "unmeasured") if status is not None else []
     why = (
-        f" ({cause_of(str(reasons[at[0]]))})"
+        f" ({re.split('[;.] ', cause_of(str(reasons[at[0]])))[0]})"  # the whole one stands below
         if reasons is not None and len(at) and reasons[at[0]]
         else ""
     )
