@@ -189,5 +189,5 @@ def test_ctc_is_measured_row_by_row_and_said_to_sum_over_alignments():
         report, before, after = recorded_step(model, model.loss)
 
     expected = normalized_step(Aligned.rows, before, after)
-    assert report.estimator == "jvp"
+    assert report.estimator == "jvp (r may be larger)"
     assert report.normalized_step == pytest.approx(expected, rel=1e-5)
