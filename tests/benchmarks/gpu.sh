@@ -39,7 +39,7 @@ print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, Python {pl
 rm -f "$out/gpu.xml"
 # Warnings are errors in the project's own settings; another torch has others, test_gpu.py looks
 # for those of the package itself.
-timeout 130 "$python" -m pytest -m gpu -q -W default -p no:cacheprovider --tb=short --show-capture=no \
+timeout 130 "$python" -m pytest -o addopts=--import-mode=importlib -m gpu -q -W default -p no:cacheprovider --tb=short --show-capture=no \
     --junitxml="$out/gpu.xml" tests/test_gpu.py
 tests=$?
 [ $tests -eq 5 ] && tests=0 # none was selected
