@@ -35,26 +35,42 @@ class Retries:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._seen: Hashable = None
-        self._failures = 0
-        self._pause = 0
+        self._failures = 0  # in a row, at the same loss
+        self._pause = 0  # steps to come without an attempt
 
     @property
     def is_pausing(self) -> bool:
-        """Whether the next attempt is not yet due."""
-        return self.reason is not None and self._pause > 0
+        """Whether the next attempt at the same loss is not yet due."""
+        return self._pause > 0
 
-    def rests(self, seen: Hashable) -> bool:
-        """Count a step of a pause.
+    def is_due(self, seen: Hashable) -> bool:
+        """Return whether to make an attempt: no pause is on, or the loss is another one.
 
         Args:
             seen: What is known of the loss without an attempt.
-
-        Returns:
-            Whether it counts: only if the loss is still the same.
         """
-        is_same = seen == self._seen
-        self._pause -= is_same
-        return is_same
+        return not self.is_pausing or seen != self._seen
+
+    def skip(self) -> None:
+        """Let a step of the pause pass without an attempt."""
+        self._pause -= 1
+
+    def fail(self, reason: str, seen: Hashable, *, is_error: bool) -> None:
+        """Take note of an attempt that failed.
+
+        Args:
+            reason: Why.
+            seen: What is known of the loss without an attempt.
+            is_error: Whether an error came between, which says nothing about the loss.
+        """
+        self._failures = self._failures + 1 if seen == self._seen else 1
+        self.reason, self._seen = reason, seen
+        pauses = self._failures - (TRIES_AFTER_ERRORS if is_error else TRIES)
+        self._pause = min(FIRST_PAUSE * 8**pauses, LONGEST_PAUSE) if pauses >= 0 else 0
+
+    def succeed(self) -> None:
+        """Take note of an attempt that did not fail."""
+        self.reason, self._seen, self._failures, self._pause = None, None, 0, 0
 
     def attempt(
         self, calls: Sequence[Call], measure: Callable[[], Measurement], *, counts: bool
@@ -69,48 +85,20 @@ class Retries:
         Returns:
             What `measure` returns; None if it was not called.
         """
-        seen = None if self.reason is None else frozenset(call.look() for call in calls)
-        if not self.is_due(seen):
+        if self.is_pausing and not self.is_due(_looks(calls)):
+            self.skip()
             return None
         try:
             found = measure()
         except Exception as error:
             if counts:
-                seen = frozenset(call.look() for call in calls)
                 is_error = not isinstance(error, LogitsNotFoundError)
-                self.fail(one_line(error), seen, is_error=is_error)
+                self.fail(one_line(error), _looks(calls), is_error=is_error)
             raise
         self.succeed()
         return found
 
-    def is_due(self, seen: Hashable) -> bool:
-        """Count a step, and return whether to try at it.
 
-        Args:
-            seen: What is known of the loss without an attempt.
-
-        Returns:
-            True if the pause is over or the loss has changed.
-        """
-        if self.reason is None or seen != self._seen:
-            return True
-        self._pause -= 1
-        return self._pause < 0
-
-    def fail(self, reason: str, seen: Hashable, *, is_error: bool) -> None:
-        """Take note of an attempt that failed.
-
-        Args:
-            reason: Why.
-            seen: What was known of the loss before.
-            is_error: Whether an error came between, which says nothing about the loss.
-        """
-        is_same = seen == self._seen
-        self._failures = self._failures + 1 if is_same and self.reason is not None else 1
-        self.reason, self._seen = reason, seen
-        later = self._failures - (TRIES_AFTER_ERRORS if is_error else TRIES)
-        self._pause = min(FIRST_PAUSE * 8**later, LONGEST_PAUSE) if later >= 0 else 0
-
-    def succeed(self) -> None:
-        """Take note of an attempt that did not fail."""
-        self.reason, self._failures, self._pause = None, 0, 0
+def _looks(calls: Sequence[Call]) -> Hashable:
+    """Return what is known of the loss without an attempt."""
+    return frozenset(call.look() for call in calls)

@@ -41,7 +41,10 @@ class KnownUnmeasured:
         """Return why the step under way is neither measured nor undone, None if it may be."""
         if not (self._is_possible and self._retries.is_pausing and self._is_safe()):
             return None
-        return self._retries.reason if self._retries.rests(self._recorder.looks()) else None
+        if self._retries.is_due(self._recorder.looks()):
+            return None
+        self._retries.skip()
+        return self._retries.reason
 
     def _is_safe(self) -> bool:
         groups = self._optimizer.param_groups
