@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from math import inf
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from safestep._torch import current_node, is_executed
+from safestep._torch import current_node, is_executed, run_backward
 from safestep.parallel.shards import is_sharded
 
 # Operations that change shape, strides or dtype of a tensor but not its values.
@@ -27,6 +30,9 @@ _SHIFTS = frozenset({"Add", "Sub", "Rsub"})
 
 # Operations that keep probabilities away from 0 and 1.
 CLAMPS = frozenset(f"Clamp{end}Backward{n}" for end in ("", "Min", "Max") for n in (0, 1))
+
+# The first operations tell losses apart; behind a second model's output there may be thousands.
+_MOST_OPERATIONS = 64
 
 Node = Any  # torch.autograd.graph.Node, whose attributes differ by operation
 
@@ -70,6 +76,44 @@ def loss_side(
         if node not in stops and not _has_parameter(node):
             queue.extend(following for following, _ in node.next_functions)
     return found
+
+
+def operations_of_loss() -> str | None:
+    """Return the operations between a loss and an output; call it in a hook on its gradient.
+
+    They tell one loss from another without a look at any number.
+
+    Returns:
+        Names of the nodes of up to 64 operations, sorted, each once; None if the graph does not
+        show them, as when C++ began the backward pass.
+    """
+    output, queue = current_node(), deque(roots_of_backward())
+    if not queue:
+        return None
+    found: set[Node] = set()
+    while queue and len(found) < _MOST_OPERATIONS:
+        node = queue.popleft()
+        if node is not None and node is not output and node not in found:
+            found.add(node)
+            queue.extend(following for following, _ in node.next_functions)
+    return " ".join(sorted({type(node).__name__ for node in found}))
+
+
+def roots_of_backward() -> list[Node]:
+    """Return the nodes at which the backward pass under way began."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not run_backward.__code__:
+        frame = frame.f_back
+    if frame is None:  # a device's own thread runs the hooks, while the caller waits
+        waiting = [top for top in sys._current_frames().values() if _is_backward(top)]
+        frame = waiting[0] if len(waiting) == 1 else None
+    started = () if frame is None else frame.f_locals["t_outputs"]
+    nodes = [each.grad_fn if isinstance(each, Tensor) else each.node for each in started]
+    return [node for node in nodes if node is not None]
+
+
+def _is_backward(frame: FrameType) -> bool:
+    return frame.f_code is run_backward.__code__
 
 
 def view_chain(node: Node, through: Collection[str] = ()) -> Iterator[Node]:

@@ -46,6 +46,9 @@ class Call:
         results: What is kept of its outputs, by name; None of a call passed to `Recorder.record`.
         keeper: Keeps what its gradients show; None for a call passed to `Recorder.record`.
         empty: Names of outputs that have a gradient and no element.
+        losses: The operations of each loss a gradient of which came back, see
+            ``operations_of_loss``.
+        is_resting: Whether its gradients were not kept, since its loss is not measured for now.
         obstacle: Why the call cannot run again, None if it can.
         opened: Number of the call, in the order in which calls began.
         queued: Number of the call that was the latest to begin when a gradient first came back.
@@ -73,6 +76,8 @@ class Call:
     results: dict[str, OutputResult] | None = None
     keeper: EvidenceKeeper | None = None
     empty: list[str] = field(default_factory=list)
+    losses: set[str | None] = field(default_factory=set)
+    is_resting: bool = False
     obstacle: str | None = None
     signals: list[Tensor] = field(default_factory=list)
     is_fresh: Tensor | None = None
@@ -152,12 +157,16 @@ class Call:
         """Return what can be told of the loss without running the call again.
 
         Returns:
-            The function's name, and the class axis that a few rows of each gradient show. It does
-            not depend on how many rows a batch has.
+            The function's name and the operations of the loss; where these are not known, the class
+            axis that a few rows of each gradient show. It does not depend on how many rows a batch
+            has.
         """
-        known = {name: evidence.class_axis for name, evidence in self._gradients.items()}
-        axes = known | {name: zero_sum_axis(first_rows(g)) for name, g in self.samples.items()}
-        return getattr(self.function, "__qualname__", ""), tuple(sorted(axes.items()))
+        axes: dict[str, int | None] = {}
+        if None in self.losses:
+            axes |= {name: evidence.class_axis for name, evidence in self._gradients.items()}
+            axes |= {name: zero_sum_axis(first_rows(g)) for name, g in self.samples.items()}
+        name = getattr(self.function, "__qualname__", "")
+        return name, frozenset(self.losses), tuple(sorted(axes.items()))
 
     @property
     def undrawn(self) -> frozenset[str]:

@@ -107,7 +107,8 @@ class EvidenceKeeper:
             axis = self._class_axes.get(name)
             # Once the axis is known, a look for masked classes would wait for the device.
             has_zeros = None if axis is None else name in self._masked
-            call.samples[name] = first_rows(gradient).clone()
+            if None in call.losses:
+                call.samples[name] = first_rows(gradient).clone()
             is_kept = self._keep_whole(call, name, gradient)
             if is_kept and axis is not None and name not in self._volatile:
                 version = gradient._version

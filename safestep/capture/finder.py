@@ -198,6 +198,8 @@ def find_logits(
     """
     if call.obstacle is not None:
         raise LogitsNotFoundError(call.obstacle)
+    if call.is_resting:
+        raise LogitsNotFoundError("the loss changed within a step; the next one is measured")
     finder = logits if isinstance(logits, LogitFinder) else LogitFinder(logits)
     is_empty = not call.gradients and bool(call.empty)
     heads = [] if is_empty else finder.find(call, around)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import NamedTuple
 
-from torch import Tensor
-
-from safestep._torch import current_node, run_backward
-from safestep.capture.autograd_graph import VIEWS, Node, kind_of, loss_side, signed
+from safestep._torch import current_node
+from safestep.capture.autograd_graph import (
+    VIEWS,
+    Node,
+    kind_of,
+    loss_side,
+    roots_of_backward,
+    signed,
+)
 from safestep.capture.hidden import hidden_parts, may_hide, mixes_rows
 
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "Logsumexp", "Logcumsumexp"})
@@ -129,7 +132,7 @@ def use_of_output(place: int) -> Use | None:
 
 def _use_of_output(place: int) -> Use | None:
     output = current_node()
-    roots = _roots()
+    roots = roots_of_backward()
     side = loss_side(roots, {output}, at_most=_MOST_NODES) if output is not None else set()
     if output not in side:
         return None
@@ -216,20 +219,3 @@ def _softmaxes_of(way: _Way) -> Iterator[SoftmaxOf]:
     for dim in dims:
         axis = signed(dim) % len(shape)
         yield SoftmaxOf(axis, len(shape) - axis, shape[axis], way.is_turned)
-
-
-def _roots() -> list[Node]:
-    """Return the nodes at which the backward pass under way began."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not run_backward.__code__:
-        frame = frame.f_back
-    if frame is None:  # a device's own thread runs the hooks, while the caller waits
-        waiting = [top for top in sys._current_frames().values() if _is_backward(top)]
-        frame = waiting[0] if len(waiting) == 1 else None
-    started = () if frame is None else frame.f_locals["t_outputs"]
-    nodes = [each.grad_fn if isinstance(each, Tensor) else each.node for each in started]
-    return [node for node in nodes if node is not None]
-
-
-def _is_backward(frame: FrameType) -> bool:
-    return frame.f_code is run_backward.__code__

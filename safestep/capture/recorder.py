@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
 from math import inf
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from safestep._torch import current_graph_task
 from safestep._warn import warn_user
-from safestep.capture.autograd_graph import trains_any
+from safestep.capture.autograd_graph import operations_of_loss, trains_any
 from safestep.capture.call import Call
 from safestep.capture.evidence import SMALL, EvidenceKeeper, OutputValues
 from safestep.capture.failures import Failures
@@ -48,6 +48,8 @@ class Recorder:
 
     Attributes:
         failures: What could not be recorded of the calls since the last step.
+        resting: Looks (see ``Call.look``) of calls that are not measured for now: their gradients
+            are not kept.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Recorder:
         self._part = self.module if part is None else eager_module(part)
         self._params = params
         self._watches = watches
+        self.resting: Collection[Hashable] = ()
         self._calls: deque[Call] = deque(maxlen=MAX_RECORDED_CALLS)
         self._told: list[Call] = []  # by `record`, since the last step
         self._open: list[Call | None] = []  # None: a call that is not recorded
@@ -211,6 +214,10 @@ class Recorder:
             if call not in self._calls:
                 call.is_fresh = self._void_cleared(call)
                 self._queue(call)
+            call.losses.add(operations_of_loss())
+            if self.resting and None not in call.losses and call.look() in self.resting:
+                call.is_resting = True
+                return
             kept = self._evidence.keep(call, name, gradient.detach(), values, place)
             if self._watches:
                 call.signals += self._norms(name, kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 from safestep.capture import LogitsNotFoundError
 from safestep.capture.call import Call
@@ -34,16 +34,21 @@ class Retries:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._seen: Hashable = None
+        self._seen: Collection[Hashable] = ()
         self._failures = 0  # in a row, at the same loss
         self._pause = 0  # steps to come without an attempt
+
+    @property
+    def paused(self) -> Collection[Hashable]:
+        """Looks of the calls to which no attempt is made at the next step."""
+        return self._seen if self.is_pausing else ()
 
     @property
     def is_pausing(self) -> bool:
         """Whether the next attempt at the same loss is not yet due."""
         return self._pause > 0
 
-    def is_due(self, seen: Hashable) -> bool:
+    def is_due(self, seen: Collection[Hashable]) -> bool:
         """Return whether to make an attempt: no pause is on, or the loss is another one.
 
         Args:
@@ -55,7 +60,7 @@ class Retries:
         """Let a step of the pause pass without an attempt."""
         self._pause -= 1
 
-    def fail(self, reason: str, seen: Hashable, *, is_error: bool) -> None:
+    def fail(self, reason: str, seen: Collection[Hashable], *, is_error: bool) -> None:
         """Take note of an attempt that failed.
 
         Args:
@@ -70,7 +75,7 @@ class Retries:
 
     def succeed(self) -> None:
         """Take note of an attempt that did not fail."""
-        self.reason, self._seen, self._failures, self._pause = None, None, 0, 0
+        self.reason, self._seen, self._failures, self._pause = None, (), 0, 0
 
     def attempt(
         self, calls: Sequence[Call], measure: Callable[[], Measurement], *, counts: bool
@@ -99,6 +104,6 @@ class Retries:
         return found
 
 
-def _looks(calls: Sequence[Call]) -> Hashable:
+def _looks(calls: Sequence[Call]) -> frozenset[Hashable]:
     """Return what is known of the loss without an attempt."""
     return frozenset(call.look() for call in calls)

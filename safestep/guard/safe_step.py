@@ -30,6 +30,7 @@ from safestep.guard.guarded_step import GuardedStep, own_failure
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
 from safestep.guard.kept_batches import KeptBatches
+from safestep.guard.known_losses import KnownLosses
 from safestep.guard.lookahead import Lookahead
 from safestep.guard.options import Action, check_arguments, check_past
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
@@ -185,6 +186,7 @@ class SafeStep(GuardedStep):
         self._agreement = Agreement(optimizer, ranks, tell, replica_check_interval)
         limits = max_normalized_step, controller.passes_long_steps
         self._predictor = Predictor(*limits) if is_sparing else None
+        self._losses = KnownLosses()
         module = recorder.module
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         inside = self._inside = inner_watch(module, radii)
@@ -194,8 +196,8 @@ class SafeStep(GuardedStep):
         self._retries = Retries()
         again = self._agreement.averaged(self._estimator.second_gradient)
         self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
-        parts = {"gradient": self._audit, "predictor": self._predictor, "part_of_batch": few}
-        self._parts = {name: part for name, part in parts.items() if part is not None}
+        parts = {"predictor": self._predictor, "losses": self._losses, "part_of_batch": few}
+        self._parts = {"gradient": self._audit, **(parts if is_sparing else {})}
         kept = KeptBatches(run_dir, keep_batches, ranks)
         self._second_run = SecondRun(module, ranks, self._journal, kept)
         self._rollback = Rollback(optimizer, module, rollback, rollback_after, state, ranks)
@@ -276,7 +278,7 @@ class SafeStep(GuardedStep):
     def _spared_step(self) -> tuple[StepReport, Measurement] | None:
         if (reason := self._unmeasured.reason()) is None:
             return None
-        self._recorder.take()
+        self._losses.learn(self._recorder.take(), is_measured=False)
         unmeasured = Measurement.failed(reason, self._estimator.estimator)
         return self._controller.decide(unmeasured, self._lr), unmeasured
 
@@ -288,6 +290,7 @@ class SafeStep(GuardedStep):
     def _end(self, report: StepReport | None) -> None:
         report = self._rollback.after(report)
         self._agreement.end_step()
+        self._unmeasured.end_step()
         self._recorder.keep_gradients(all_of_them=self._audit.is_due(self._controller.step))
         if report is not None:
             self.last = report
@@ -314,9 +317,10 @@ class SafeStep(GuardedStep):
         if self._predictor is None or self._agreement.is_idle:
             return Measure.EXACTLY
         options = direction_options(self.optimizer.param_groups, len(update.params))
+        is_new = not (update.calls and self._losses.include(update.calls))
         is_due = self._audit.is_due(self._controller.step)
         doubts = Doubts(
-            prediction=not update.calls or is_due or self._obstacle is not None,
+            prediction=is_new or is_due or self._obstacle is not None,
             secant=not self._estimator.trusts_secants,
             part=not self._estimator.can_sample(update),
             trail=self._predictor.trail(options),
@@ -351,6 +355,7 @@ class SafeStep(GuardedStep):
         suffices = is_measured and self._predictor.suffices(severity, how)
         if not (is_exact or suffices):
             return self._measure(update, health, Measure.EXACTLY)
+        self._losses.learn(update.calls, is_measured=is_measured)
         if is_measured:
             r = measurement.normalized_step
             self._predictor.learn(distance, r, severity, is_exact=is_exact)
@@ -361,9 +366,7 @@ class SafeStep(GuardedStep):
         quick = _QUICK.get(how)
         # Of a secant too: whether it suffices is a question that all workers answer alike.
         measurement = Measurement(quick or self._estimator.estimator)
-        reason = self._obstacle
-        if reason is None and not update.calls:
-            reason = why_no_calls()
+        reason = self._obstacle or (None if update.calls else why_no_calls())
         if reason is None:
             # Ranks that share parameters must try at the same steps, whatever their data show.
             looks = [] if update.is_sharded else update.calls

@@ -46,6 +46,10 @@ class KnownUnmeasured:
         self._retries.skip()
         return self._retries.reason
 
+    def end_step(self) -> None:
+        """Keep no gradients at the next step if it will not be measured."""
+        self._recorder.resting = self._retries.paused if self._is_possible else ()
+
     def _is_safe(self) -> bool:
         groups = self._optimizer.param_groups
         params = [param for group in groups for param in group["params"]]

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from safestep import SafeStep
 from safestep._torch import run_backward
-from safestep.capture.loss_graph import _roots, use_of_output
+from safestep.capture.autograd_graph import roots_of_backward
+from safestep.capture.loss_graph import use_of_output
 
 _random = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(8, 5, generator=_random)
@@ -195,7 +196,7 @@ def test_a_hook_in_a_devices_own_thread_sees_who_waits(monkeypatch):
     caller = threading.Thread(target=run_backward, args=((loss,),))
     caller.start()
     deadline = time.monotonic() + 5
-    while not (found := _roots()) and time.monotonic() < deadline:
+    while not (found := roots_of_backward()) and time.monotonic() < deadline:
         time.sleep(0.001)
     engine.put(None)
     caller.join()

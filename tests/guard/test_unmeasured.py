@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_one_that_is_huge_is_copied
     loop.rest()
     before = loop.state()
 
-    loop.step(lambda output: squared(output) * value)
+    loop.step(lambda output: mse_loss(output, torch.full_like(output, value)))
 
     if value == 1e8:
         assert loop.guard.last.status == "unmeasured"
@@ -170,3 +170,74 @@ def test_validation_passes_and_outputs_without_gradients_are_no_other_loss():
         loop.model(torch.randn(3, 4))  # with a graph that nobody uses
         loop.step()
         assert loop.is_resting
+
+
+def train(guarded, losses, rate=1e-2):
+    """Return estimator and status of every step."""
+    loop, told = Loop(guarded=guarded), []
+    loop.optimizer.param_groups[0]["lr"] = rate
+    for loss in losses:
+        loop.step(loss)
+        told.append((loop.guard.last.estimator, loop.guard.last.status) if guarded else None)
+    return loop, told
+
+
+def entropy(output):
+    return cross_entropy(output, LABELS)
+
+
+def test_another_loss_ends_the_predictions_at_its_first_step():
+    losses = [entropy] * 60 + [squared] * 3 + [entropy] * 2
+    loop, told = train(True, losses, rate=1e-4)
+    assert told[59] == ("predicted", "ok")
+    assert [status for _, status in told[60:63]] == ["unmeasured"] * 3
+    assert told[63][0] != "predicted"  # what was measured before is out of date
+    assert told[63][1] == "ok"
+    assert_same(loop.state(), train(False, losses, rate=1e-4)[0].state())
+
+
+def test_a_loss_of_two_forms_is_measured_once_for_each():
+    def other(output):
+        return entropy(output) + 1e-3 * output.square().mean()
+
+    _, told = train(True, ([entropy] * 3 + [other]) * 20, rate=1e-4)
+    assert told[40:].count(("predicted", "ok")) > 36
+
+
+def test_forms_of_a_loss_without_end_are_not_measured_each():
+    def of_form(number):
+        chain = [torch.sin, torch.cos, torch.tanh, torch.exp, torch.atan, torch.sigmoid]
+
+        def loss(output):
+            extra = output.mean()
+            for bit, function in enumerate(chain):
+                extra = function(extra) if number >> bit & 1 else extra
+            return entropy(output) + 1e-4 * extra
+
+        return loss
+
+    _, told = train(True, map(of_form, range(1, 64)), rate=1e-4)
+    assert told[50:].count(("predicted", "ok")) > 8
+
+
+def test_the_losses_that_are_known_go_on_in_a_resumed_run():
+    loop, _ = train(True, [entropy] * 60, rate=1e-4)
+    state = deepcopy(loop.guard.state_dict())
+    loop.guard.detach()
+    loop.guard = SafeStep(loop.optimizer, loop.model)
+    loop.guard.load_state_dict(state)
+    loop.step(entropy)
+    assert loop.guard.last.estimator == "predicted"
+    loop.step(squared)
+    assert loop.guard.last.status == "unmeasured"
+
+
+def test_gradients_of_a_loss_that_rests_are_not_kept():
+    loop = Loop()
+    loop.rest()
+    loop.optimizer.zero_grad()
+    squared(loop.model(torch.randn(8, 4))).backward()
+    (call,) = loop.guard._recorder.take()
+    assert call.is_resting
+    assert not call.unread
+    assert not call.kept.sums
