@@ -50,7 +50,6 @@ def step_call(step):
         undrawn=(),
         examples=None,
         keeper=None,
-        examples=None,
     )
 
 
