@@ -124,7 +124,7 @@ class GuardedStep:
         """Measure the update, made or still to come, and scale it or keep it from counting."""
         raise NotImplementedError
 
-    def _spared_step(self) -> tuple[StepReport, Measurement] | None:
+    def _step_known_unmeasured(self) -> tuple[StepReport, Measurement] | None:
         """Return the verdict on a step that will be neither measured nor undone, else None."""
         raise NotImplementedError
 
@@ -156,7 +156,7 @@ class GuardedStep:
         self._recorder.notice_effects()
         self._begin()
         has_closure = any(map(callable, (*args, *kwargs.values())))
-        self._verdict = None if has_closure else self._spared_step()
+        self._verdict = None if has_closure else self._step_known_unmeasured()
         if self._verdict is None:
             self._undo.take()
         if has_closure:  # forward calls in the step, and the gradients

@@ -86,7 +86,7 @@ class Predictor:
         self._steps = 0
         self._interval = 1
         self._since = 0
-        self._spared = 0  # measurements since the latest exact one
+        self._since_exact = 0  # measurements
         self._usual = _Window(WINDOW)
         self._measured = _Window(_RECENT)
         self._options: tuple[Any, ...] = ()
@@ -124,11 +124,12 @@ class Predictor:
         self._is_held = is_held
         factors = self._deciding
         expected, bound = factors.latest * step_norm, factors.largest * step_norm * self._margin
-        will_part_do = can_sample and expected <= ROUGH * self.limit and self._spared < SAMPLES
+        may_sample = can_sample and self._since_exact < SAMPLES
+        will_sample_do = may_sample and expected <= ROUGH * self.limit
         is_early = self._steps <= FIRST_STEPS
         if is_unusual or self._steps <= FIRST_EXACT or not factors.values:
             return Measure.EXACTLY
-        if will_part_do and (is_early or bound > self.limit):
+        if will_sample_do and (is_early or bound > self.limit):
             return Measure.ROUGHLY
         if is_early:
             return Measure.EXACTLY
@@ -136,7 +137,7 @@ class Predictor:
             return Predicted(self._radii.latest * step_norm)
         may_tell = self._passes_long_steps or expected <= NEAR * self.limit
         is_between = may_tell and expected >= FAR * self.limit
-        return Measure.QUICKLY if is_between and self._spared < SECANTS else Measure.EXACTLY
+        return Measure.QUICKLY if is_between and self._since_exact < SECANTS else Measure.EXACTLY
 
     def trail(self, options: tuple[Any, ...]) -> float:
         """Return a number that is equal on ranks that give one answer to the same signals.
@@ -178,7 +179,7 @@ class Predictor:
             return
         severity = normalized_step if severity is None else severity
         self._note(step_norm, normalized_step, severity, is_exact)
-        self._spared = 0 if is_exact else self._spared + 1
+        self._since_exact = 0 if is_exact else self._since_exact + 1
         # Beyond the radius, r by a secant is too small.
         is_right = is_exact or self._radii.latest * step_norm <= NEAR * self.limit
         if not is_right and self._deciding is self._radii:
@@ -206,7 +207,7 @@ class Predictor:
             "steps": self._steps,
             "interval": self._interval,
             "since": self._since,
-            "secants": self._spared,
+            "secants": self._since_exact,
             "usual": self._usual.state(),
             "measured": self._measured.state(),
             "trail": self._trail,
@@ -225,7 +226,7 @@ class Predictor:
         self._steps = state["steps"]
         self._interval = state["interval"]
         self._since = state["since"]
-        self._spared = state.get("secants", 0)  # which older checkpoints lack
+        self._since_exact = state.get("secants", 0)  # which older checkpoints lack
         self._usual = _Window(WINDOW, state["usual"])
         self._measured = _Window(_RECENT, state["measured"])
         self._options = tuple(state.get("options", ()))  # which older checkpoints lack

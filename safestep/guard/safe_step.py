@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from safestep.capture import LogitsFn
 from safestep.capture.failures import one_line
 from safestep.capture.recorder import Recorder
-from safestep.guard.agreement import Agreement, Doubts
+from safestep.guard.agreement import Agreement
 from safestep.guard.attach import (
     check_optimizer,
     hooked_optimizer,
@@ -34,6 +34,7 @@ from safestep.guard.known_losses import KnownLosses
 from safestep.guard.lookahead import Lookahead
 from safestep.guard.options import Action, check_arguments, check_past
 from safestep.guard.predictor import Measure, Predicted, Predictor, direction_options
+from safestep.guard.rank_messages import RuledOut
 from safestep.guard.retries import Retries
 from safestep.guard.rollback import Rollback
 from safestep.guard.second_run import SecondRun
@@ -191,12 +192,13 @@ class SafeStep(GuardedStep):
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         inside = self._inside = inner_watch(module, radii)
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
-        few, own = PartOfBatch() if is_sparing else None, self._agreement.own_gradients
-        self._estimator = CheckedEstimator(module, controller.rule, first, logits, inside, few, own)
+        sampler, own = PartOfBatch() if is_sparing else None, self._agreement.own_gradients
+        rule = controller.rule
+        self._estimator = CheckedEstimator(module, rule, first, logits, inside, sampler, own)
         self._retries = Retries()
         again = self._agreement.averaged(self._estimator.second_gradient)
         self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
-        parts = {"predictor": self._predictor, "losses": self._losses, "part_of_batch": few}
+        parts = {"predictor": self._predictor, "losses": self._losses, "part_of_batch": sampler}
         self._parts = {"gradient": self._audit, **(parts if is_sparing else {})}
         kept = KeptBatches(run_dir, keep_batches, ranks)
         self._second_run = SecondRun(module, ranks, self._journal, kept)
@@ -275,7 +277,7 @@ class SafeStep(GuardedStep):
         self._note_radii(measurement, report.step_norm)
         return report, measurement
 
-    def _spared_step(self) -> tuple[StepReport, Measurement] | None:
+    def _step_known_unmeasured(self) -> tuple[StepReport, Measurement] | None:
         if (reason := self._unmeasured.reason()) is None:
             return None
         self._losses.learn(self._recorder.take(), is_measured=False)
@@ -319,19 +321,19 @@ class SafeStep(GuardedStep):
         options = direction_options(self.optimizer.param_groups, len(update.params))
         is_new = not (update.calls and self._losses.include(update.calls))
         is_due = self._audit.is_due(self._controller.step)
-        doubts = Doubts(
+        ruled_out = RuledOut(
             prediction=is_new or is_due or self._obstacle is not None,
             secant=not self._estimator.trusts_secants,
-            part=not self._estimator.can_sample(update),
-            trail=self._predictor.trail(options),
+            sampling=not self._estimator.can_sample(update),
         )
-        health, doubts = self._agreement.health(health, doubts, are_parts=update.is_sharded)
-        signals, can_sample = (health.gradient_norm, *health.signals), not doubts.part
+        trail, are_parts = self._predictor.trail(options), update.is_sharded
+        health, ruled_out = self._agreement.sizes(health, ruled_out, trail, are_parts=are_parts)
+        signals, can_sample = (health.gradient_norm, *health.signals), not ruled_out.sampling
         answer = self._predictor.predict(
             health.step_norm, signals, options,
             can_sample=can_sample, is_held=self._controller.is_held,
         )  # fmt: skip
-        if doubts.prediction or (answer is Measure.QUICKLY and doubts.secant):
+        if ruled_out.prediction or (answer is Measure.QUICKLY and ruled_out.secant):
             return Measure.EXACTLY
         if isinstance(answer, Predicted):
             return Measurement.predicted(answer.normalized_step, health.step_norm)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, isfinite, isnan, log10, nan
+from typing import Any, NamedTuple
 
 # Where the slope is that small against its terms, rounding alone makes any ratio.
 _PERPENDICULAR = 1e-3
@@ -87,25 +87,38 @@ class Slopes:
 UNSEEN = Slopes(obstacle="a finite difference shows no exact slope")
 
 
-def row_of(slopes: Slopes, state: float) -> tuple[float, ...]:
-    """Return the slopes as the numbers that a rank sends to the others.
+class SlopesMessage(NamedTuple):
+    """What a rank tells the others of its slopes. The fields are numbers, or columns of all ranks.
 
-    Args:
-        slopes: Its slopes.
+    Attributes:
+        outputs: Its `Slopes.outputs`; NaN where it could not compare.
+        gradient: Its `Slopes.gradient`.
+        size: Its `Slopes.size`.
+        own_gradient: `gradient` of its `Slopes.own`.
+        own_size: `size` of its `Slopes.own`.
         state: A number that is equal on ranks that know the same of the run.
     """
-    own = slopes.own or UNSEEN
-    return slopes.outputs, slopes.gradient, slopes.size, own.gradient, own.size, state
+
+    outputs: Any
+    gradient: Any
+    size: Any
+    own_gradient: Any
+    own_size: Any
+    state: Any
+
+    @classmethod
+    def of(cls, slopes: Slopes, state: float) -> SlopesMessage:
+        """Return the message of a rank."""
+        own = slopes.own or UNSEEN
+        return cls(slopes.outputs, slopes.gradient, slopes.size, own.gradient, own.size, state)
 
 
-def over_ranks(
-    mine: Slopes, rows: Sequence[Sequence[float]], *, are_parts: bool, is_whole: bool
-) -> Slopes:
+def over_ranks(mine: Slopes, sent: SlopesMessage, *, are_parts: bool, is_whole: bool) -> Slopes:
     """Return the slopes of the batch of all ranks, whose loss is the mean of the ranks' losses.
 
     Args:
         mine: Those of this rank.
-        rows: The `row_of` of each rank; NaN where it could not compare.
+        sent: A list in each field, of what every rank sent.
         are_parts: Whether each rank's `gradient` is that of its shards.
         is_whole: Whether every rank has data.
 
@@ -114,25 +127,25 @@ def over_ranks(
 
     Example:
         >>> mine = Slopes(outputs=-2.0, gradient=-3.0, size=3.0)
-        >>> rows = [(-2, -3, 3, -2, 3, 0), (-4, -3, 5, -4, 5, 0)]
-        >>> over_ranks(mine, rows, are_parts=False, is_whole=True).ratio
+        >>> sent = SlopesMessage([-2, -4], [-3, -3], [3, 5], [-2, -4], [3, 5], [0, 0])
+        >>> over_ranks(mine, sent, are_parts=False, is_whole=True).ratio
         1.0
     """
-    outputs, gradients, sizes, owns, own_sizes, states = zip(*rows, strict=True)
-    ranks = tuple(
-        Slopes(left, right, size, is_coarse=mine.is_coarse)
-        for left, right, size in zip(outputs, owns, own_sizes, strict=True)
-    )
-    known = {"own": mine.own, "ranks": ranks, "is_coarse": mine.is_coarse}
     if not is_whole:
         return Slopes(obstacle="a rank has no more data")
-    unknown = next((rank for rank, slope in enumerate(outputs) if isnan(slope)), None)
+    ranks = tuple(
+        Slopes(*own, is_coarse=mine.is_coarse)
+        for own in zip(sent.outputs, sent.own_gradient, sent.own_size, strict=True)
+    )
+    known = {"own": mine.own, "ranks": ranks, "is_coarse": mine.is_coarse}
+    unknown = next((rank for rank, slope in enumerate(sent.outputs) if isnan(slope)), None)
     if unknown is not None:
         obstacle = mine.obstacle or f"rank {unknown} does not know its loss's slope"
         return Slopes(obstacle=obstacle, **known)
-    size = max(sizes)
-    if not are_parts and not max(gradients) - min(gradients) <= _SAME * size:
+    size = max(sent.size)
+    if not are_parts and not max(sent.gradient) - min(sent.gradient) <= _SAME * size:
         return Slopes(obstacle="the ranks use gradients of their own", **known)
-    gradient = sum(gradients) if are_parts else gradients[0]
-    is_agreed = min(states) == max(states)
-    return Slopes(sum(outputs) / len(rows), gradient, size, is_agreed=is_agreed, **known)
+    gradient = sum(sent.gradient) if are_parts else sent.gradient[0]
+    outputs = sum(sent.outputs) / len(sent.outputs)
+    is_agreed = min(sent.state) == max(sent.state)
+    return Slopes(outputs, gradient, size, is_agreed=is_agreed, **known)

@@ -139,17 +139,18 @@ class LossChangeSum:
         return LossChange(weighted / weight, slope / weight, weight)
 
 
-def mean_change(mine: LossChange, rows: Tensor) -> LossChange:
+def mean_change(mine: LossChange, divergence: Tensor, slope: Tensor, weight: Tensor) -> LossChange:
     """Return the change of the mean loss of the rows of all workers.
 
     Args:
         mine: That of this worker's rows, for its reason.
-        rows: Divergence, slope and weight of each worker. Shape ``[N, 3]``.
+        divergence: That of each worker. Shape ``[N]``.
+        slope: That of each worker. Shape ``[N]``.
+        weight: That of each worker. Shape ``[N]``.
 
     Returns:
         The change; with equal weights of the workers where those of some rows are not known.
     """
-    divergence, slope, weight = rows.unbind(dim=1)
     if bool(slope.isnan().any()):
         reason = mine.reason or "of another rank"
         return LossChange(float(divergence.mean()), weight=float(weight.sum()), reason=reason)

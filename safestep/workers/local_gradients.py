@@ -40,7 +40,7 @@ class LocalGradients:
         self._kept: set[int] = set()
         self._added: list[Tensor] = []  # squared norms of what each parameter got in this backward
         self._backwards: list[Tensor] = []  # the same of each backward, summed
-        self._complete: set[int] = set()  # `_kept` of the last step, until the next backward pass
+        self._kept_last_step: set[int] = set()  # until the next backward pass
         self.is_on = True
         self.was_reduced = False
         self._hooks = [
@@ -108,27 +108,27 @@ class LocalGradients:
         Returns:
             The gradients; empty if they were not kept, or if a backward pass came since.
         """
-        if not self._complete:
+        if not self._kept_last_step:
             return {}
-        kept = [view if i in self._complete else None for i, view in enumerate(self._views)]
+        kept = [view if i in self._kept_last_step else None for i, view in enumerate(self._views)]
         return dict(zip(self.parameters, kept, strict=True))
 
     def clear(self) -> None:
         """End a step; its gradients are kept until the next backward pass."""
-        self._kept, self._complete = set(), self._kept
+        self._kept, self._kept_last_step = set(), self._kept
         self._backwards, self._added = [], []
 
     def detach(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
-        self._complete = set()
+        self._kept_last_step = set()
         _ALIVE.discard(self)
 
     def _keep(self, index: int, parameter: Tensor) -> None:
         self.was_reduced = self._is_reduced()
-        if self._complete:
-            self._complete = set()
+        if self._kept_last_step:
+            self._kept_last_step = set()
         if not self.is_on or parameter.grad is None:
             return
         if self._flat is None:

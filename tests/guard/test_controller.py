@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from safestep.guard.agreement import worst_of
 from safestep.guard.controller import StepController, StepReport
+from safestep.guard.rank_messages import worst_of
 from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.radius.batch import LogitTangent, smallest_row
 
