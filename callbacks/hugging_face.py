@@ -15,7 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from safestep.guard.options import Action
-from safestep.guard.safe_step import SafeStep, StepReport
+from safestep.guard.safe_step import SafeStep
+from safestep.guard.step_report import StepReport
 from safestep.measure.inner_radii import RadiusName
 from safestep.measure.registry import EstimatorOption
 from safestep.radius.ladder import RungOption

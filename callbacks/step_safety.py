@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from safestep.guard.options import Action
-from safestep.guard.safe_step import SafeStep, StepReport
+from safestep.guard.safe_step import SafeStep
+from safestep.guard.step_report import StepReport
 from safestep.measure.inner_radii import RadiusName
 from safestep.measure.registry import EstimatorOption
 from safestep.radius.ladder import RungOption

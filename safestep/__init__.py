@@ -1,7 +1,7 @@
 """Step-size safety controller and diagnostics for PyTorch training."""
 
-from safestep.guard.controller import StepReport
 from safestep.guard.safe_step import SafeStep
+from safestep.guard.step_report import StepReport
 from safestep.measure.estimators import logits_jvp
 from safestep.radius.divergence import linearized_divergence
 from safestep.radius.exact import exact_radius

@@ -312,7 +312,8 @@ def worker_run(tmp_path_factory):
                 **{name: getattr(found, name) for name in found.__slots__},
             })  # fmt: skip
             if step == DRIFT_STEP + 9:
-                message = f"rank 3: loss 9 MADs above the others since step {DRIFT_STEP}"
+                found = "rank 3: loss 9 times the usual spread above the others"
+                message = f"{found} since step {DRIFT_STEP}"
                 log.write("event", {
                     "name": "worker", "step": step, "rank": 3, "quantity": "loss",
                     "since": DRIFT_STEP, "message": message,

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from safestep.demo.tasks import Task
-from safestep.guard.safe_step import SafeStep, StepReport
+from safestep.guard.safe_step import SafeStep
+from safestep.guard.step_report import StepReport
 
 
 @dataclass(frozen=True, slots=True)

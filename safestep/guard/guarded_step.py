@@ -17,7 +17,8 @@ from safestep.capture.hooks import is_passed_on, kept_out
 from safestep.capture.recorder import Recorder
 from safestep.capture.unwinding import Surroundings, completed
 from safestep.guard.attach import hook_steps, is_within_step
-from safestep.guard.controller import StepController, StepReport
+from safestep.guard.controller import StepController
+from safestep.guard.step_report import StepReport
 from safestep.guard.undo import Undo
 from safestep.measure.update import Measurement
 

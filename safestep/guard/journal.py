@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from safestep._warn import warn_user
-from safestep.guard.controller import StepReport
 from safestep.guard.gradient_event import GradientEvent
+from safestep.guard.step_report import StepReport
 from safestep.parallel.collectives import rank, world_size
 from safestep.runlog.writer import RunLog
 from safestep.workers.drift import WorkerEvent
@@ -137,7 +137,7 @@ class Journal:
                 own[name] = None if isnan(own[name]) else own[name]
             self._log.write("step", {**own, "time": time.time(), **values})
         if report.status == "unmeasured":
-            self.warn_once(f"a step was not measured and left alone: {report.reason}")
+            self.warn_once(f"a step was not measured and left alone: {report.explanation}")
         if report.status in ("clipped", "skipped"):
             self._tell(report)
         if report.status == "rolled back":
@@ -203,12 +203,12 @@ class Journal:
         if not self._is_writer or (count > 10 and count & (count - 1)):
             return
         if report.status == "skipped":
-            _logger.info("step %d was not taken: %s", report.step, report.reason)
+            _logger.info("step %d was not taken: %s", report.step, report.explanation)
             return
         _logger.info(
             "step %d: r = %.3g, radius %.3g, scaled by %.3g (row %s; intervention %d%s)",
             report.step, report.normalized_step, report.radius, report.scale, report.bottleneck,
-            count, f"; {report.reason}" if report.reason else "",
+            count, f"; {report.explanation}" if report.explanation else "",
         )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from safestep._warn import warn_user
 from safestep.capture.failures import one_line
 from safestep.capture.unwinding import completed
-from safestep.guard.controller import StepReport
 from safestep.guard.copies import Copies
 from safestep.guard.optimizer_state import OptimizerState
+from safestep.guard.step_report import StepReport
 from safestep.parallel.present import ABSENT
 from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import reshard
@@ -95,7 +95,7 @@ class Rollback:
         if self._steps is None:
             return report
         if report is not None and self._is_due(report):
-            r, reason = report.normalized_step, report.reason
+            r, reason = report.normalized_step, report.explanation
             last = "; ".join(text for text in (f"r = {r:.3g}" * isfinite(r), reason) if text)
             why = f"{self._after} steps in a row were clipped or skipped (the last: {last})"
             return self._go_back(report, why)

@@ -24,7 +24,7 @@ from safestep.guard.attach import (
     steps_under_way,
     why_no_calls,
 )
-from safestep.guard.controller import StepController, StepReport
+from safestep.guard.controller import StepController
 from safestep.guard.gradient_watch import GradientWatch
 from safestep.guard.guarded_step import GuardedStep, own_failure
 from safestep.guard.health import Health, where_not_finite
@@ -39,6 +39,7 @@ from safestep.guard.retries import Retries
 from safestep.guard.rollback import Rollback
 from safestep.guard.second_run import SecondRun
 from safestep.guard.snapshot import Snapshot
+from safestep.guard.step_report import StepReport
 from safestep.guard.undo import Undo, carry_out
 from safestep.guard.unmeasured import KnownUnmeasured
 from safestep.measure.binding_radius import radii_of_step

@@ -14,9 +14,9 @@ from safestep.capture.failures import one_line
 from safestep.capture.hooks import is_passed_on
 from safestep.capture.isolation import without_side_effects
 from safestep.capture.results import Sameness, compare, compare_outputs, loss_of
-from safestep.guard.controller import StepReport
 from safestep.guard.journal import Journal
 from safestep.guard.kept_batches import KeptBatches
+from safestep.guard.step_report import StepReport
 from safestep.measure.update import Measurement, Update
 from safestep.parallel.ranks import Ranks
 
@@ -48,7 +48,7 @@ class SecondRun:
         self._same_in_a_row = 0
 
     def explain(self, report: StepReport, measurement: Measurement, update: Update) -> StepReport:
-        """Return the report with what a second run shows in its reason.
+        """Return the report with what a second run shows, and the row that set the radius.
 
         Args:
             report: The decision about a step.
@@ -61,18 +61,16 @@ class SecondRun:
         is_touched = report.status in ("clipped", "skipped")
         if not (is_touched or measurement.finding.forbids_step):
             return report
-        told = [report.reason]
         try:
-            told += [_place(measurement, update.calls), self._rerun(update)]
-            told = [text for text in told if text]
-            run = self._journal.run
-            name = self._kept.keep(run, report.step, "; ".join(told), update.calls)
-            told += [f"its inputs are in {name}"] * (name is not None)
+            report = _with_reason(report, _place(measurement, update.calls))
+            report = replace(report, second_run=self._rerun(update))
+            run, why = self._journal.run, report.explanation or ""
+            name = self._kept.keep(run, report.step, why, update.calls)
+            return _with_reason(report, name and f"its inputs are in {name}")
         except Exception as error:  # the decision stands
             if is_passed_on(error):
                 raise
-            told.append(_TOLD[Sameness.UNKNOWN].format(why=one_line(error)))
-        return replace(report, reason="; ".join(text for text in told if text))
+            return replace(report, second_run=f"unknown: {one_line(error)}")
 
     def _rerun(self, update: Update) -> str | None:
         count = self._same_in_a_row + 1
@@ -89,13 +87,13 @@ class SecondRun:
             rows = self._ranks.gather(rows, what).flatten().tolist()
         worst = Sameness(int(max(rows)))
         self._same_in_a_row = self._same_in_a_row + 1 if worst < Sameness.OTHER else 0
+        result = worst.name.lower()
         if worst is Sameness.UNKNOWN:
-            return _TOLD[worst].format(why=self._first_reason(why))
-        if worst is not Sameness.OTHER:
-            return _TOLD[worst]
+            return f"{result}: {self._first_reason(why)}"
+        if worst is not Sameness.OTHER or self._ranks.size == 1:
+            return result
         off = [rank for rank, row in enumerate(rows) if row == worst]
-        where = f" on rank{'s' * (len(off) > 1)} {', '.join(map(str, off))}"
-        return _TOLD[worst].format(where=where if self._ranks.size > 1 else "")
+        return f"{result}: rank{'s' * (len(off) > 1)} {', '.join(map(str, off))}"
 
     def _first_reason(self, why: str | None) -> str | None:
         if self._ranks.size == 1:
@@ -130,25 +128,14 @@ class SecondRun:
         return outputs
 
 
-_TOLD = {
-    Sameness.SAME: (
-        "run again, its batch gives the same result bit for bit: the data or the rate is the "
-        "cause, not this machine"
-    ),
-    Sameness.ROUNDED: (
-        "run again, its batch gives the same result up to rounding: the data or the rate is the "
-        "cause, not this machine"
-    ),
-    Sameness.UNKNOWN: "its batch was not compared with a second run: {why}",
-    Sameness.OTHER: (
-        "run again, its batch gives another result{where}: this machine, or state outside the "
-        "model, is the cause"
-    ),
-}
 _UNSEEN = (
     "the result of the first run was not kept, as that of a recorded function whose loss is not "
     "logged with guard.log(loss=loss), or a large output that 'auto' does not watch"
 )
+
+
+def _with_reason(report: StepReport, more: str | None) -> StepReport:
+    return replace(report, reason="; ".join(filter(None, (report.reason, more))) or None)
 
 
 def _sameness(calls: Sequence[Call], outputs: Sequence[Any], loss: Any) -> Sameness:

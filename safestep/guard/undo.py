@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safestep.capture.call import Call
 from safestep.capture.failures import one_line
-from safestep.guard.controller import StepReport
+from safestep.guard.step_report import StepReport
 from safestep.measure.update import Update
 
 

@@ -49,7 +49,6 @@ def _tell(event: dict[str, Any], since: Any, noun: str, run: Run) -> str:
     if levels:
         return sentence(f"{noun} {event['rank']} is off from step {since} on: {levels}")
     message = re.sub(r"^ranks? [^:]{0,99}: | since step \d+", "", str(event.get("message")))
-    message = message.replace(" MADs", " times the usual spread")
     noun = "replica" if event.get("name") == "replica" else noun
     who = event.get("rank", event.get("ranks"))
     whose = f"{noun} {who}" if isinstance(who, int) else f"a {noun}"

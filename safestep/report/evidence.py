@@ -14,10 +14,10 @@ from safestep.report.bands import (
     upper_band,
 )
 from safestep.report.levels import Effect, effect_of
+from safestep.report.second_runs import second_runs, without_second_run
 from safestep.runlog.reader import Run
 from safestep.runlog.series import StepSeries, spans, step_series
 
-_SECOND_RUN = ("run again, ", "its batch was not compared")  # how messages about it begin
 _JOINED_GAP = 10  # touched steps so near each other are one story
 _LASTING = 10  # so many steps over the loss band, or under it again, are no chance
 _MAX_JUDGED = 2000  # episodes whose loss is looked at, those of the largest r
@@ -37,7 +37,7 @@ class Evidence:
             ten steps: in a long run a shorter one is chance. Shape ``[T]``.
         reasons: By number of a step that was not taken, why.
         why_scaled: By number of a step that was scaled, why, where the log has more than r to say.
-        second_runs: By number of a step that was touched, what a second run of its batch showed.
+        second_runs: By number of a step, what a second run of its batch showed.
         episodes: What `find_episodes` found; empty before.
     """
 
@@ -86,7 +86,6 @@ def gather(run: Run) -> Evidence:
     is_over_band = np.zeros(len(loss), dtype=bool)
     for first, last in spans(after > edges):
         is_over_band[first : last + 1] = last - first >= _LASTING
-    skipped, scaled = (_reasons(run, status) for status in ("skipped", "clipped"))
     return Evidence(
         series=series,
         limit=float(limit) if isinstance(limit, (int, float)) and limit > 0 else 1.0,
@@ -94,26 +93,26 @@ def gather(run: Run) -> Evidence:
         after=after,
         edges=edges,
         is_over_band=is_over_band,
-        reasons={step: cause or "unknown" for step, (cause, _) in skipped.items()},
-        why_scaled={step: cause for step, (cause, _) in scaled.items() if cause},
-        second_runs={step: told for step, (_, told) in (skipped | scaled).items() if told},
+        reasons={step: why or "unknown" for step, why in _reasons(run, "skipped").items()},
+        why_scaled={step: why for step, why in _reasons(run, "clipped").items() if why},
+        second_runs=second_runs(run),
         episodes=[],
     )
 
 
-def _reasons(run: Run, status: str) -> dict[int, tuple[str, str]]:
-    """Return for each step of a status the reason, and what a second run showed."""
+def _reasons(run: Run, status: str) -> dict[int, str]:
+    """Return for each step of a status the reason, empty where the log has none."""
     reasons, found = run.steps.get("reason"), run.steps.get("status")
     if reasons is None or found is None:
         return {}
     return {
-        int(run.steps["step"][at]): _split(str(reasons[at] or ""))
+        int(run.steps["step"][at]): cause_of(str(reasons[at] or ""))
         for at in np.flatnonzero(found == status)
     }
 
 
 def cause_of(reason: str) -> str:
-    """Return the reason of a step's status in plain words, without what a second run showed.
+    """Return the reason of a step's status in plain words.
 
     Args:
         reason: The reason in the log.
@@ -121,16 +120,10 @@ def cause_of(reason: str) -> str:
     Returns:
         The cause.
     """
-    return _split(reason)[0]
-
-
-def _split(reason: str) -> tuple[str, str]:
-    parts = re.sub(
+    plain = re.sub(
         "the gradient is not finite: ([^;]+)", r"the gradient of \1 is not finite", reason
     )
-    parts = parts.split("; ")
-    told = [part for part in parts if part.startswith(_SECOND_RUN)]
-    return "; ".join(part for part in parts if part not in told), "; ".join(told)
+    return without_second_run(plain)
 
 
 def _known_loss(run: Run, series: StepSeries) -> np.ndarray:

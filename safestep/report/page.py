@@ -130,10 +130,7 @@ def _card(run: Run, label: str, verdict: Verdict) -> dict[str, Any]:
         "numbers": _numbers(run),
         "settings": {str(name): value for name, value in run.settings.items()},
         "events": [
-            {
-                name: str(event.get(name, "")).replace(" MADs", " times the usual spread")
-                for name in ("step", "name", "message")
-            }
+            {name: str(event.get(name, "")) for name in ("step", "name", "message")}
             for event in run.events[-MAX_EVENTS:]
         ],
         "hidden_events": len(run.events) - MAX_EVENTS,

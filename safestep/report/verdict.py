@@ -1,6 +1,5 @@
 """Say in words what happened in a run, from its log alone."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +13,12 @@ from safestep.report.finding import Tone
 from safestep.report.findings import drifted, find
 from safestep.report.gradient import tell_gradient
 from safestep.report.levels import course
+from safestep.report.second_runs import tell_second_runs
 from safestep.runlog.reader import Run
 from safestep.runlog.series import FEW, removed_area
 
 MAX_EPISODES = 5  # told one by one; the others are counted
 _MAX_HEADLINES = 3
-_MAX_SECOND_RUNS = 2
 _MAX_ROLLBACKS = 3  # told one by one
 
 
@@ -111,30 +110,10 @@ def _loss_course(evidence: Evidence, headline: str) -> list[str]:
     return sentences
 
 
-def _second_runs(evidence: Evidence) -> list[str]:
-    """Return what second runs of touched steps' batches showed, the most frequent first."""
-    told = Counter(evidence.second_runs.values()).most_common(_MAX_SECOND_RUNS)
-    steps = {text: step for step, text in reversed(evidence.second_runs.items())}
-    total = int(evidence.series.intervened.sum())
-    return [_second_run(text, steps[text], times, total) for text, times in told]
-
-
-def _second_run(text: str, step: int, times: int, total: int) -> str:
-    """Return the result of second runs, with their steps; an equal one clears the machine."""
-    which = f"all {times:,}" if times == total else f"{times:,} of {total:,}"
-    whose = f"the batch{'es' * (times > 1)} of {which if times > 1 else 'step'} "
-    whose += "touched steps" if times > 1 else str(step)
-    text = text.replace("its batch", whose).replace(f"{whose} gives", f"{whose} gave")
-    if times > 1:
-        text = text.replace(f"{whose} was", f"{whose} were")
-    if "the same result" in text:
-        text = f"{text.split(': ')[0]}, so this machine is not the cause"
-    return sentence(text)
-
-
 def _closing(run: Run, evidence: Evidence) -> list[str]:
     """Return what is true of the whole run."""
-    series, sentences = evidence.series, _second_runs(evidence)
+    series = evidence.series
+    sentences = tell_second_runs(evidence.second_runs, int(series.intervened.sum()))
     unmeasured = int(series.unmeasured.sum())
     if unmeasured:
         status, reasons = run.steps["status"], run.steps.get("reason")

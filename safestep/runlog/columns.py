@@ -8,7 +8,9 @@ import numpy as np
 
 # The keys that safestep itself writes, with their types. Other keys take the type of their values.
 FIELDS: dict[str, Literal["number", "text", "list"]] = {
-    **dict.fromkeys(("estimator", "status", "reason", "gradient_reason", "loss_reason"), "text"),
+    **dict.fromkeys(
+        ("estimator", "status", "reason", "gradient_reason", "loss_reason", "second_run"), "text"
+    ),
     **dict.fromkeys(
         ("step", "normalized_step", "radius", "step_norm", "spread", "scale", "learning_rate",
          "effective_learning_rate", "seconds", "time", "bottleneck", "gradient_ratio",

@@ -80,7 +80,7 @@ class WorkerWatch:
         >>> for step in range(40):
         ...     for event in watch.update(step, [1.0, 1.1, 1.2, 3.0], [2.0] * 4, [0.9] * 4):
         ...         print(event.message)
-        rank 3: loss 18.5 MADs above the others since step 0
+        rank 3: loss 18.5 times the usual spread above the others since step 0
     """
 
     def __init__(
@@ -212,7 +212,8 @@ class WorkerWatch:
         order = np.where(shows, np.abs(deviations), -1)
         side, quantity, rank = (int(i) for i in np.unravel_index(order.argmax(), order.shape))
         since, deviation = self._dated(side, quantity, rank)
-        amount = f"{abs(deviation):.1f} MADs" if abs(deviation) < 0.9 * _FAR_MADS else "far"
+        is_known = abs(deviation) < 0.9 * _FAR_MADS
+        amount = f"{abs(deviation):.1f} times the usual spread" if is_known else "far"
         message = (
             f"rank {rank}: {QUANTITIES[quantity]} {amount} "
             f"{('above', 'below')[side]} the others since step {since}"

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from safestep.guard.controller import StepController, StepReport
+from safestep.guard.controller import StepController
 from safestep.guard.rank_messages import worst_of
+from safestep.guard.step_report import StepReport
 from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.radius.batch import LogitTangent, smallest_row
 

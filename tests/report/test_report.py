@@ -330,10 +330,3 @@ def test_values_at_the_ends_of_float64_have_a_page(tmp_path, value):
             log.write("workers", {"step": step, "loss": [value, -value], "grad_norm": [value] * 2})
 
     assert "30 steps" in page_of(tmp_path).words
-
-
-def test_events_speak_of_the_usual_spread(worker_run, tmp_path):
-    page = page_of(worker_run, output=tmp_path).words
-
-    assert "rank 3: loss 9 times the usual spread above the others" in page
-    assert "MADs" not in page

@@ -104,14 +104,18 @@ def test_step_that_was_not_taken_is_told_with_its_reason(tmp_path):
     assert f"1 intervention at step 50: not taken ({told}); loss unaffected (" in story
 
 
-def test_second_runs_are_told_once_and_not_with_each_step(tmp_path):
+@pytest.mark.parametrize("is_old", [False, True], ids=["a column", "in an older log's reason"])
+def test_second_runs_are_told_once_and_not_with_each_step(tmp_path, is_old):
     cause = "the gradient is not finite: head.weight"
     told = "run again, its batch gives the same result bit for bit: the data is the cause"
     reason, losses = np.full(200, None, dtype=object), noisy_losses()
-    reason[50:56] = reason[100] = f"{cause}; {told}"
+    reason[50:56] = reason[100] = f"{cause}; {told}" if is_old else cause
     losses[50:56] = np.nan
-    status = np.where(reason == None, "ok", "skipped")  # noqa: E711
-    log_steps(tmp_path, losses, reason=list(reason), status=list(status), normalized_step=0.5)
+    is_touched = [each is not None for each in reason]
+    columns = {"reason": list(reason), "status": list(np.where(is_touched, "skipped", "ok"))}
+    if not is_old:
+        columns["second_run"] = ["same" if touched else None for touched in is_touched]
+    log_steps(tmp_path, losses, **columns, normalized_step=0.5)
 
     verdict, story = story_of(tmp_path)
 
@@ -122,6 +126,35 @@ def test_second_runs_are_told_once_and_not_with_each_step(tmp_path):
     assert "scaled" not in verdict.headline
     assert "run again" not in verdict.headline
     assert "loss was not finite until step 56, then 1 (1 before)" in story
+
+
+@pytest.mark.parametrize(
+    ("found", "old", "told"),
+    [
+        (
+            "other: rank 1", "run again, its batch gives another result on rank 1: this machine",
+            "Run again, the batch of step 50 gave another result on rank 1: this machine",
+        ),
+        (
+            "unknown: it was gone", "its batch was not compared with a second run: it was gone",
+            "The batch of step 50 was not compared with a second run: it was gone.",
+        ),
+        (
+            "rounded", "run again, its batch gives the same result up to rounding: the data",
+            "the batch of step 50 gave the same result up to rounding, so this machine is not",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("is_old", [False, True], ids=["a column", "in an older log's reason"])
+def test_second_run_of_a_single_step_is_told_with_its_result(tmp_path, found, old, told, is_old):
+    name, text = ("reason", old) if is_old else ("second_run", found)
+    status = at(50, "clipped", otherwise="ok")
+    log_steps(
+        tmp_path, noisy_losses(), **{name: at(50, text, otherwise=None)}, status=status,
+        normalized_step=at(50, 7.0, otherwise=0.5), scale=at(50, 0.1, otherwise=1.0),
+    )  # fmt: skip
+
+    assert told in story_of(tmp_path)[1]
 
 
 def test_row_is_named_only_where_it_set_the_radius_of_most_steps(tmp_path):

@@ -93,7 +93,7 @@ def test_a_worker_below_the_others_is_named():
     assert event.rank == 1
     assert event.deviation < -1
     assert "rank 1: loss" in event.message
-    assert "MADs below the others since step 0" in event.message
+    assert "times the usual spread below the others since step 0" in event.message
 
 
 def test_a_small_shift_is_named_in_time():
