@@ -79,7 +79,7 @@ def tell_second_runs(found: Mapping[int, str], touched: int) -> list[str]:
         'Run again, the batch of step 8 gave another result on rank 1: this machine, or state \
 outside the model, is the cause.'
     """
-    first = {result: step for step, result in reversed(found.items())}
+    first = {result: step for step, result in reversed([*found.items()])}
     return [
         _tell(result, f"step {first[result]}", times, touched)
         for result, times in Counter(found.values()).most_common(_MAX_TOLD)
