@@ -56,6 +56,7 @@ set_mkldnn_enabled = _find("_C._set_mkldnn_enabled", "to leave mkldnn's LSTM out
 # Many tensors in one call; torch.optim builds on them too.
 foreach_add_ = _find("_foreach_add_", "to move all parameters at once")
 foreach_copy_ = _find("_foreach_copy_", "to copy all parameters at once")
+foreach_lerp = _find("_foreach_lerp", "to get to a point between two ends of an update")
 foreach_mul = _find("_foreach_mul", "to copy many small tensors at once")
 foreach_mul_ = _find("_foreach_mul_", "to scale an update at once")
 foreach_norm = _find("_foreach_norm", "to measure an update and its gradient at once")

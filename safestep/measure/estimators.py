@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from safestep._torch import foreach_lerp
 from safestep.capture import LogitFinder, Logits, LogitsFn, find_logits
 from safestep.capture.call import Call
 from safestep.capture.isolation import without_side_effects
@@ -235,12 +236,14 @@ def secant(
     params: Sequence[Tensor],
     start: Sequence[Tensor],
     logits: LogitsFn | LogitFinder | None = None,
+    share: float = 1.0,
 ) -> Generator[LogitTangent, None, None]:
     """Yield the logits of recorded calls before the update, and their change by the update.
 
-    a ~ z(theta + p) - z(theta).
+    a ~ (z(theta + s p) - z(theta)) / s.
 
-    Scope: any operator. Within 5 % of r up to about r = 1; in half precision only from r = 1e-2 up,
+    Scope: any operator. Over the whole update, within 5 % of r up to about r = 1 for most rows, but
+    half of r or less for some; the error shrinks with s. In half precision only from r = 1e-2 up,
     because rounding makes smaller r too large. Beyond r = 1 it saturates if the logits are bounded
     in the step (normalised layers) and explodes if they are not: good for monitoring, not for
     deciding how far a step must shrink.
@@ -251,6 +254,7 @@ def secant(
         params: The trained parameters, after the update.
         start: Their values before it.
         logits: The user's way from an output to its logits.
+        share: The part s of the update that is gone.
 
     Yields:
         Every set of logits found, with its tangent.
@@ -260,14 +264,19 @@ def secant(
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
     has_changed = all(map(torch.equal, map(local, params), start))
+    at_start, at_end = partial(moved_back, params, start), nullcontext
     with torch.no_grad():
+        if share < 1:
+            between = foreach_lerp(list(start), list(map(local, params)), share)
+            at_end = partial(moved_back, params, between)
         for call in calls:
-            after = _run(call, module, logits)
-            with moved_back(params, start):
+            with at_end():
+                after = _run(call, module, logits)
+            with at_start():
                 before = _run(call, module, logits)
             for old, new in zip(before, after, strict=True):
-                values = _values(old, partial(moved_back, params, start))
-                tangent = _quotient(values, _values(new), 1.0)
+                values = _values(old, at_start)
+                tangent = _quotient(values, _values(new, at_end), share)
                 has_changed |= bool(tangent.any())
                 yield LogitTangent(old.name, values, tangent, old.mask, loss=old.loss)
     _demand_change(has_changed)

@@ -44,7 +44,7 @@ def _secant(
     start = update.start if is_made else displaced_by(list(map(local, params)), update.change)
     # Before the update is made, what was displaced is its end; exchanged, it is the start.
     with nullcontext() if is_made else moved_back(params, start):
-        yield from secant(update.calls, module, params, start, finder)
+        yield from secant(update.calls, module, params, start, finder, 1 / reach)
 
 
 class Estimator(str, Enum):
@@ -56,8 +56,8 @@ class Estimator(str, Enum):
         way: Its name on a report's page.
         meaning: What it does, and when it is used, for a reader of the page.
         run: Yields the logits of an update and their tangents, given the update, the module, the
-            finder of logits, what looks inside the model and the update's length in radii (1 if
-            unknown). None if nothing is run.
+            finder of logits, what looks inside the model and how many times less far than usual a
+            difference of logits goes. None if nothing is run.
         is_option: Whether a user may choose it.
         error: Share of r by which it may be off.
         error_half: The same, in half precision.
@@ -81,7 +81,8 @@ class Estimator(str, Enum):
     )  # fmt: skip
     SECANT = (
         "secant", "secant",
-        "the change of the logits over the whole step; used where r is well under the limit",
+        "the change of the logits over a quarter of the step, or all of it in half precision; "
+        "used where r is well under the limit",
         _secant, True, 0.2, 0.2,
     )  # fmt: skip
     PREDICTED = (

@@ -122,7 +122,7 @@ def test_ranks_take_secants_together_and_measure_together_where_one_is_near_the_
             secant_normalized_step(network(before), network(after), inputs)
             for before, after, inputs in (found["secants"]["steps"][step] for found in ranks)
         )
-        assert seen[0].normalized_step == pytest.approx(expected, rel=1e-4)
+        assert seen[0].normalized_step == pytest.approx(expected, rel=1e-3)
         assert seen[0].normalized_step <= NEAR
 
     assert secants > 3

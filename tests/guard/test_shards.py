@@ -105,7 +105,7 @@ def test_ranks_of_shards_take_secants_together(ranks, secant_normalized_step):
         batches = [found["secants"]["steps"][step][2] for found in ranks]
         before, after, _ = steps[step]
         expected = secant_normalized_step(whole(before), whole(after), *batches)
-        assert reports[0][step]["normalized_step"] == pytest.approx(expected, rel=1e-4)
+        assert reports[0][step]["normalized_step"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("scenario", ["clipped", "replicated, clipped", "ahead-clipped"])

@@ -1,6 +1,7 @@
 """Estimators: which one measures, how well, and what is said where one fails or two differ."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_a_kept_view_of_a_parameter_counts(estimator):
     assert reports[-1].normalized_step == pytest.approx(spread / torch.pi, rel=1e-3)
 
 
-def rows_of(estimator, factor, *, autocast=None):
+def rows_of(estimator, factor, *, autocast=None, share=1):
     """Return the largest spread that an estimator finds for an update of some size."""
     model, (inputs, _) = build(lambda: Apply(lambda m, x: m.hidden(x).tanh())), batch()
     generator = torch.Generator().manual_seed(5)
@@ -210,11 +211,12 @@ def rows_of(estimator, factor, *, autocast=None):
     start = [p.detach().clone() for p in params]
     call = Call.of(model, (inputs,), {}, CallConditions(model))
     call.autocast = (("cpu", autocast),) if autocast else ()
+    share = {} if share == 1 else {"share": share}
     if estimator is secant:
         with torch.no_grad():
             torch._foreach_add_(params, update)
         update = start
-    (row,) = estimator([call], model, params, update, lambda output: output)
+    (row,) = estimator([call], model, params, update, lambda output: output, **share)
     return float((row.tangent.amax(-1) - row.tangent.amin(-1)).max())
 
 
@@ -260,6 +262,13 @@ def test_the_secant_is_right_near_small_steps_and_saturates_at_giant_ones():
     assert rows_of(secant, 1.0) == pytest.approx(rows_of(jvp, 1.0), rel=0.05)
     assert rows_of(secant, 1e4) > 1e2 * rows_of(jvp, 1.0)
     assert rows_of(secant, 1e4) != pytest.approx(rows_of(jvp, 1e4), rel=0.05)
+
+
+def test_the_error_of_a_secant_shrinks_with_the_share_of_the_step():
+    exact = rows_of(jvp, 5.0)
+    errors = [abs(rows_of(secant, 5.0, share=1 / parts) / exact - 1) for parts in (1, 2, 4, 8)]
+    for far, near in pairwise(errors):
+        assert near == pytest.approx(far / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
