@@ -126,23 +126,6 @@ def set_aside(shown: Path) -> Path | None:
     return target
 
 
-def cut_torn_line(fd: int) -> None:
-    """Cut a file after its last whole line, of which it must have one.
-
-    Args:
-        fd: The open file.
-    """
-    end = os.lseek(fd, 0, os.SEEK_END)
-    while True:  # back, block by block, to the end of the last whole line
-        start = max(0, end - 65536)
-        os.lseek(fd, start, os.SEEK_SET)
-        newline = os.read(fd, end - start).rfind(b"\n")
-        if newline >= 0:
-            os.ftruncate(fd, start + newline + 1)
-            return
-        end = start
-
-
 def _rename_to_free_name(path: Path, target: Path) -> None:
     # Never over another file: a link fails where the name is taken.
     try:

@@ -246,7 +246,7 @@ def test_nothing_is_lost_where_the_directory_comes_back(tmp_path):
     (tmp_path / "run").rename(tmp_path / "away")
     with (tmp_path / "run").open("w"):  # not even a directory can be made there
         write(log, 1)  # the open file goes with its directory
-        log._writing.close()  # as an unmounted file system takes it away
+        log._run.close()  # as an unmounted file system takes it away
         with pytest.warns(UserWarning, match="no more records"):
             write(log, *range(2, 20))
     (tmp_path / "run").unlink()
@@ -264,7 +264,7 @@ def test_nothing_is_lost_where_the_directory_comes_back(tmp_path):
 @pytest.mark.parametrize("most", [1 << 20, 100], ids=["room for all", "room for few"])
 def test_directory_made_anew_gets_the_records_that_were_kept(tmp_path, monkeypatch, most):
     log = RunLog(tmp_path / "run", {"action": "clip"})
-    log._writing._waiting = WaitingRecords(most_bytes=most)
+    log._run._waiting = WaitingRecords(most_bytes=most)
     write(log, 0)
     shutil.rmtree(tmp_path / "run")
     write(log, *range(1, 30))
