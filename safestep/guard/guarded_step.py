@@ -64,6 +64,7 @@ class GuardedStep:
         self._verdict: tuple[StepReport, Measurement] | None = None
         self._obstacle: str | None = None  # why this step cannot be measured
         self._is_blind = False  # the start of the step is not known
+        self._may_be_spared = False  # the next step may be known to be unmeasured
         self._surroundings = Surroundings()  # of the running hook
         self._counts: dict[str, Any] | None = None  # of the controller, before the step
         self._seconds: float | None = None  # None: no step is under way
@@ -156,29 +157,42 @@ class GuardedStep:
         self._surroundings, self._counts = Surroundings(), self._controller.state_dict()
         self._recorder.notice_effects()
         self._begin()
-        has_closure = any(map(callable, (*args, *kwargs.values())))
-        self._verdict = None if has_closure else self._step_known_unmeasured()
-        if self._verdict is None:
-            self._undo.take()
-        if has_closure:  # forward calls in the step, and the gradients
-            self._recorder.begin_step()
-        elif self._is_ahead and self._verdict is None:
-            self._judge()
-        self._seconds = perf_counter() - begin
-        if not (has_closure and self._is_ahead):
+        if not any(map(callable, (*args, *kwargs.values()))):
+            self._prepare()
+            self._seconds = perf_counter() - begin
             return None
-        return tuple(map(self._judged, args)), {k: self._judged(v) for k, v in kwargs.items()}
+        # The closure makes the forward calls of the step, and its gradients.
+        self._recorder.begin_step()
+        waits = self._is_ahead or self._may_be_spared
+        if waits:
+            self._is_blind, self._obstacle = True, "the optimizer did not call its closure"
+        else:
+            self._undo.take()
+        self._seconds = perf_counter() - begin
+        if not waits:
+            return None
+        return tuple(map(self._preparing, args)), {k: self._preparing(v) for k, v in kwargs.items()}
 
-    def _judged(self, argument: Any) -> Any:
-        """Return a closure after which the step is judged, before the optimizer makes it."""
+    def _prepare(self) -> None:
+        """Copy what may have to be undone; judge a step that is still to come."""
+        self._is_blind, self._obstacle = False, None
+        self._verdict = self._step_known_unmeasured()
+        if self._verdict is not None:
+            return
+        self._undo.take()
+        if self._is_ahead:
+            self._judge()
+
+    def _preparing(self, argument: Any) -> Any:
+        """Return a closure that also prepares the step, before the optimizer makes it."""
         if not callable(argument):
             return argument
-        judge: Callable[[], None] = kept_out(self._judge, self._not_begun)
+        prepare: Callable[[], None] = kept_out(self._prepare, self._not_begun)
 
         def closure() -> Any:
             loss = argument()
             begin = perf_counter()
-            judge()
+            prepare()
             self._seconds = (self._seconds or 0.0) + perf_counter() - begin
             return loss
 

@@ -293,7 +293,7 @@ class SafeStep(GuardedStep):
     def _end(self, report: StepReport | None) -> None:
         report = self._rollback.after(report)
         self._agreement.end_step()
-        self._unmeasured.end_step()
+        self._may_be_spared = self._unmeasured.end_step()
         self._recorder.keep_gradients(all_of_them=self._audit.is_due(self._controller.step))
         if report is not None:
             self.last = report
@@ -307,9 +307,8 @@ class SafeStep(GuardedStep):
             return _NO_UPDATE, Health(nan, nan)
         try:
             update = self._undo.update([] if is_within_backward() else calls)
-            return update, Health.of(
-                update, watches=self._predictor is not None, prints=self._agreement.has_replicas
-            )
+            watches, prints = self._predictor is not None, self._agreement.has_replicas
+            return update, Health.of(update, watches=watches, prints=prints)
         except Exception as error:
             self._surroundings.restore()
             self._obstacle = own_failure(error)
@@ -352,15 +351,13 @@ class SafeStep(GuardedStep):
         measurement = self._agreement.measurement(measurement, health.fingerprint, state)
         if self._predictor is None:
             return measurement
-        is_measured = measurement.finding is Finding.MEASURED
-        is_exact, distance = how is Measure.EXACTLY, measurement.step_norm
+        is_exact, is_measured = how is Measure.EXACTLY, measurement.finding is Finding.MEASURED
         severity = self._controller.severity(measurement)
-        suffices = is_measured and self._predictor.suffices(severity, how)
-        if not (is_exact or suffices):
+        if not (is_exact or (is_measured and self._predictor.suffices(severity, how))):
             return self._measure(update, health, Measure.EXACTLY)
         self._losses.learn(update.calls, is_measured=is_measured)
         if is_measured:
-            r = measurement.normalized_step
+            distance, r = measurement.step_norm, measurement.normalized_step
             self._predictor.learn(distance, r, severity, is_exact=is_exact)
         return measurement
 

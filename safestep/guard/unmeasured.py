@@ -46,9 +46,14 @@ class KnownUnmeasured:
         self._retries.skip()
         return self._retries.reason
 
-    def end_step(self) -> None:
-        """Keep no gradients at the next step if it will not be measured."""
+    def end_step(self) -> bool:
+        """Keep no gradients at the next step if the loss is still the same.
+
+        Returns:
+            Whether the next step may be unmeasured, which its gradients will show.
+        """
         self._recorder.resting = self._retries.paused if self._is_possible else ()
+        return bool(self._recorder.resting)
 
     def _is_safe(self) -> bool:
         groups = self._optimizer.param_groups

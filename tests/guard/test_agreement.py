@@ -171,7 +171,7 @@ def test_a_rank_whose_measurement_is_not_finite_is_named_and_nobody_steps(ranks)
     reports = ranks[0]["not finite"]["reports"]
 
     assert [report.status for report in reports] == ["skipped"] * 3
-    reason = "rank 1: the logits or their tangent are not finite; "
+    reason = "rank 1: the logits or their tangent are not finite"
     assert all(report.reason.startswith(reason) for report in reports)
 
 

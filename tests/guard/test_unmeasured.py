@@ -21,11 +21,11 @@ def squared(output):
 class Loop:
     """Train a small model on random inputs."""
 
-    def __init__(self, optimizer=torch.optim.Adam, guarded=True):
+    def __init__(self, optimizer=torch.optim.Adam, guarded=True, copy=True):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
         self.optimizer = optimizer(self.model.parameters(), lr=1e-2)
-        self.guard = SafeStep(self.optimizer, self.model) if guarded else None
+        self.guard = SafeStep(self.optimizer, self.model, copy=copy) if guarded else None
 
     def step(self, loss=squared):
         self.optimizer.zero_grad()
@@ -138,19 +138,62 @@ def test_large_outputs_rest_and_wake_too():
     assert guard.last.status == "ok"
 
 
-def test_a_closure_and_an_optimizer_that_mixes_elements_do_not_rest():
-    loop = Loop(torch.optim.Adam)
-    loop.rest()
+def by_closure(loop, loss):
+    """Take a step whose loss is computed by a closure, as under Lightning."""
 
     def closure():
         loop.optimizer.zero_grad()
-        loss = cross_entropy(loop.model(torch.randn(8, 4)), LABELS)
-        loss.backward()
-        return loss
+        value = loss(loop.model(torch.randn(8, 4)))
+        value.backward()
+        return value
 
     loop.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_steps_by_a_closure_rest_too(copy):
+    loops = [Loop(guarded=False), Loop(copy=copy)]
+    for loop in loops:
+        torch.manual_seed(1)
+        for _ in range(30):
+            by_closure(loop, squared)
+    assert loops[1].is_resting
+    assert_same(loops[0].state(), loops[1].state())
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_closure_of_another_loss_is_measured_at_once_and_one_that_is_not_finite_skipped(copy):
+    loop = Loop(copy=copy)
+    loop.rest()
+    before = loop.state()
+    by_closure(loop, lambda output: mse_loss(output, torch.full_like(output, torch.nan)))
+    assert loop.guard.last.status == "skipped"
+    assert_same(loop.state(), before)
+
+    by_closure(loop, squared)
+    assert loop.is_resting
+    loop.optimizer.param_groups[0]["lr"] = 1e3
+    by_closure(loop, entropy)
+    assert loop.guard.last.status == "clipped"
+    assert loop.guard.last.scale * loop.guard.last.normalized_step == pytest.approx(1)
+
+
+def test_a_closure_that_raises_leaves_the_next_step_right():
+    loop = Loop()
+    loop.rest()
+
+    def closure():
+        raise ValueError("no data")
+
+    with pytest.raises(ValueError, match="no data"):
+        loop.optimizer.step(closure)
+    by_closure(loop, squared)
+    assert loop.is_resting
+    by_closure(loop, entropy)
     assert loop.guard.last.status == "ok"
 
+
+def test_an_optimizer_that_mixes_elements_does_not_rest():
     class Mixing(torch.optim.SGD):
         pass
 
