@@ -23,6 +23,7 @@ from safestep.guard.setup import STAGES, demand_same_setup, names_and_shapes
 from safestep.measure.second_gradient import Mean, SecondGradient
 from safestep.measure.update import Finding, Measurement, Update
 from safestep.parallel.checksum import checksum
+from safestep.parallel.placements import Layout
 from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import are_sharded
 from safestep.workers.drift import WorkerEvent
@@ -40,7 +41,8 @@ class Agreement:
         interval: At one in so many steps, compare parameters and optimizer state bit by bit.
 
     Raises:
-        ValueError: If `interval` is not a positive integer or None, or given for shards.
+        ValueError: If `interval` is not a positive integer or None, or given where no rank has a
+            replica.
     """
 
     def __init__(
@@ -53,17 +55,21 @@ class Agreement:
         self.ranks = ranks
         self.is_alone = ranks.size == 1
         self._optimizer, self._tell, self._interval = optimizer, tell, interval
-        is_whole = not are_sharded(_params(optimizer))
-        self.has_replicas = is_whole and not self.is_alone
-        several = own_gradients if self.has_replicas else _refuse_shards
+        params = _params(optimizer)
+        self._are_whole, self._layout = not are_sharded(params), Layout.of(params)
+        self.has_replicas = not self.is_alone and ranks.size > self._layout.num_shards
+        several = own_gradients if self._are_whole else _refuse_shards
         self.own_gradients = None if self.is_alone else several
-        check_replica_interval(interval, is_whole)
+        check_replica_interval(interval, self._are_whole or self.has_replicas)
+        self._copies = ranks.size / self._layout.num_ranks  # how often the sums over ranks count
+        self._shards: Tensor | None = None  # which shard each rank holds, None if all hold one
         self._reasons: tuple[int, list[str | None]] = -2, []  # step and texts of all ranks' reasons
         self._idle_at = -2  # latest step that no rank could measure, with no new reason
         # Ranks that train models of their own are never equal, and then no replicas of each other.
-        self._updates = ReplicaWatch("update", is_trusted=False, has_size=True)
-        self._params = ReplicaWatch("checksum of the parameters", is_trusted=False)
-        self._state = ReplicaWatch("checksum of the optimizer state", is_trusted=False)
+        is_trusted = not self._are_whole and self._layout.is_declared
+        self._updates = ReplicaWatch("update", is_trusted=is_trusted, has_size=True)
+        self._params = ReplicaWatch("checksum of the parameters", is_trusted=is_trusted)
+        self._state = ReplicaWatch("checksum of the optimizer state", is_trusted=is_trusted)
 
     @property
     def is_idle(self) -> bool:
@@ -91,6 +97,9 @@ class Agreement:
             "parameters": parameters,
         }  # fmt: skip
         demand_same_setup(whole, self.ranks)
+        if self.has_replicas and not self._are_whole:
+            row = [self._layout.shard]
+            self._shards = self.ranks.gather(row, "which shard it holds").flatten()
         self.ranks.are_compared = True
 
     def sizes(
@@ -117,7 +126,7 @@ class Agreement:
         rows = self.ranks.gather(message.pack(), "the norms of its update")
         columns = SizesMessage.unpack(rows.unbind(1))
         self._compare(self._updates, columns.step_norm, columns.fingerprint)
-        return agreed_sizes(mine, rows, are_parts=are_parts)
+        return agreed_sizes(mine, rows, copies=self._copies if are_parts else None)
 
     def measurement(
         self, mine: Measurement, fingerprint: float = 0.0, state: float = 0.0
@@ -146,7 +155,8 @@ class Agreement:
         if columns.finding.any():
             is_any_new = bool(columns.is_new.any())
             reasons = self._reasons_of_all(mine.reason, columns.finding, is_new=is_any_new)
-        return agreed_measurement(mine, rows, reasons)
+        copies = self._copies if mine.is_partial else None
+        return agreed_measurement(mine, rows, reasons, copies)
 
     def _is_new(self, reason: str | None) -> bool:
         step, reasons = self._reasons
@@ -172,7 +182,7 @@ class Agreement:
         Args:
             second: Computes it; its second argument averages over the ranks.
         """
-        if self.has_replicas or self.is_alone:
+        if self._are_whole or self.is_alone:
             mean = None if self.is_alone else self.ranks.mean
             return lambda update: second(update, mean)
         return None
@@ -197,7 +207,7 @@ class Agreement:
         """Tell of a rank whose numbers in these columns, each of shape ``[N]``, differ."""
         if not self.has_replicas:
             return
-        event = watch.update(self.ranks.step, torch.stack(columns, dim=1))
+        event = watch.update(self.ranks.step, torch.stack(columns, dim=1), self._shards)
         if event is not None:
             self._tell(event)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import compress
+from math import sqrt
 from operator import is_
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from safestep._torch import foreach_copy_, foreach_sub, unflatten_dense_tensors
 from safestep.measure.perturb import in_chunks, is_plain
 from safestep.parallel.norms import each_norm
-from safestep.parallel.shards import are_sharded, counted_here, local
+from safestep.parallel.placements import shares
+from safestep.parallel.shards import are_sharded, local
 
 # Tensors up to this size are copied together: alone, allocation would take longer than the copy.
 _SMALL = 2**16
@@ -67,11 +69,13 @@ class Copies:
         for pack in self._packs:
             self._places.update(_parts(pack.copies, pack.tensors))
         self.of_params = [self._places[param] for param in self.before]
-        # Large parameters, or of sharded ones those that this rank counts in the norm.
-        apart = [tensor for tensor in large if tensor in are_params]
-        if self.are_sharded:
-            apart = list(compress(self.before, counted_here(params)))
-        self._apart = apart, [self._places[param] for param in apart]
+        # Large parameters, or where ranks hold shards all, of which each counts its share.
+        are_large = dict.fromkeys(self.before if self.are_sharded else large)
+        is_apart = [param in are_large for param in self.before]
+        self._shares = shares(params)
+        self._apart = [
+            list(compress(each, is_apart)) for each in (self.before, self.of_params, self._shares)
+        ]
         kept = self._large[1] + [memory for pack in self._packs for memory in pack.memory]
         storages = [copy.untyped_storage() for copy in kept] if self._can_be_kept else []
         # Small copies keep their memory: to ask for it again takes longer than to copy them.
@@ -144,14 +148,16 @@ class Copies:
         Returns:
             Moves of small parameters, valid until the next call, and norms of large ones.
         """
-        moves, (apart, copies) = [], self._apart
+        moves, (apart, copies, apart_shares) = [], self._apart
         if (after := self.after) is not self.before:
-            are_counted = counted_here(self._params)
-            apart, copies = (list(compress(each, are_counted)) for each in (after, self.of_params))
+            apart, copies, apart_shares = after, self.of_params, self._shares
         elif not self.are_sharded:
             moves += [pack.move() for pack in self._packs if pack.params]
-        for ends, starts in in_chunks(apart, copies) if apart else ():
-            moves += each_norm(foreach_sub(ends, starts))
+        for share in dict.fromkeys(apart_shares):
+            here = [each == share for each in apart_shares]
+            for ends, starts in in_chunks(list(compress(apart, here)), compress(copies, here)):
+                norms = each_norm(foreach_sub(ends, starts))
+                moves += norms if share == 1 else [norm * sqrt(share) for norm in norms]
         return moves
 
     def _memory(self, tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from safestep.capture.call import Call
 from safestep.measure.update import Update
 from safestep.parallel.norms import joint_norm
-from safestep.parallel.shards import are_sharded, counted_here, local
+from safestep.parallel.placements import shares
+from safestep.parallel.shards import are_sharded, local
 
 # Proportional to lr, with a state that does not depend on it: a step is scaled by scaling lr.
 _NAMES = ("SGD", "Adam", "AdamW", "Muon")
@@ -225,11 +227,13 @@ class _Proposal(Update):
     """An update that is still to come, whose norm is computed piece by piece."""
 
     def parts(self) -> list[Tensor]:
-        counts = counted_here(self.params)
+        own_shares = shares(self.params)
         ahead = self.change._ahead  # type: ignore[attr-defined]
         norms = []
         for pieces in ahead.pieces():
-            norms.append(joint_norm([piece.update for piece in pieces if counts[piece.index]]))
+            for share in {own_shares[piece.index] for piece in pieces}:
+                moves = [piece.update for piece in pieces if own_shares[piece.index] == share]
+                norms.append(joint_norm(moves) * sqrt(share))
             pieces.clear()  # frees them before the next ones are made
         return norms
 

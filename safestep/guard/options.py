@@ -113,8 +113,8 @@ def check_replica_interval(interval: Any, has_replicas: bool) -> None:
         )
     if not has_replicas:
         raise ValueError(
-            f"SafeStep: expected `replica_check_interval` to be None for parameters that are "
-            f"distributed over the ranks, got {interval!r}. No rank has a replica there."
+            "SafeStep: expected `replica_check_interval` to be None where every rank holds another "
+            f"part of the parameters, got {interval!r}. No rank has a replica there."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -118,20 +118,22 @@ class MeasurementMessage(NamedTuple):
         )  # fmt: skip
 
 
-def agreed_sizes(mine: Health, rows: Tensor, *, are_parts: bool) -> tuple[Health, RuledOut]:
+def agreed_sizes(mine: Health, rows: Tensor, *, copies: float | None) -> tuple[Health, RuledOut]:
     """Return the sizes of the batch of all ranks, and what any rank rules out.
 
     Args:
         mine: The sizes of this rank.
         rows: The packed `SizesMessage` of each rank. Shape ``[N, K]``.
-        are_parts: Whether the norms are those of shards.
+        copies: Where the norms are those of shards, how often the ranks hold all of them.
 
     Returns:
         The norms over all ranks, and the largest of each signal; what any of them rules out, a
         prediction too where they would predict differently.
     """
     largest = SizesMessage.unpack(rows.amax(0).tolist())
-    norms = SizesMessage.unpack(rows.norm(dim=0).tolist()) if are_parts else largest
+    norms = largest
+    if copies is not None:
+        norms = SizesMessage.unpack((rows.norm(dim=0) / sqrt(copies)).tolist())
     trails = SizesMessage.unpack(rows.unbind(1)).trail
     is_one_trail = bool(((trails == largest.trail) | (trails == ABSENT)).all())
     ruled_out = RuledOut(
@@ -142,7 +144,7 @@ def agreed_sizes(mine: Health, rows: Tensor, *, are_parts: bool) -> tuple[Health
 
 
 def agreed_measurement(
-    mine: Measurement, rows: Tensor, reasons: Sequence[str | None]
+    mine: Measurement, rows: Tensor, reasons: Sequence[str | None], copies: float | None = None
 ) -> Measurement:
     """Return the measurement that all ranks act on.
 
@@ -150,6 +152,7 @@ def agreed_measurement(
         mine: This rank's.
         rows: The packed `MeasurementMessage` of each rank. Shape ``[N, K]``.
         reasons: Those of all ranks; not read if every rank has measured.
+        copies: Where ranks measured shards, how often they hold all of them.
 
     Returns:
         The smallest radius and the gravest finding over the ranks, the change of their mean loss.
@@ -165,14 +168,15 @@ def agreed_measurement(
             None if rank.finding == ABSENT else replace(rank.measurement(mine), reason=reason)
             for rank, reason in zip(everyone, reasons, strict=True)
         ])  # fmt: skip
-    if mine.is_partial:
-        worst = replace(worst, step_norm=float(torch.linalg.vector_norm(columns.step_norm)))
+    if copies is not None:
+        norm = float(torch.linalg.vector_norm(columns.step_norm)) / sqrt(copies)
+        worst = replace(worst, step_norm=norm)
     changes = columns.divergence, columns.loss_slope, columns.loss_weight
     slopes = SlopesMessage(*(column.tolist() for column in columns.slopes))
     return replace(
         worst, row=None, loss=mean_change(mine.loss, *(each[is_present] for each in changes)),
         slopes=over_ranks(
-            mine.slopes, slopes, are_parts=mine.is_partial, is_whole=bool(is_present.all())
+            mine.slopes, slopes, copies=copies, is_whole=bool(is_present.all())
         ),
     )  # fmt: skip
 

@@ -94,8 +94,9 @@ class SafeStep(GuardedStep):
             computes the update just before the step, which is then scaled by its learning rate or
             does not happen: for SGD, Adam, AdamW and Muon of torch, whose gradients must be final
             when they step (or when the closure returns). See ``safestep.guard.lookahead``.
-        replica_check_interval: Compare checksums of parameters and optimizer state over the ranks
-            every so many steps, and name a rank that differs; None compares update norms alone.
+        replica_check_interval: Compare checksums of parameters and optimizer state every so many
+            steps, over the ranks that hold the same ones, and name a rank that differs; None
+            compares the norms of their updates alone.
         audit_interval: Measure at least one in so many steps exactly, to audit the gradient there;
             None adds none. See ``safestep.guard.gradient_watch``.
         rollback: Keep the run as it was before each of the last so many steps, for `roll_back`:

@@ -31,12 +31,8 @@ from safestep.measure.part_of_batch import PartOfBatch
 from safestep.measure.precision import coarsest, is_half
 from safestep.measure.second_gradient import Mean, SecondGradient
 from safestep.measure.update import Estimator, Measurement, Update
-from safestep.parallel.shards import (
-    any_over_ranks,
-    is_flattened,
-    is_tensor_parallel,
-    refuse_hybrids,
-)
+from safestep.parallel.placements import any_over_ranks, is_tensor_parallel
+from safestep.parallel.shards import is_flattened, refuse_hybrids
 from safestep.radius.batch import BatchRadius, BatchRule
 
 _ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part of it

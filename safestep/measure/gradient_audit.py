@@ -20,7 +20,8 @@ from safestep.measure.loss_ends import LossEnds, UnknownGradientError
 from safestep.measure.perturb import in_chunks
 from safestep.measure.precision import is_half
 from safestep.measure.slopes import Slopes
-from safestep.parallel.shards import counted_here, local
+from safestep.parallel.placements import shares
+from safestep.parallel.shards import local
 
 if TYPE_CHECKING:
     from safestep.measure.update import Update
@@ -132,17 +133,19 @@ def _terms(update: Update, gradients: Sequence[Tensor | None]) -> Tensor:
 
     Both are sums over this rank's shards where parameters are sharded. Shape ``[2]``.
     """
-    here = [
-        is_counted and gradient is not None
-        for is_counted, gradient in zip(counted_here(update.params), gradients, strict=True)
+    own_shares = [
+        share if gradient is not None else 0.0
+        for share, gradient in zip(shares(update.params), gradients, strict=True)
     ]
-    found = [local(gradient) for gradient in compress(gradients, here) if gradient is not None]
     sums, norms = [], []
-    for ones, others in in_chunks(found, compress(update.change, here)):
-        pairs = map(_factors, ones, others)
-        products = foreach_mul(*map(list, zip(*pairs, strict=True)))
-        sums += [product.sum(dtype=torch.float64) for product in products]
-        norms += foreach_norm(products)
+    for share in set(own_shares) - {0.0}:
+        here = [each == share for each in own_shares]
+        found = [local(gradient) for gradient in compress(gradients, here) if gradient is not None]
+        for ones, others in in_chunks(found, compress(update.change, here)):
+            pairs = map(_factors, ones, others)
+            products = foreach_mul(*map(list, zip(*pairs, strict=True)))
+            sums += [product.sum(dtype=torch.float64) * share for product in products]
+            norms += [norm * sqrt(share) for norm in foreach_norm(products)]
     if not sums:
         return torch.zeros(2, dtype=torch.float64)
     total, size = (torch.stack([x.to(sums[0].device) for x in each]) for each in (sums, norms))

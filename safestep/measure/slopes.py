@@ -113,13 +113,15 @@ class SlopesMessage(NamedTuple):
         return cls(slopes.outputs, slopes.gradient, slopes.size, own.gradient, own.size, state)
 
 
-def over_ranks(mine: Slopes, sent: SlopesMessage, *, are_parts: bool, is_whole: bool) -> Slopes:
+def over_ranks(
+    mine: Slopes, sent: SlopesMessage, *, copies: float | None, is_whole: bool
+) -> Slopes:
     """Return the slopes of the batch of all ranks, whose loss is the mean of the ranks' losses.
 
     Args:
         mine: Those of this rank.
         sent: A list in each field, of what every rank sent.
-        are_parts: Whether each rank's `gradient` is that of its shards.
+        copies: Where each rank's `gradient` is that of its shards, how often they hold all of them.
         is_whole: Whether every rank has data.
 
     Returns:
@@ -128,7 +130,7 @@ def over_ranks(mine: Slopes, sent: SlopesMessage, *, are_parts: bool, is_whole: 
     Example:
         >>> mine = Slopes(outputs=-2.0, gradient=-3.0, size=3.0)
         >>> sent = SlopesMessage([-2, -4], [-3, -3], [3, 5], [-2, -4], [3, 5], [0, 0])
-        >>> over_ranks(mine, sent, are_parts=False, is_whole=True).ratio
+        >>> over_ranks(mine, sent, copies=None, is_whole=True).ratio
         1.0
     """
     if not is_whole:
@@ -143,9 +145,9 @@ def over_ranks(mine: Slopes, sent: SlopesMessage, *, are_parts: bool, is_whole: 
         obstacle = mine.obstacle or f"rank {unknown} does not know its loss's slope"
         return Slopes(obstacle=obstacle, **known)
     size = max(sent.size)
-    if not are_parts and not max(sent.gradient) - min(sent.gradient) <= _SAME * size:
+    if copies is None and not max(sent.gradient) - min(sent.gradient) <= _SAME * size:
         return Slopes(obstacle="the ranks use gradients of their own", **known)
-    gradient = sum(sent.gradient) if are_parts else sent.gradient[0]
+    gradient = sent.gradient[0] if copies is None else sum(sent.gradient) / copies
     outputs = sum(sent.outputs) / len(sent.outputs)
     is_agreed = min(sent.state) == max(sent.state)
     return Slopes(outputs, gradient, size, is_agreed=is_agreed, **known)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import compress
-from math import inf, nan, pi
+from math import inf, nan, pi, sqrt
 from threading import RLock
 from typing import Any
 
@@ -17,7 +16,7 @@ from safestep.capture.call import Call
 from safestep.measure.perturb import moved_back
 from safestep.measure.registry import Estimator
 from safestep.measure.slopes import UNSEEN, Slopes
-from safestep.parallel.shards import counted_here
+from safestep.parallel.placements import shares
 from safestep.radius.batch import Row
 from safestep.radius.loss_change import NO_CHANGE, LossChange
 
@@ -50,7 +49,8 @@ class Update:
 
     def parts(self) -> list[Tensor]:
         """Return tensors whose joint 2-norm is that of the update; of this rank's part of it."""
-        return list(compress(self.change, counted_here(self.params)))
+        pairs = zip(self.change, shares(self.params), strict=True)
+        return [move if share == 1 else move * sqrt(share) for move, share in pairs]
 
     def alone(self) -> AbstractContextManager[Any]:
         """Return a context in which no other thread runs a call again."""

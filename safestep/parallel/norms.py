@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from safestep._torch import foreach_norm
-from safestep.parallel.shards import local, sharding_groups
+from safestep.parallel.placements import sharding_groups
+from safestep.parallel.shards import local
 
 _HALVES = frozenset((torch.float16, torch.bfloat16))
 _is_sparse, _dtype = attrgetter("is_sparse"), attrgetter("dtype")

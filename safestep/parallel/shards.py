@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
@@ -56,23 +55,6 @@ def is_flattened(param: Tensor) -> bool:
     return getattr(param, "_fsdp_flattened", False)
 
 
-def is_tensor_parallel(params: Iterable[Tensor], module: nn.Module) -> bool:
-    """Return whether ranks compute the logits together, each with its piece of a parameter.
-
-    Args:
-        params: The trained parameters.
-        module: The module that computes the logits.
-
-    Returns:
-        False where ``fully_shard`` alone distributes parameters: it gathers them to compute.
-    """
-    gathered = gathered_params(module, of_pieces=False)
-    return any(
-        is_flattened(param) or (_placing(param) is not None and param not in gathered)
-        for param in params
-    )
-
-
 def gathered_params(module: nn.Module, *, of_pieces: bool = True) -> frozenset[Tensor]:
     """Return the parameters that ``fully_shard`` gathers when the module runs.
 
@@ -95,14 +77,6 @@ def _param_groups(child: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def _placing(param: Any) -> Any:
-    """Return the mesh and the placements of a distributed parameter, None of another one."""
-    if is_sharded(param):
-        return param.device_mesh, param.placements
-    info = getattr(param, "_st_info", None)
-    return None if info is None else (info.mesh, info.placements)
-
-
 def global_shape(param: Tensor) -> tuple[int, ...] | None:
     """Return the shape of a parameter over all ranks; None where only its pieces have one.
 
@@ -113,63 +87,6 @@ def global_shape(param: Tensor) -> tuple[int, ...] | None:
         The shape, the same on every rank.
     """
     return None if _is_piece(param) else tuple(param.shape)
-
-
-def counted_here(params: Sequence[Tensor]) -> list[bool]:
-    """Return which parameters this rank adds to a sum over ranks, so that each is added once.
-
-    Each rank adds its own shards. The first of several ranks that hold the same values adds them.
-
-    Args:
-        params: The parameters.
-
-    Returns:
-        True for every parameter that this rank adds; all of them where none is sharded.
-    """
-    meshes = [placing[0] for placing in map(_placing, params) if placing is not None]
-    if not meshes:
-        is_first = not any(map(is_flattened, params)) or dist.get_rank() == 0
-        return [is_first or is_flattened(param) for param in params]
-    root = max(map(_root, meshes), key=lambda mesh: mesh.ndim)
-    return [_is_first_holder(param, root) for param in params]
-
-
-def any_over_ranks(params: Sequence[Tensor], is_so: bool) -> bool:
-    """Return whether something is true on any rank that holds shards; all these must call it.
-
-    Args:
-        params: The parameters, at least one of which is distributed.
-        is_so: Whether it is true on this rank.
-
-    Returns:
-        The same on every rank.
-    """
-    root = max(
-        (_root(placing[0]) for placing in map(_placing, params) if placing is not None),
-        key=lambda mesh: mesh.ndim,
-    )
-    number = torch.tensor(float(is_so), device=root.device_type)
-    for group in root.get_all_groups():
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
-    return bool(number)
-
-
-def sharding_groups(param: Tensor) -> tuple[Any, ...]:
-    """Return the process groups over which a parameter is cut into shards.
-
-    Args:
-        param: The parameter.
-
-    Returns:
-        A group for each dimension of its mesh that shards it; None stands for all ranks.
-    """
-    if is_flattened(param):
-        return (None,)
-    placing = _placing(param)
-    if placing is None:
-        return ()
-    mesh, placements = placing
-    return tuple(mesh.get_group(dim) for dim, p in enumerate(placements) if _cuts(p))
 
 
 def refuse_hybrids(module: nn.Module) -> None:
@@ -310,23 +227,3 @@ def _own_modules(child: nn.Module) -> Iterator[nn.Module]:
 def _is_sharding(module: nn.Module) -> bool:
     # fully_shard exchanges the class; asking the module itself takes longer.
     return hasattr(type(module), "reshard") and hasattr(type(module), "unshard")
-
-
-def _is_first_holder(param: Any, root: Any) -> bool:
-    placing = _placing(param)
-    if placing is None:
-        return is_flattened(param) or not any(root.get_coordinate())
-    mesh, placements = placing
-    places = dict(zip(mesh.mesh_dim_names or range(mesh.ndim), placements, strict=True))
-    dims = zip(root.mesh_dim_names or range(root.ndim), root.get_coordinate(), strict=True)
-    return all(coordinate == 0 or _cuts(places.get(dim)) for dim, coordinate in dims)
-
-
-def _cuts(placement: Any) -> bool:
-    """Return whether a placement gives each rank another part of a tensor."""
-    return placement is not None and not (placement.is_replicate() or placement.is_partial())
-
-
-def _root(mesh: Any) -> Any:
-    """Return the mesh that a mesh is a slice of, itself if it is none."""
-    return mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh

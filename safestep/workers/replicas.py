@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import nan
 
+import torch
 from torch import Tensor
 
 from safestep.workers.drift import WorkerEvent
@@ -35,38 +37,47 @@ class ReplicaWatch:
         self._is_armed = is_trusted
         self._named: set[int] = set()
 
-    def update(self, step: int, rows: Tensor) -> WorkerEvent | None:
+    def update(self, step: int, rows: Tensor, shards: Tensor | None = None) -> WorkerEvent | None:
         """Compare one step's numbers.
 
         Args:
             step: The step's number.
             rows: Each rank's numbers, on the CPU; a rank with infinite ones does not take part.
                 Shape ``[N, K]``.
+            shards: Which shard each rank holds, where they do not all hold the same: only those of
+                one shard are replicas. Shape ``[N]``.
 
         Returns:
             An event if a rank differs that did not before, else None.
         """
-        if bool((rows == rows[0]).all()):
-            self._is_armed = True
+        first = rows[0] if shards is None else rows[_first_holders(shards)]
+        differs = (rows != first).any(1)
+        if not differs.any():
+            # That no update moves tells nothing of the ranks.
+            self._is_armed |= not self._has_size or bool(rows[:, 0].any())
             return None
-        present = (~rows.isinf().any(1)).nonzero().flatten()
-        if not self._is_armed or rows[present].isnan().any():  # what is not a number equals nothing
+        if not self._is_armed:
             return None
-        odd = odd_ones(rows[present])
-        named = present[odd].tolist()
-        if self._named.issuperset(named):
+        shards = rows.new_zeros(len(rows)) if shards is None else shards
+        odd = [_Odd.of(rows, shards == shard) for shard in shards[differs].unique()]
+        return self._event(step, [each for each in odd if not self._named.issuperset(each.ranks)])
+
+    def _event(self, step: int, odd: list[_Odd]) -> WorkerEvent | None:
+        # Of ranks that a majority is against; of those that none tells apart, at the next step.
+        odd = [each for each in odd if each.is_told] or odd
+        if not odd:
             return None
+        named = sorted(rank for each in odd for rank in each.ranks)
         self._named.update(named)
-        sizes = rows[present, 0]
-        difference = float((sizes.amax() - sizes.amin()) / sizes.amax()) if self._has_size else nan
-        message = self._message(step, named, len(present), difference)
+        difference = max(each.difference for each in odd) if self._has_size else nan
+        message = self._message(step, named, difference, is_told=odd[0].is_told)
         return WorkerEvent(step, named[0], self._quantity, difference, step, message)
 
-    def _message(self, step: int, named: list[int], count: int, difference: float) -> str:
+    def _message(self, step: int, named: list[int], difference: float, *, is_told: bool) -> str:
         amount = f" (by {100 * difference:.2g} %)" if difference > 0 else ""
         amount = amount or (" (in the last bits)" if self._has_size else "")
         ranks = " and ".join(map(str, named)) if len(named) < 9 else f"{named[0]} and others"
-        if len(named) == count:
+        if not is_told:
             return (
                 f"ranks {ranks}: the replicas differ in the {self._quantity} since step {step}"
                 f"{amount}; which one is off cannot be told"
@@ -76,6 +87,33 @@ class ReplicaWatch:
             f"{noun} {ranks}: {self._quantity} {verb} from the other replicas "
             f"since step {step}{amount}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Odd:
+    """The ranks that differ among those that hold one shard."""
+
+    ranks: list[int]
+    is_told: bool  # whether a majority tells which they are
+    difference: float  # largest relative difference of their first numbers
+
+    @classmethod
+    def of(cls, rows: Tensor, holds: Tensor) -> _Odd:
+        holders = (holds & ~rows.isinf().any(1)).nonzero().flatten()
+        held = rows[holders]
+        if held.isnan().any():  # what is not a number equals nothing
+            return cls([], True, nan)
+        odd, sizes = odd_ones(held), held[:, 0]
+        difference = float((sizes.amax() - sizes.amin()) / sizes.amax()) if odd else 0.0
+        return cls(holders[odd].tolist(), len(odd) < len(held), difference)
+
+
+def _first_holders(shards: Tensor) -> Tensor:
+    """Return for each rank the first that holds the same shard."""
+    _, places = shards.unique(return_inverse=True)
+    ranks = torch.arange(len(shards))
+    first = torch.full_like(places, len(shards)).scatter_reduce(0, places, ranks, "amin")
+    return first[places]
 
 
 def odd_ones(rows: Tensor) -> list[int]:

@@ -8,7 +8,8 @@ import torch
 from helpers.scripts import run_script
 from torch import nn
 
-from safestep.parallel.shards import counted_here, is_sharded, local
+from safestep.parallel.placements import shares
+from safestep.parallel.shards import is_sharded, local
 
 LIMIT = 1.0
 JUMP, OUTLIER = 35, 50  # steps of the longer run, as in guarded_shards.py
@@ -180,9 +181,9 @@ def test_a_rank_that_raises_between_two_gathers_is_named_after_the_group_timeout
         assert found["error"]
 
 
-def test_whole_parameters_are_their_own_shard_and_count_everywhere():
+def test_whole_parameters_are_their_own_shard():
     param = nn.Parameter(torch.ones(3))
 
     assert not is_sharded(param)
     assert local(param) is param
-    assert counted_here([param, param]) == [True, True]
+    assert shares([param, param]) == [1.0, 1.0]

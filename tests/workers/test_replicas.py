@@ -61,3 +61,33 @@ def test_ranks_without_a_finite_number_do_not_take_part(absent):
     assert watch.update(0, rows(1.0, absent, 1.0)) is None
     assert watch.update(1, rows(1.0, absent, 2.0, 1.0)).rank == 2
     assert watch.update(2, rows(math.nan, 1.0, 1.0)) is None
+
+
+def test_only_ranks_that_hold_one_shard_are_compared():
+    watch = ReplicaWatch("update norm", is_trusted=True, has_size=True)
+    shards = torch.tensor([0, 1, 0, 1, 0, 1], dtype=torch.float64)
+
+    assert watch.update(0, rows(1.0, 2.0, 1.0, 2.0, 1.0, 2.0), shards) is None
+    event = watch.update(1, rows(1.0, 2.0, 1.0, 3.0, 1.0, 2.0), shards)
+    assert event.message.startswith("rank 3: update norm differs from the other replicas since")
+
+
+def test_shards_of_two_replicas_name_both_after_those_that_a_majority_is_against():
+    watch = ReplicaWatch("update norm", is_trusted=True, has_size=True)
+    shards = torch.tensor([0, 1, 0, 1, 1], dtype=torch.float64)
+    drifted = rows(1.0, 2.0, 4.0, 3.0, 2.0)
+
+    events = [watch.update(step, drifted, shards) for step in range(3)]
+
+    assert events[0].message.startswith("rank 3: update norm differs")
+    assert events[1].message.startswith("ranks 0 and 2: the replicas differ in the update norm")
+    assert "(by 75 %)" in events[1].message
+    assert events[2] is None
+
+
+def test_steps_that_move_nothing_make_no_replicas():
+    """Ranks that train models of their own all begin a warm-up at a rate of zero."""
+    watch = ReplicaWatch("update norm", is_trusted=False, has_size=True)
+
+    assert watch.update(0, rows(0.0, 0.0)) is None
+    assert watch.update(1, rows(1.0, 2.0)) is None
