@@ -73,9 +73,10 @@ class Copies:
         are_large = dict.fromkeys(self.before if self.are_sharded else large)
         is_apart = [param in are_large for param in self.before]
         self._shares = shares(params)
-        self._apart = [
-            list(compress(each, is_apart)) for each in (self.before, self.of_params, self._shares)
-        ]
+        self._apart = (
+            list(compress(self.before, is_apart)), list(compress(self.of_params, is_apart)),
+            list(compress(self._shares, is_apart)),
+        )  # fmt: skip
         kept = self._large[1] + [memory for pack in self._packs for memory in pack.memory]
         storages = [copy.untyped_storage() for copy in kept] if self._can_be_kept else []
         # Small copies keep their memory: to ask for it again takes longer than to copy them.

@@ -1,10 +1,13 @@
 """Turn a stream of records into numpy columns, with memory proportional to the file size."""
 
-from itertools import chain
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from safestep.runlog.table import Columns, Lists, SparseColumn, objects
 
 # The keys that safestep itself writes, with their types. Other keys take the type of their values.
 FIELDS: dict[str, Literal["number", "text", "list"]] = {
@@ -20,18 +23,20 @@ FIELDS: dict[str, Literal["number", "text", "list"]] = {
     ),
     **dict.fromkeys(("grad_norm", "cosine_to_mean"), "list"),  # "loss" is a list only of workers
 }  # fmt: skip
-MAX_FIELDS = 512  # a log is untrusted: no line may make the reader fill the memory
+MAX_FIELDS = 2**16  # a log is untrusted: no line may make the reader fill the memory
 _CHUNK_RECORDS = 512  # small enough that the records stay in the processor's cache
+_MAX_WAITING = 2**18  # values of rare keys that are Python objects still
 _DENSE_RECORDS = 64  # this many records with the same keys become an array at once
-_MIN_BYTES = 1 << 26  # columns of up to this size are always made
-_MAX_GROWTH = 4  # beyond it, columns take at most this multiple of the file's size
+_MIN_BYTES = 1 << 26  # columns of up to this size are made at once
+_MAX_GROWTH = 4  # beyond it, those made at once take at most this multiple of the file's size
 
 
 class ColumnBuilder:
     """Collect records of one kind; missing keys become NaN, or None in text columns.
 
-    Rare keys are left out if the columns would take more than four times the file's size (and
-    more than 64 MB). So are lists that are far longer than the others. ``left_out`` names both.
+    If the columns would take more than four times the file's size (and more than 64 MB), those of
+    the rarest keys are made when they are asked for. Lists that are far longer than the others of
+    their key get a column of their own, ``"loss (long)"``, of an array for each of them.
 
     Args:
         path: The file the records come from; used for its size and in errors.
@@ -43,7 +48,7 @@ class ColumnBuilder:
         >>> builder = ColumnBuilder(Path("run.jsonl"))
         >>> builder.add({"step": 0, "radius": "inf"}, line=2)
         >>> builder.add({"step": 1}, line=3)
-        >>> builder.build()
+        >>> dict(builder.build())
         {'step': array([0, 1]), 'radius': array([inf, nan])}
     """
 
@@ -53,9 +58,11 @@ class ColumnBuilder:
         self._records: list[dict[str, Any]] = []
         self._first_line = 0
         self._num_rows = 0
-        self._columns: dict[str, _Column] = {}
+        self._columns: dict[str, SparseColumn] = {}
         self._segments: list[int] = []
         self._texts: dict[str, str] = {}  # stores each distinct text once
+        self._num_waiting = 0  # values that are Python objects still
+        self._num_unknown = 0  # values of keys beyond the most that are kept
 
     def add(self, record: dict[str, Any], line: int) -> None:
         """Add a record that came from the given line.
@@ -75,17 +82,26 @@ class ColumnBuilder:
         self._flush()
         self._segments.append(self._num_rows)
 
-    def build(self) -> dict[str, np.ndarray]:
+    def build(self) -> Columns:
         """Return the columns: ``step`` int64, numbers float64, lists ``[T, N]``, text object."""
         self._flush()
+        self._pack_all()
+        steps = self._columns.pop("step", SparseColumn()).filled(self._num_rows, 0)
+        steps = steps.astype(np.int64)
+        keep = _is_current(steps, self._segments)
+        made: dict[str, Any] = {"step": steps[keep]}
+        if self._num_unknown:
+            self.left_out.append(
+                f"{self._num_unknown:,} values of keys beyond the first {MAX_FIELDS:,} are left out"
+            )
+        dense = self._dense()
         for name, column in self._columns.items():
-            self._pack(name, column)
-        columns: dict[str, np.ndarray] = {"step": np.empty(0)}
-        for name in self._affordable():
-            columns[name] = self._join(name, self._columns[name])
-        columns["step"] = columns["step"].astype(np.int64)
-        keep = _is_current(columns["step"], self._segments)
-        return columns if keep.all() else {name: col[keep] for name, col in columns.items()}
+            width = self._width(name, column.lengths)
+            make = partial(_kept, column.filled, self._num_rows, width, keep)
+            made[name] = make() if name in dense else make
+            if (column.lengths > width).any() and not column.has_objects:
+                made[f"{name} (long)"] = partial(_kept, column.longer, self._num_rows, width, keep)
+        return Columns(made)
 
     def _flush(self) -> None:
         """Move the records into columns; records with the same keys go together."""
@@ -105,37 +121,46 @@ class ColumnBuilder:
     def _extend(self, name: str, rows: np.ndarray, values: tuple[Any, ...]) -> None:
         column = self._columns.get(name)
         if column is None:
-            if len(self._columns) >= MAX_FIELDS:
-                self._fail(f"at most {MAX_FIELDS} keys", "more")
-            column = self._columns[name] = _Column()
+            if len(self._columns) >= MAX_FIELDS and name not in FIELDS:
+                self._num_unknown += len(rows)
+                return
+            column = self._columns[name] = SparseColumn()
         if len(rows) >= _DENSE_RECORDS:
             column.blocks.append((rows, self._convert(name, values)))
             return
         column.rows += rows.tolist()
         column.values += values
+        self._num_waiting += len(rows)
         if len(column.rows) >= _CHUNK_RECORDS:
             self._pack(name, column)
+        elif self._num_waiting >= _MAX_WAITING:
+            self._pack_all()
 
-    def _pack(self, name: str, column: "_Column") -> None:
+    def _pack_all(self) -> None:
+        for name, column in self._columns.items():
+            self._pack(name, column)
+
+    def _pack(self, name: str, column: SparseColumn) -> None:
         if column.rows:
             column.blocks.append((np.array(column.rows), self._convert(name, column.values)))
+            self._num_waiting -= len(column.rows)
             column.rows, column.values = [], []
 
-    def _convert(self, name: str, values: Any) -> "np.ndarray | _Lists":
+    def _convert(self, name: str, values: Any) -> np.ndarray | Lists:
         field = FIELDS.get(name)
         if field == "text":
             texts = [None if value is None else str(value) for value in values]
-            return _objects([text and self._texts.setdefault(text, text) for text in texts])
+            return objects([text and self._texts.setdefault(text, text) for text in texts])
         try:
             if list in set(map(type, values)):
                 if field == "number":
                     self._fail(f"numbers in `{name}`", "a list")
-                return _Lists([v if isinstance(v, list) else [v] for v in values])
+                return Lists([v if isinstance(v, list) else [v] for v in values])
             numbers = np.array(values, dtype=np.float64)  # "nan" and "inf" parse, None is NaN
         except (ValueError, TypeError, OverflowError):
             if field is not None:
                 self._fail(f"numbers in `{name}`", "another value")
-            return _objects(values)
+            return objects(values)
         if name == "step" and not (np.isfinite(numbers) & (abs(numbers) < 2**53)).all():
             self._fail("a whole number as `step` of every record", "none")
         return numbers
@@ -146,94 +171,31 @@ class ColumnBuilder:
             f"{self._first_line} on. The log was not written by safestep, or is damaged."
         )
 
-    def _affordable(self) -> list[str]:
-        """Return the columns to build: safestep's own, then the most frequent that fit."""
+    def _dense(self) -> set[str]:
+        """Return the columns that are made at once: safestep's own, then the most frequent."""
         names = sorted(self._columns, key=lambda n: (n not in FIELDS, -self._columns[n].count))
         size = self._path.stat().st_size if self._path.is_file() else 0
         most = max(_MIN_BYTES, _MAX_GROWTH * size) // (8 * self._num_rows + 1)
-        fitting = max(most, sum(name in FIELDS for name in names))
-        if len(names) > fitting:
-            self.left_out.append(
-                f"the {len(names) - fitting} rarest keys of the {self._num_rows:,} records are "
-                f"left out, {', '.join(names[fitting : fitting + 3])} among them: as columns they "
-                f"would take over {_MAX_GROWTH} times the size of the file"
-            )
-        kept = set(names[:fitting])
-        return [name for name in self._columns if name in kept]  # in the order of the file
+        return set(names[: max(most, sum(name in FIELDS for name in names))])
 
-    def _join(self, name: str, column: "_Column") -> np.ndarray:
-        blocks = column.blocks
-        if any(isinstance(part, np.ndarray) and part.dtype == object for _, part in blocks):
-            joined = np.full(self._num_rows, None, dtype=object)
-            for rows, part in blocks:
-                joined[rows] = _objects(part.to_lists()) if isinstance(part, _Lists) else part
-            return joined
-        lists = [part for _, part in blocks if isinstance(part, _Lists)]
-        if not lists:
-            joined = np.full(self._num_rows, np.nan)
-            for rows, part in blocks:
-                joined[rows] = part
-            return joined
-        width = self._affordable_width(name, np.concatenate([part.lengths for part in lists]))
-        joined = np.full((self._num_rows, width), np.nan)
-        for rows, part in blocks:
-            if isinstance(part, _Lists):
-                part.write(joined, rows)
-            elif width:
-                joined[rows, 0] = part
-        return joined
-
-    def _affordable_width(self, name: str, lengths: np.ndarray) -> int:
+    def _width(self, name: str, lengths: np.ndarray) -> int:
         """Return the largest width at which padding stays in proportion to the data."""
         most = max(_MIN_BYTES // 8, _MAX_GROWTH * lengths.sum()) // max(self._num_rows, 1)
         is_fitting = lengths <= most
+        width = int(lengths[is_fitting].max(initial=0))
         if not is_fitting.all():
             self.left_out.append(
-                f"{(~is_fitting).sum():,} lists of `{name}` are left out: of up to "
-                f"{lengths.max():,} numbers, where the others have up to "
-                f"{lengths[is_fitting].max(initial=0):,}"
+                f"{(~is_fitting).sum():,} lists of `{name}` are in the column `{name} (long)`: of "
+                f"up to {lengths.max():,} numbers, where the others have up to {width:,}"
             )
-        return int(lengths[is_fitting].max(initial=0))
+        return width
 
 
-class _Column:
-    """The values of one key with their rows; those of rare keys wait as Python objects."""
-
-    def __init__(self) -> None:
-        self.blocks: list[tuple[np.ndarray, np.ndarray | _Lists]] = []
-        self.rows: list[int] = []
-        self.values: list[Any] = []
-
-    @property
-    def count(self) -> int:
-        return sum(len(rows) for rows, _ in self.blocks)
-
-
-class _Lists:
-    """Lists of numbers of any length, stored back to back."""
-
-    def __init__(self, lists: list[list[Any]]) -> None:
-        self.lengths = np.array([len(item) for item in lists])
-        self.numbers = np.array(list(chain.from_iterable(lists)), dtype=np.float64)
-        if self.numbers.ndim != 1:
-            raise ValueError("a list of lists")
-
-    def write(self, table: np.ndarray, rows: np.ndarray) -> None:
-        """Fill rows of a table from the left; skip lists wider than the table."""
-        ends = np.cumsum(self.lengths)
-        for length in np.unique(self.lengths[self.lengths <= table.shape[1]]):
-            chosen = np.flatnonzero(self.lengths == length)
-            places = (ends[chosen] - length)[:, None] + np.arange(length)
-            table[rows[chosen], :length] = self.numbers[places]
-
-    def to_lists(self) -> list[list[float]]:
-        ends = np.cumsum(self.lengths)
-        parts = zip(ends - self.lengths, ends, strict=True)
-        return [self.numbers[start:end].tolist() for start, end in parts]
-
-
-def _objects(values: Any) -> np.ndarray:
-    return np.fromiter(values, dtype=object, count=len(values))
+def _kept(
+    make: Callable[[int, int], np.ndarray], num_rows: int, width: int, keep: np.ndarray
+) -> np.ndarray:
+    column = make(num_rows, width)
+    return column if keep.all() else column[keep]
 
 
 def _is_current(steps: np.ndarray, segments: list[int]) -> np.ndarray:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from safestep.runlog.columns import ColumnBuilder
+from safestep.runlog.table import Columns
 
 LOSS_NAMES = ("loss", "train_loss", "train/loss", "train_loss_step", "train/loss_step", "loss_step")
 _RENAMED = {"effective_lr": "effective_learning_rate", "lr": "learning_rate"}
 
 
-def read_metrics_csv(path: Path) -> tuple[dict[str, Any], dict, dict]:
+def read_metrics_csv(path: Path) -> tuple[dict[str, Any], Columns, Columns]:
     """Return header, step columns and worker columns of a metrics.csv.
 
     Columns ``safestep/*`` make the step records, ``workers/*`` the worker records, the first of
@@ -60,10 +61,10 @@ def read_metrics_csv(path: Path) -> tuple[dict[str, Any], dict, dict]:
     return {"kind": "header", "source": path.name}, columns, workers.build()
 
 
-def _join_optimizers(columns: dict[str, np.ndarray]) -> None:
+def _join_optimizers(columns: Columns) -> None:
     # Several optimizers log a column each, "scale/0" and so on, and the sum of their r.
     for name, join in (("scale", np.fmin), ("step_norm", np.hypot)):
-        parts = [column for key, column in columns.items() if key.startswith(f"{name}/")]
+        parts = [columns[key] for key in columns if key.startswith(f"{name}/")]
         if parts:
             columns[name] = reduce(join, parts)
     if "effective_learning_rate/0" in columns:

@@ -12,6 +12,9 @@ except ImportError:  # Windows: an open file cannot be renamed there, so runs do
     fcntl = None
 
 
+_CHUNK = 1 << 20
+
+
 class LockedFile:
     """An open file, locked against other processes until it is closed or this process ends.
 
@@ -50,6 +53,21 @@ class LockedFile:
         # One write for the whole line: a reader never sees the lines of two writers mixed.
         if os.write(self._fd, line) != len(line):
             raise OSError("the last record was written in part")
+
+    def append_all_of(self, other: LockedFile) -> None:
+        """Write the whole lines of another open file, which may be deleted.
+
+        Args:
+            other: The file.
+
+        Raises:
+            OSError: If not all of them could be written.
+        """
+        position = 0
+        while part := os.pread(other._fd, _CHUNK, position):
+            position += len(part)
+            self.append(part)
+        self.cut_torn_line()
 
     def cut_torn_line(self) -> None:
         """Cut the file after its last whole line, of which it must have one."""

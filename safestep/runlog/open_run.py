@@ -46,6 +46,7 @@ class OpenRun:
         self._ends_in_resumed = False  # the last line says that the run goes on
         self._is_over = False  # another writer of this process continues this run
         self._file: LockedFile | None = None
+        self._deleted: LockedFile | None = None  # its content is there while it is open
         self._waiting = WaitingRecords()
         self._is_failing = False  # since a write failed
         self._pause = 0  # records to come before the next attempt
@@ -124,9 +125,9 @@ class OpenRun:
 
     def close(self) -> None:
         """Close the file, which releases its lock."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in filter(None, (self._file, self._deleted)):
+            file.close()
+        self._file = self._deleted = None
 
     def begin_anew(self) -> None:
         """Leave the file to the process that this one was forked from."""
@@ -152,7 +153,9 @@ class OpenRun:
             if self._is_failing:
                 self._say_gap(file)
         except OSError as error:
-            self.close()
+            if self._file is not None:
+                self._file.close()
+                self._file = None
             self._pause = _PATIENCE
             if not self._is_failing:
                 self._is_failing = True
@@ -165,6 +168,7 @@ class OpenRun:
         # The file in use, the one that the run had, or a new one.
         if self._file is not None:
             if self._file.is_deleted:
+                self._deleted, self._file = self._file, None
                 raise OSError("the file was deleted")
             return self._file
         directory = self.path.parent
@@ -174,7 +178,9 @@ class OpenRun:
             raise FileNotFoundError(f"{directory} is not there")
         may_be_there = self.has_begun or self._is_resumed
         found = self._found(directory) if may_be_there else None
-        file = self._file = found or self._created(directory)
+        file = found or self._created(directory)
+        self.close()  # what was deleted
+        self._file = file
         if self._is_resumed and not (self.has_begun and found):
             file.append(line_of("event", self.id, self._resumed))
         self.has_begun = True
@@ -197,7 +203,8 @@ class OpenRun:
                 "run %s is still being written by another process: this one begins a run of its "
                 "own", self.id,
             )  # fmt: skip
-            self.id, self._is_resumed = new_run_id(), False
+            self._begin_another()
+            self._is_resumed = False
             return None
         self.path = found
         file.cut_torn_line()
@@ -206,17 +213,26 @@ class OpenRun:
     def _created(self, directory: Path) -> LockedFile:
         self.path = directory / f"run-{self.id}.jsonl"
         if os.path.lexists(self.path):  # not ours, or we would have resumed it
-            self.id = new_run_id()
+            self._begin_another()
             self.path = directory / f"run-{self.id}.jsonl"
         file = LockedFile(self.path, is_new=True)
         started = datetime.now(timezone.utc).isoformat()
         try:
-            file.append(make_header(self.id, started, self._world_size, self._settings))
+            if self._deleted is not None:
+                file.append_all_of(self._deleted)
+            else:
+                file.append(make_header(self.id, started, self._world_size, self._settings))
         except OSError:
             file.close()
             self.path.unlink(missing_ok=True)  # no file without a header
             raise
         return file
+
+    def _begin_another(self) -> None:
+        self.id = new_run_id()
+        if self._deleted is not None:
+            self._deleted.close()
+            self._deleted = None
 
     def _show(self, directory: Path) -> None:
         """Make this the run that is shown, and note where that leaves the one shown before."""

@@ -13,12 +13,11 @@ from safestep.runlog.columns import ColumnBuilder
 from safestep.runlog.folder import FILE_NAME, MAX_HEADER_BYTES, RunFile, list_runs
 from safestep.runlog.lightning_csv import read_metrics_csv
 from safestep.runlog.record import check_header
+from safestep.runlog.table import Columns
 
 __all__ = ["Run", "RunFile", "list_runs", "read_run"]
 
 MAX_LINE_BYTES = 1 << 24  # a longer line is skipped: no record of a run is that long
-
-Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +30,8 @@ class Run:
             ``settings``; and ``logits``,
             the line that says which were found, once a step was measured.
         steps: One column a field of StepReport, and any other key of a step record. Shape
-            ``[T]``; float64 (NaN where a record lacks the key), ``step`` int64, text object.
+            ``[T]``; float64 (NaN where a record lacks the key), ``step`` int64, text object. The
+            column of a key that is rare in a large log is made whenever it is asked for.
         workers: Scalars ``[T]`` and per-worker columns ``[T, N]``, NaN where missing.
         events: The event records, in the order of the file.
         torn: Whether the last line was cut short by a kill, and therefore skipped.
@@ -50,7 +50,7 @@ class Run:
     torn: bool = False
     left_out: tuple[str, ...] = ()
     nan_losses: frozenset[int] | None = None
-    micro: Columns = field(default_factory=dict)
+    micro: Columns = field(default_factory=lambda: Columns({}))
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column of the steps: ``run["radius"]`` is ``run.steps["radius"]``.
@@ -195,14 +195,16 @@ def _records(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | None]]:
     while line := file.readline(MAX_LINE_BYTES):
         number += 1
         is_whole = line.endswith(b"\n")
-        part = line
-        while not is_whole and len(part) == MAX_LINE_BYTES:  # too long: read on to its end
-            part = file.readline(MAX_LINE_BYTES)
-            is_whole = part.endswith(b"\n")
-        record = _parse(line) if part is line else None
-        if record is None and part is line and (start := line.rfind(b'{"kind": ')) > 0:
+        record, end = None, b""
+        while not is_whole and len(line) == MAX_LINE_BYTES:  # too long: read on to its end
+            end, line = line, file.readline(MAX_LINE_BYTES)
+            is_whole = line.endswith(b"\n")
+        if not end:
+            record = _parse(line)
+        end += line
+        if record is None and (start := end.rfind(b'{"kind": ')) > 0:
             yield number, None
-            record = _parse(line[start:])  # another writer went on where a record was torn
+            record = _parse(end[start:])  # another writer went on where a record was torn
             if record is not None:
                 yield number, record
         elif record is None and not is_whole:

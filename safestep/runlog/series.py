@@ -120,8 +120,7 @@ def drawable(run: Run) -> Run:
         return np.where(size < 1e-100, 0.0, column)
 
     steps, workers, micro = (
-        {name: within(column) for name, column in columns.items()}
-        for columns in (run.steps, run.workers, run.micro)
+        columns.changed(within) for columns in (run.steps, run.workers, run.micro)
     )
     return replace(run, steps=steps, workers=workers, micro=micro)
 

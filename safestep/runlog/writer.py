@@ -37,7 +37,8 @@ class RunLog:
     A killed process loses at most the last line, which is cut off when the run is resumed. Logging
     never ends training: when a write fails (a full disk, a deleted directory), it warns once, keeps
     the last 8 MiB of records and writes them when it can, with an event that says what was lost. A
-    directory that was deleted is waited for, not made again.
+    directory that was deleted is waited for, not made again; the earlier records are then written
+    there too.
 
     Args:
         run_dir: Directory of the run; made if it is not there.

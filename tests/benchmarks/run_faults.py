@@ -109,9 +109,12 @@ def deleted(folder):
         folder.mkdir()
         write(log, *range(101, 201))
     kept = count(folder)
-    survived = f"training; {kept} of 200 records after it; {len(caught)} warning"
-    lost = f"the record that was deleted, {200 - kept} others"
-    return "100 records until it is there again, 100 after", survived, lost
+    survived = f"training; {kept} records; {len(caught)} warning"
+    return (
+        "1 record before, 100 until it is there again, 100 after",
+        survived,
+        tell_lost(201 - kept),
+    )
 
 
 @fault("disk full for a while")
@@ -159,42 +162,59 @@ def long_list(folder):
     return peak(folder)
 
 
-@fault("512 keys, each in few of 500,000 records")
+@fault("500 keys, each in few of 1,500,000 records")
 def many_keys(folder):
+    return of_keys(folder, 500)
+
+
+@fault("50,000 keys, each in few of 1,500,000 records")
+def very_many_keys(folder):
+    return of_keys(folder, 50_000)
+
+
+def of_keys(folder, number):
+    """Return the row of a log of so many keys."""
     with RunLog(folder, {}) as log:
         write(log, 0)
     with log.path.open("a") as file:
         file.writelines(
-            f'{{"kind":"step","step":{step},"k{step % 500}":1}}\n' for step in range(500_000)
+            f'{{"kind":"step","step":{step},"k{step % number}":1}}\n'
+            for step in range(1, 1_500_000)
         )
-    return peak(folder)
+    return peak(folder, num_steps=1_500_000, num_keys=number + 1)
 
 
-@fault("line of 500 MB without an end")
+@fault("500 MB that are no record, without an end, between two records")
 def long_line(folder):
-    with RunLog(folder, {}) as log:
-        write(log, 0)
+    log = RunLog(folder, {})
+    write(log, 0)
     with log.path.open("ab") as file:
         for _ in range(500):
             file.write(b"[" * 1_000_000)
-    return peak(folder)
+    write(log, 1)
+    return peak(folder, num_steps=2)
 
 
-def peak(folder):
-    """Return the row of a log that is read in a process of its own."""
+def peak(folder, *, num_steps=0, num_keys=1):
+    """Return the row of a log that is read in a process of its own: it holds so much."""
     code = (
         "import resource, sys, warnings; warnings.simplefilter('ignore'); import safestep\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\n"
         "before = peak(); run = safestep.read_run(sys.argv[1])\n"
-        "lost = '; '.join(run.left_out) or ('that line' if run.torn else 'nothing')\n"
-        "print(f'read with {peak() - before:.0f} MB', '|', lost)\n"
+        "print(f'{peak() - before:.0f}', len(run.steps['step']), len(run.steps))\n"
+        "print('; '.join(run.left_out))\n"
     )
     size = os.path.getsize(folder / "run.jsonl") / 1e6
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True
     )
-    survived, _, lost = done.stdout.strip().partition(" | ")
-    return f"{size:.1f} MB", survived, lost
+    first, _, said = done.stdout.strip().partition("\n")
+    megabytes, *found = map(int, first.split())
+    lost = sum(
+        max(0, mine - others) for mine, others in zip((num_steps, num_keys), found, strict=True)
+    )
+    survived = f"read with {megabytes} MB" + (f"; said: {said}" if said else "")
+    return f"{size:.1f} MB", survived, f"{lost} records or keys" if lost else "nothing"
 
 
 @fault("training killed at random moments, resumed from checkpoints")

@@ -260,6 +260,24 @@ def test_nothing_is_lost_where_the_directory_comes_back(tmp_path):
     log.close()
 
 
+def test_directory_that_was_deleted_and_made_anew_gets_all_records_back(tmp_path):
+    """The file is open, so its content is still there; a torn last record is cut off."""
+    log = RunLog(tmp_path / "run", {"note": "mine"})
+    write(log, *range(50))
+    log._run._file.append(b'{"kind": "step", "st')
+    for first in (50, 150):
+        shutil.rmtree(tmp_path / "run")
+        with pytest.warns(UserWarning, match="was deleted"):
+            write(log, *range(first, first + 50))
+        (tmp_path / "run").mkdir()
+        write(log, *range(first + 50, first + 100))
+
+    assert steps_of(tmp_path / "run") == list(range(250))
+    run = read_run(tmp_path / "run")
+    assert (run.header["run"], run.settings, run.left_out) == (log.run, {"note": "mine"}, ())
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
 @pytest.mark.filterwarnings("ignore:safestep. no more records")
 @pytest.mark.parametrize("most", [1 << 20, 100], ids=["room for all", "room for few"])
 def test_directory_made_anew_gets_the_records_that_were_kept(tmp_path, monkeypatch, most):
@@ -272,8 +290,8 @@ def test_directory_made_anew_gets_the_records_that_were_kept(tmp_path, monkeypat
     log.close()
 
     steps, (said,) = steps_of(tmp_path / "run"), lost(tmp_path / "run")
-    assert steps == list(range(30 - len(steps), 30))
-    assert said.endswith(f"{'no' if most > 100 else 29 - len(steps)} records are lost")
+    assert steps == [0, *range(31 - len(steps), 30)]
+    assert said.endswith(f"{'no' if most > 100 else 30 - len(steps)} records are lost")
     assert read_run(tmp_path / "run").header["run"] == log.run
 
 
@@ -309,7 +327,7 @@ def test_resume_while_nothing_can_be_written_touches_no_other_file(tmp_path):
     (tmp_path / "run").mkdir()
     log.close()
 
-    assert steps_of(tmp_path / "run") == [2, 3]
+    assert steps_of(tmp_path / "run") == [0, 1, 2, 3]
 
 
 def test_directory_deleted_before_the_first_record_is_made_again(tmp_path):
