@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory):
     """What each rank saw in every scenario; one start of the processes for all of them."""
     output = tmp_path_factory.mktemp("replicated")
-    run_script("replicated_shards.py", output)
+    run_script("replicated_shards.py", output, timeout=600)
     return [torch.load(output / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
 
 
@@ -66,7 +66,7 @@ def test_a_stage_that_is_guarded_alone_counts_each_of_its_shards_once(ranks):
 
 def test_clean_training_of_replicated_shards_raises_no_alarm(tmp_path):
     """In bfloat16, with accumulation and with clipped gradients too."""
-    run_script("replicated_shards.py", tmp_path, 40, timeout=300)
+    run_script("replicated_shards.py", tmp_path, 40, timeout=600)
     found = torch.load(tmp_path / "rank0.pt", weights_only=False)
 
     assert [len(scenario["reports"]) for scenario in found.values()] == [40] * 4
