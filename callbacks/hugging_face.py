@@ -17,9 +17,9 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from safestep.guard.options import Action
 from safestep.guard.safe_step import SafeStep
 from safestep.guard.step_report import StepReport
+from safestep.measure.estimator_registry import EstimatorOption
 from safestep.measure.inner_radii import RadiusName
-from safestep.measure.registry import EstimatorOption
-from safestep.radius.ladder import RungOption
+from safestep.radius.bounds import RungOption
 
 
 class StepSafetyCallback(TrainerCallback, ExportableState):

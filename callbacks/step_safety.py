@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from safestep.guard.options import Action
 from safestep.guard.safe_step import SafeStep
 from safestep.guard.step_report import StepReport
+from safestep.measure.estimator_registry import EstimatorOption
 from safestep.measure.inner_radii import RadiusName
-from safestep.measure.registry import EstimatorOption
-from safestep.radius.ladder import RungOption
+from safestep.radius.bounds import RungOption
 
 from .run_dir import default_run_dir
 from .submodule import modules_to_watch

@@ -3,9 +3,9 @@
 from safestep.guard.safe_step import SafeStep
 from safestep.guard.step_report import StepReport
 from safestep.measure.estimators import logits_jvp
+from safestep.radius.bounds import certified_radius, closed_form_radius, logit_spread, radius_bound
 from safestep.radius.divergence import linearized_divergence
 from safestep.radius.exact import exact_radius
-from safestep.radius.ladder import certified_radius, closed_form_radius, logit_spread, radius_bound
 from safestep.runlog.reader import read_run
 from safestep.workers.dispersion import worker_dispersion
 

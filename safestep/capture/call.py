@@ -105,7 +105,7 @@ class Call:
         return cls(
             function, leaves, structure, random, _autocast_regions(), modes,
             conditions.effects.before(leaves, modes),
-            conditions.undrawn.before(modes) if are_threads else None, conditions,
+            conditions.unused_generators.before(modes) if are_threads else None, conditions,
         )  # fmt: skip
 
     @property
@@ -169,15 +169,15 @@ class Call:
         return name, frozenset(self.losses), tuple(sorted(axes.items()))
 
     @property
-    def undrawn(self) -> frozenset[str]:
-        """The global generators that the call is known not to draw from; see UndrawnGenerators."""
-        return self.conditions.undrawn.of(self.modes)
+    def unused_generators(self) -> frozenset[str]:
+        """The global generators that the call is known not to draw from; see UnusedGenerators."""
+        return self.conditions.unused_generators.of(self.modes)
 
     def notice_effects(self) -> None:
         """Learn, just after the call, what it has changed."""
         self.conditions.effects.after(self.start)
         if self.generators is not None:
-            self.conditions.undrawn.after(self.generators)
+            self.conditions.unused_generators.after(self.generators)
             self.generators = None
 
     def run(self, *around: AbstractContextManager[Any]) -> Any:
@@ -194,7 +194,7 @@ class Call:
             RuntimeError: If the call changes something whose state before the call is not known,
                 or an argument was changed in place after the call.
         """
-        self.random.restore(self.undrawn)
+        self.random.restore(self.unused_generators)
         for child, mode in zip(*self.modes, strict=True):
             if child.training is not mode:
                 child.training = mode

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from safestep._torch import foreach_mul
 from safestep.capture.attributes import CONTAINERS, Modes, has_attributes, own_attributes
 from safestep.capture.copies import Copier, Look, are_same, is_plain, reached
-from safestep.capture.written import Mark, WrittenParameters
+from safestep.capture.written_parameters import Mark, WrittenParameters
 
 # Calls that must have run again without a new effect before only known effects are kept.
 _SETTLED = 4

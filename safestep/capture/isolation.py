@@ -17,7 +17,7 @@ from safestep.parallel.shards import reshard
 
 
 @contextmanager
-def without_side_effects(module: nn.Module, undrawn: Collection[str] = ()) -> Iterator[None]:
+def without_side_effects(module: nn.Module, unused: Collection[str] = ()) -> Iterator[None]:
     """Undo, at exit, everything that a run of `module` inside changes.
 
     Put back are buffers (contents, bindings, version counters), attributes of every submodule
@@ -31,7 +31,7 @@ def without_side_effects(module: nn.Module, undrawn: Collection[str] = ()) -> It
 
     Args:
         module: The root module.
-        undrawn: Global random generators that are not drawn from inside, of "torch" and "host".
+        unused: Global random generators that are not drawn from inside, of "torch" and "host".
             They are left alone: other threads may draw from them meanwhile.
 
     Yields:
@@ -56,7 +56,7 @@ def without_side_effects(module: nn.Module, undrawn: Collection[str] = ()) -> It
         for param, storage in zip(params, storages, strict=True):
             if param.data_ptr() != storage.data_ptr():
                 param.data = storage
-        random_state.restore(undrawn)
+        random_state.restore(unused)
 
     with undone(put_back):
         copier = Copier(module)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from safestep.capture.attributes import Held, Modes, walk
 from safestep.capture.effects import ForwardEffects
-from safestep.capture.undrawn import UndrawnGenerators, host_state, torch_state
+from safestep.capture.unused_generators import UnusedGenerators, host_state, torch_state
 
 # Calls that must have run again without news before less of the next ones is recorded.
 _SETTLED = 16
@@ -131,7 +131,7 @@ class CallConditions:
 
     def __init__(self, module: nn.Module) -> None:
         self.effects = ForwardEffects(module)
-        self.undrawn = UndrawnGenerators()
+        self.unused_generators = UnusedGenerators()
         self.needs_graph = False
         self._module = module
         self._look()
@@ -169,12 +169,12 @@ class CallConditions:
         yield news
         draws_from_torch, draws_from_host = torch_state() != torchs, host_state() != host
         still = {"torch": not draws_from_torch, "host": not draws_from_host}
-        self.undrawn.learn(modes, (name for name, is_still in still.items() if is_still))
-        undrawn = self.undrawn.of(modes)  # by the call: it was another thread
-        draws_from_torch &= "torch" not in undrawn
+        self.unused_generators.learn(modes, (name for name, is_still in still.items() if is_still))
+        unused = self.unused_generators.of(modes)  # by the call: it was another thread
+        draws_from_torch &= "torch" not in unused
         draws = {
             "torch's generator": draws_from_torch and state.cpu is None,
-            "`random` or numpy.random": draws_from_host and "host" not in undrawn,
+            "`random` or numpy.random": draws_from_host and "host" not in unused,
             "a generator that its modules did not hold before": _states_of(others) != own,
         }
         self._draws_from_torch |= draws_from_torch

@@ -51,7 +51,7 @@ def weighted_rows(call: Call, events: Collection[int]) -> dict[int, EventGradien
     """
     children, _ = call.modes
     root = children[0] if children else torch.nn.Module()
-    isolated = without_side_effects(root, call.undrawn)
+    isolated = without_side_effects(root, call.unused_generators)
     with isolated, torch.no_grad(), forward_mode_enabled(False):
         watch = _Results(events)
         output = call.run(watch)

@@ -11,7 +11,7 @@ from safestep.guard.options import Action, check_limits
 from safestep.guard.step_report import Status, StepReport
 from safestep.measure.update import Estimator, Finding, Measurement
 from safestep.radius.batch import BatchRule
-from safestep.radius.ladder import RungOption
+from safestep.radius.bounds import RungOption
 
 
 class TooManySkipsError(RaisedOnPurpose, RuntimeError):

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from safestep.measure.registry import ESTIMATOR_OPTIONS
-from safestep.radius.ladder import RUNG_OPTIONS
+from safestep.measure.estimator_registry import ESTIMATOR_OPTIONS
+from safestep.radius.bounds import RUNG_OPTIONS
 
 Action = Literal["clip", "set", "monitor"]
 

@@ -26,7 +26,6 @@ from safestep.guard.attach import (
 )
 from safestep.guard.controller import StepController
 from safestep.guard.gradient_watch import GradientWatch
-from safestep.guard.guarded_step import GuardedStep, own_failure
 from safestep.guard.health import Health, where_not_finite
 from safestep.guard.journal import Journal
 from safestep.guard.kept_batches import KeptBatches
@@ -39,20 +38,21 @@ from safestep.guard.retries import Retries
 from safestep.guard.rollback import Rollback
 from safestep.guard.second_run import SecondRun
 from safestep.guard.snapshot import Snapshot
+from safestep.guard.step_lifecycle import StepLifecycle, own_failure
 from safestep.guard.step_report import StepReport
 from safestep.guard.undo import Undo, carry_out
 from safestep.guard.unmeasured import KnownUnmeasured
-from safestep.measure.binding_radius import radii_of_step
 from safestep.measure.cross_check import CheckedEstimator
+from safestep.measure.estimator_registry import EstimatorOption
 from safestep.measure.inner_radii import RadiusName, inner_watch
 from safestep.measure.part_of_batch import PartOfBatch
-from safestep.measure.registry import EstimatorOption
+from safestep.measure.radii_of_step import radii_of_step
 from safestep.measure.update import Estimator, Finding, Measurement, Update
 from safestep.parallel.ranks import Ranks
-from safestep.radius.ladder import RungOption
+from safestep.radius.bounds import RungOption
 
 
-class SafeStep(GuardedStep):
+class SafeStep(StepLifecycle):
     """Keep every step of an optimizer within the softmax convergence radius.
 
     It hooks into ``optimizer.step()``, measures r = step distance / radius along the update that
@@ -109,7 +109,7 @@ class SafeStep(GuardedStep):
     Attributes:
         last: The StepReport of the latest step, None before the first.
         last_radii: What `radii` asked for, of the latest step: see
-            ``safestep.measure.binding_radius``.
+            ``safestep.measure.radii_of_step``.
         enabled: False leaves steps alone without measuring them, as in a learning-rate search.
 
     Raises:

@@ -123,7 +123,7 @@ class SecondRun:
         outputs = []
         with update.alone(), torch.no_grad(), update.at_start():
             for call in update.calls:
-                with without_side_effects(self._module, call.undrawn):
+                with without_side_effects(self._module, call.unused_generators):
                     outputs.append(call.run())
         return outputs
 

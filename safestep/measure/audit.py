@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safestep.radius.batch import BatchRadius, LogitTangent
-from safestep.radius.ladder import logit_spread
+from safestep.radius.bounds import logit_spread
 
 FIRST_CHECKS = 3  # first measurements, all checked; after them the gaps grow
 LONGEST_GAP = 64  # measurements from one check to the next

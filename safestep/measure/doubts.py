@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from safestep.measure.audit import Difference
-from safestep.measure.registry import Estimator
+from safestep.measure.estimator_registry import Estimator
 
 INSTEAD = "; r is measured by finite difference instead"
 

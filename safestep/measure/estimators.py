@@ -140,8 +140,8 @@ def jvp(
         MissingTangentError: If no tangent reaches the logits.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    undrawn = frozenset.intersection(*(call.undrawn for call in calls)) if calls else ()
-    isolated = without_side_effects(module, undrawn)
+    unused = frozenset.intersection(*(call.unused_generators for call in calls)) if calls else ()
+    isolated = without_side_effects(module, unused)
     with torch.no_grad(), tangents_in_place(params, tangents, module), isolated:
         for call in calls:
             for found in find_logits(call, logits, partial(_differentiated, module, inside)):
@@ -341,7 +341,7 @@ def is_repeatable(
 
 def _run(call: Call, module: nn.Module, logits: LogitsFn | LogitFinder | None) -> list[Logits]:
     # Isolated anew each time: a second run must not see side effects of the first.
-    with without_side_effects(module, call.undrawn):
+    with without_side_effects(module, call.unused_generators):
         return find_logits(call, logits)
 
 

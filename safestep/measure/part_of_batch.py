@@ -15,7 +15,7 @@ from safestep.capture.call import Call
 from safestep.measure.audit import Schedule
 from safestep.measure.update import Estimator, Measurement, Update
 from safestep.radius.batch import BatchRadius, LogitTangent
-from safestep.radius.ladder import logit_spread
+from safestep.radius.bounds import logit_spread
 
 _SHARE = 8  # one example in so many is measured, but for the least
 _LEAST = 2  # examples; of one alone the spread says little about the largest

@@ -84,7 +84,7 @@ def _seen_run(
     """Return the logits, the types seen in this run alone, and whether a GPU drew in it."""
     earlier, finder.dtypes = finder.dtypes, set()
     try:
-        with without_side_effects(module, call.undrawn):
+        with without_side_effects(module, call.unused_generators):
             found = finder.find(call)
             states = torch.cuda.get_rng_state_all() if call.random.cuda else ()
             has_drawn = any(map(_differ, call.random.cuda, states))

@@ -99,7 +99,7 @@ def _gradients(update: Update, params: Sequence[Tensor], module: nn.Module) -> l
     ends = LossEnds(update.calls, is_made=update.is_made)
     total = [torch.zeros_like(param, memory_format=torch.preserve_format) for param in params]
     for call in update.calls:
-        isolated = without_side_effects(module, call.undrawn)
+        isolated = without_side_effects(module, call.unused_generators)
         with update.alone(), isolated, torch.enable_grad():
             pairs = list(ends.of(call, call.run(), _has_graph))
             roots, seeds = map(list, zip(*pairs, strict=True))

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from safestep.capture.call import Call
+from safestep.measure.estimator_registry import Estimator
 from safestep.measure.perturb import moved_back
-from safestep.measure.registry import Estimator
 from safestep.measure.slopes import UNSEEN, Slopes
 from safestep.parallel.placements import shares
 from safestep.radius.batch import Row

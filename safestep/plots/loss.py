@@ -3,8 +3,8 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from safestep.plots.figure_registry import figure, has_step
 from safestep.plots.log_axis import make_log, use_log_scale
-from safestep.plots.registry import figure, has_step
 from safestep.plots.style import (
     COLORS,
     INK,

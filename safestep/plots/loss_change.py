@@ -4,8 +4,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from safestep.plots.figure_registry import figure
 from safestep.plots.loss import rank_correlation, say_correlation
-from safestep.plots.registry import figure
 from safestep.plots.style import INK, dots, make_axes, note, say
 from safestep.plots.wording import number
 from safestep.runlog.reader import Run

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from safestep.measure.registry import Estimator
+from safestep.measure.estimator_registry import Estimator
 from safestep.runlog.reader import Run
 
 # By the word that a record's estimator begins with, in the order of trust.

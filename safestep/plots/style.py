@@ -8,7 +8,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from safestep.radius.ladder import RUNGS
+from safestep.radius.bounds import RUNGS
 
 # After Okabe and Ito's colours for the colour-blind, some darkened: each has a contrast of 3 or
 # more with a white page. INK and PAPER stand for the page's own text and background.

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 
+from safestep.plots.figure_registry import figure, has_worker_columns
 from safestep.plots.log_axis import make_log
-from safestep.plots.registry import figure, has_worker_columns
 from safestep.plots.style import COLORS, INK, MAX_MARKS, make_axes, note, say
 from safestep.plots.wording import count, number, percent, plural
 from safestep.runlog.reader import Run

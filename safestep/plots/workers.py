@@ -3,8 +3,8 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from safestep.plots.figure_registry import figure, has_worker_scalar
 from safestep.plots.log_axis import use_log_scale
-from safestep.plots.registry import figure, has_worker_scalar
 from safestep.plots.style import COLORS, INK, label_ends, last_finite, make_axes, note, say
 from safestep.plots.wording import count, number, percent, plural
 from safestep.runlog.reader import Run

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safestep.radius.ladder import RUNGS, RungOption, ladder_radius, logit_spread
+from safestep.radius.bounds import RUNGS, RungOption, ladder_radius, logit_spread
 from safestep.radius.loss_change import NO_CHANGE, LossChange, LossChangeSum, RowLoss
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safestep.radius.ladder import certified_radius
+from safestep.radius.bounds import certified_radius
 from safestep.radius.rows import CHUNK_ELEMENTS, climb_rows
 
 _TOLERANCE = 1e-6  # relative gap between the two counting discs, just inside and just outside

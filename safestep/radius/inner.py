@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from safestep.radius.ladder import radius_bound
+from safestep.radius.bounds import radius_bound
 
 KINK_QUANTILE = 0.01  # Ghosts of Softmax, Sec. 6.6
 

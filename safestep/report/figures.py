@@ -12,8 +12,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from safestep.plots.figure_registry import FigureKind
 from safestep.plots.log_axis import make_log
-from safestep.plots.registry import FigureKind
 from safestep.plots.style import INK, PAPER, SERIES_COLORS
 from safestep.report.files import replace_file
 from safestep.runlog.reader import Run

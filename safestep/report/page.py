@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from safestep.measure.registry import Estimator
+from safestep.measure.estimator_registry import Estimator
 from safestep.plots.measured_how import how_measured
 from safestep.plots.rates import say_lowered
 from safestep.plots.style import SERIES_COLORS

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from safestep.plots.registry import FIGURES, FigureKind
+from safestep.plots.figure_registry import FIGURES, FigureKind
 from safestep.report.figures import draw, save, to_svg
 from safestep.report.files import make_report_folder, replace_file
 from safestep.report.page import Section, ShownFigure, build_page

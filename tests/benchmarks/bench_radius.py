@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from safestep.radius.ladder import certified_radius, closed_form_radius, ladder_radius, radius_bound
+from safestep.radius.bounds import certified_radius, closed_form_radius, ladder_radius, radius_bound
 
 REPEATS = 15
 

@@ -29,7 +29,7 @@ from safestep.capture.finder import LogitFinder
 from safestep.capture.random_state import CallConditions
 from safestep.measure.estimators import jvp
 from safestep.radius.batch import LogitTangent, smallest_row
-from safestep.radius.ladder import RungOption
+from safestep.radius.bounds import RungOption
 
 # (label, rung, spread of the tangent in units of pi: over 1, every row climbs the whole ladder)
 CASES = (("bound", "bound", 0.5), ("certified, r < 1", "certified", 0.5),

@@ -26,8 +26,8 @@ def loop_call(model, loss, *inputs):
     """Return what a recorder knows of a forward call after `loss` of its output went backward."""
     call = SimpleNamespace(
         run=run_within(lambda: model(*inputs)),
-        gradients={}, empty=[], obstacle=None, is_resting=False, modes=([], []), undrawn=(),
-        keeper=None, examples=None,
+        gradients={}, empty=[], obstacle=None, is_resting=False, modes=([], []),
+        unused_generators=(), keeper=None, examples=None,
     )  # fmt: skip
     output = model(*inputs)
     tensors = [(name, t) for name, t in named_tensors(output) if t.requires_grad]
@@ -47,7 +47,7 @@ def step_call(step):
         obstacle=None,
         is_resting=False,
         modes=([], []),
-        undrawn=(),
+        unused_generators=(),
         examples=None,
         keeper=None,
     )

@@ -22,7 +22,7 @@ from safestep.capture.losses import LOSS_FUNCTIONS
 from safestep.capture.random_state import CallConditions
 from safestep.measure.estimators import jvp
 from safestep.radius.batch import smallest_row
-from safestep.radius.ladder import certified_radius, radius_bound
+from safestep.radius.bounds import certified_radius, radius_bound
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])

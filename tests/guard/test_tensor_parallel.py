@@ -5,7 +5,7 @@ import torch
 from helpers.scripts import run_script
 
 from safestep import read_run
-from safestep.measure.registry import Estimator
+from safestep.measure.estimator_registry import Estimator
 from safestep.report import write_report
 
 SLOW = pytest.mark.slow

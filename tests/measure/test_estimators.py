@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from safestep import SafeStep, logit_spread, logits_jvp
+from safestep.measure.estimator_registry import ESTIMATOR_OPTIONS, Estimator, EstimatorOption
 from safestep.measure.estimators import MissingTangentError, tangents_in_place
 from safestep.measure.perturb import moved_back
-from safestep.measure.registry import ESTIMATOR_OPTIONS, Estimator, EstimatorOption
 
 MODELS = ["linear", "multilayer", "residual", "attention", "recurrent", "cached"]
 

@@ -352,7 +352,7 @@ def test_a_check_that_cannot_be_made_is_said_once_and_tried_again_ever_more_rare
         calls.append(1)
         raise ValueError("no second opinion. And more")
 
-    monkeypatch.setattr("safestep.measure.registry.difference", broken)
+    monkeypatch.setattr("safestep.measure.estimator_registry.difference", broken)
     torch.manual_seed(0)
     model, inputs = nn.Linear(4, 5), torch.randn(16, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

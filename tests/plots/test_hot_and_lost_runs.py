@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from safestep import plots
-from safestep.plots.registry import FIGURES
+from safestep.plots.figure_registry import FIGURES
 from safestep.runlog.reader import read_run
 from safestep.runlog.writer import RunLog
 

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from safestep import plots
+from safestep.plots.figure_registry import FIGURES
 from safestep.plots.log_axis import make_log
 from safestep.plots.loss import rank_correlation
 from safestep.plots.rates import say_cost
-from safestep.plots.registry import FIGURES
 from safestep.plots.style import COLORS
 from safestep.runlog.reader import read_run
 from safestep.runlog.series import change_pairs, removed_area, spans, step_series, step_share, thin

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from safestep.radius.bounds import certified_radius
 from safestep.radius.exact import exact_radius
-from safestep.radius.ladder import certified_radius
 
 
 def random_rows(num_rows, num_classes, seed):

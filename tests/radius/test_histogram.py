@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from safestep.radius.batch import LogitTangent, smallest_row
+from safestep.radius.bounds import certified_radius, ladder_radius
 from safestep.radius.histogram import BINS, coarse_radius, histogram
-from safestep.radius.ladder import certified_radius, ladder_radius
 
 
 def row_of(kind, classes, scale, seed=0):

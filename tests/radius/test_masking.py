@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from safestep import SafeStep
 from safestep.capture.temperature import label_temperature
-from safestep.radius.ladder import certified_radius
+from safestep.radius.bounds import certified_radius
 from safestep.radius.masking import absent_classes, without_absent
 
 ALLOWED = torch.arange(7) < torch.tensor([[3], [6], [5], [4], [3]])  # of a pointer or of actions

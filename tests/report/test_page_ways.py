@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from safestep.measure.registry import Estimator
+from safestep.measure.estimator_registry import Estimator
 from safestep.plots.ladder import plot_ladder
 from safestep.plots.measured_how import how_measured
 from safestep.plots.style import INK, LADDER_COLORS
-from safestep.radius.ladder import RUNGS
+from safestep.radius.bounds import RUNGS
 from safestep.report.write import write_report
 from safestep.runlog.reader import read_run
 from safestep.runlog.writer import RunLog

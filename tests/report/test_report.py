@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from safestep.cli import main
-from safestep.plots.registry import FIGURES
+from safestep.plots.figure_registry import FIGURES
 from safestep.report.figures import draw
 from safestep.report.write import write_report
 from safestep.runlog.reader import list_runs, read_run

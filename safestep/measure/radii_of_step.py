@@ -1,4 +1,4 @@
-"""Which radius binds at a step: that of the output's softmax, or one inside the model."""
+"""The radii of a step, of the output's softmax and inside the model, and which is smallest."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _TRIES = 64
 _MT19937_BYTES = 4 * (624 + 1)  # its words, and how many are used up
 
 
-class UndrawnGenerators:
+class UnusedGenerators:
     """Learn which global generators the calls of a module do not draw from.
 
     It matters where other threads run. They may draw while a call runs again, and a generator that
@@ -28,7 +28,7 @@ class UndrawnGenerators:
     """
 
     def __init__(self) -> None:
-        self._undrawn: set[str] = set()
+        self._unused: set[str] = set()
         self._modes: Modes | None = None
         self._tries = 0
 
@@ -39,9 +39,9 @@ class UndrawnGenerators:
             modes: The submodules, and whether each is in train mode.
         """
         if modes != self._modes:
-            self._undrawn, self._modes, self._tries = set(), modes, 0
+            self._unused, self._modes, self._tries = set(), modes, 0
         self._tries += 1
-        return global_states() if self._tries <= _TRIES and len(self._undrawn) < 2 else None
+        return global_states() if self._tries <= _TRIES and len(self._unused) < 2 else None
 
     def after(self, states: dict[str, Any]) -> None:
         """Learn from a call.
@@ -50,12 +50,12 @@ class UndrawnGenerators:
             states: What `before` returned for it.
         """
         now = global_states()
-        self._undrawn.update(name for name in states if states[name] == now[name])
+        self._unused.update(name for name in states if states[name] == now[name])
 
     def learn(self, modes: Modes, names: Iterable[str]) -> None:
         """Take note that a call in some modes has not drawn from some generators."""
         if modes == self._modes:
-            self._undrawn.update(names)
+            self._unused.update(names)
 
     def of(self, modes: Modes) -> frozenset[str]:
         """Return which generators calls in these modes leave alone, while other threads run.
@@ -67,7 +67,7 @@ class UndrawnGenerators:
             Of "torch" and "host", which is ``random`` and numpy.
         """
         is_known = modes == self._modes and threading.active_count() > 1
-        return frozenset(self._undrawn) if is_known else frozenset()
+        return frozenset(self._unused) if is_known else frozenset()
 
 
 def global_states() -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from safestep.plots.registry import FIGURES
+from safestep.plots.figure_registry import FIGURES
 from safestep.runlog.reader import read_run
 from safestep.runlog.writer import RunLog
 

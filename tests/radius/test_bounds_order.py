@@ -7,8 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from safestep.radius.exact import exact_radius
-from safestep.radius.ladder import (
+from safestep.radius.bounds import (
     RUNG_OPTIONS,
     RUNGS,
     RungOption,
@@ -17,6 +16,7 @@ from safestep.radius.ladder import (
     ladder_radius,
     radius_bound,
 )
+from safestep.radius.exact import exact_radius
 
 FAMILIES = ("random", "two-cluster", "confident")
 

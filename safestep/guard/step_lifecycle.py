@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class GuardedStep:
+class StepLifecycle:
     """Call the guard at the right moments of ``optimizer.step()``, and keep its errors out of it.
 
     An error of the guard's own leaves the step unmeasured, with the reason in the report. An

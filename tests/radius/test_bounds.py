@@ -9,8 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from safestep.radius.exact import exact_radius
-from safestep.radius.ladder import (
+from safestep.radius.bounds import (
     certified_radius,
     closed_form_radius,
     ladder_radius,
@@ -18,6 +17,7 @@ from safestep.radius.ladder import (
     radius_bound,
     strip_radius,
 )
+from safestep.radius.exact import exact_radius
 
 FAMILIES = ("random", "two-cluster", "confident", "near-tie", "heavy-tailed")
 WITH_LOGITS = (closed_form_radius, strip_radius, certified_radius, exact_radius)
