@@ -81,7 +81,8 @@ def loss_side(
 def operations_of_loss() -> str | None:
     """Return the operations between a loss and an output; call it in a hook on its gradient.
 
-    They tell one loss from another without a look at any number.
+    They tell one loss from another without a look at any number; two that are compiled with the
+    model look alike.
 
     Returns:
         Names of the nodes of up to 64 operations, sorted, each once; None if the graph does not

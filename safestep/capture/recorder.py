@@ -19,6 +19,7 @@ from safestep.capture.evidence import SMALL, EvidenceKeeper, OutputValues
 from safestep.capture.failures import Failures
 from safestep.capture.hooks import ModuleHooks, kept_out
 from safestep.capture.idle import IdleWatch
+from safestep.capture.loss_notice import LossNotice
 from safestep.capture.output_gradients import ROOM, OutputOrder
 from safestep.capture.outputs import named_tensors
 from safestep.capture.random_state import CallConditions
@@ -79,6 +80,7 @@ class Recorder:
         self._conditions = CallConditions(self.module)
         self._idle = IdleWatch(params, self.module.parameters)
         self.failures = Failures()
+        self._notice = LossNotice(params, self.failures)
         target = without_data_parallel(model if part is None else part)
         if isinstance(target, torch.jit.ScriptModule):
             raise TypeError(
@@ -114,6 +116,7 @@ class Recorder:
         self._idle.after_call()
         self._queue(call)
         self._told.append(call)
+        self._notice.expect(call)
         return call
 
     def notice_effects(self) -> None:
@@ -137,6 +140,7 @@ class Recorder:
         calls = _since_cleared(list(self._calls))
         self._calls.clear()
         self._told.clear()
+        self._notice.end_step()
         self._idle.stepped()
         self._is_in_step, self._step_start = False, None
         self._conditions.effects.end_step()
@@ -158,6 +162,7 @@ class Recorder:
         """Remove the hooks and forget the queue."""
         self._hooks.remove()
         self._calls.clear()
+        self._notice.end_step()
 
     def _not_recorded(self, error: BaseException) -> None:
         if self._open:

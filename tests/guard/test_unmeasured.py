@@ -284,3 +284,31 @@ def test_gradients_of_a_loss_that_rests_are_not_kept():
     assert call.is_resting
     assert not call.unread
     assert not call.kept.sums
+
+
+def test_another_loss_in_a_recorded_step_is_noticed_at_once():
+    """As under Lightning, where the guard sees no output of the model."""
+    loop, loss = Loop(), squared
+
+    def training_step(inputs):
+        return loss(loop.model(inputs))
+
+    def step():
+        loop.optimizer.zero_grad()
+        inputs = torch.randn(8, 4)
+        loop.guard.record(training_step, inputs)
+        training_step(inputs).backward()
+        loop.optimizer.step()
+        return loop.guard.last.estimator, loop.guard.last.status
+
+    for _ in range(12):
+        step()
+    assert loop.is_resting
+    loss, loop.optimizer.param_groups[0]["lr"] = entropy, 1e3
+    assert step()[1] == "clipped"
+    loop.optimizer.param_groups[0]["lr"] = 1e-4
+    assert [step() for _ in range(60)][-1] == ("predicted", "ok")
+    loss = squared
+    assert [step()[1] for _ in range(2)] == ["unmeasured"] * 2
+    loss = entropy
+    assert step()[0] != "predicted"
