@@ -17,6 +17,7 @@ from safestep.measure.estimator_registry import EstimatorOption
 from safestep.measure.inner_radii import RadiusName
 from safestep.radius.bounds import RungOption
 
+from .log_times import is_logged_now
 from .run_dir import default_run_dir
 from .submodule import modules_to_watch
 from .training_step import announce_training_step, quiet, takes_iterator
@@ -35,8 +36,9 @@ class StepSafety(Callback):
     trained through a discriminator, the step is "unmeasured". To have it measured, call
     ``step_safety.record(0, self.generator_loss, noise)`` just before the loss is computed.
 
-    Logged at the trainer's ``log_every_n_steps``: ``safestep/normalized_step`` (on the progress
-    bar as ``r``), ``safestep/radius``, ``safestep/step_norm``, ``safestep/scale``,
+    Logged in the first 50 steps and at the trainer's ``log_every_n_steps``:
+    ``safestep/normalized_step`` (on the progress bar as ``r``, always), ``safestep/radius``,
+    ``safestep/step_norm``, ``safestep/scale``,
     ``safestep/effective_lr`` and, of measured steps, ``safestep/divergence``,
     ``safestep/loss_slope``, their sum ``safestep/predicted_change`` and
     ``safestep/gradient_ratio``. With several optimizers each name ends in the optimizer's index,
@@ -195,10 +197,14 @@ class StepSafety(Callback):
             guard.enabled = False
             if guard.last is not None and guard.last is not self.last[index]:
                 reports[index] = self.last[index] = guard.last
-        if reports and not trainer.barebones:
-            joint = sum(report.normalized_step for report in reports.values())
+        if not reports or trainer.barebones:
+            return
+        joint = sum(report.normalized_step for report in reports.values())
+        is_logged = is_logged_now(trainer)
+        if is_logged:
             pl_module.log_dict(self._metrics(reports), batch_size=1)
             pl_module.log("safestep/normalized_step", joint, batch_size=1)
+        if is_logged or trainer.progress_bar_callback is not None:
             pl_module.log("r", joint, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,6 +14,7 @@ from safestep._warn import warn_user
 from safestep.parallel.shards import are_sharded
 from safestep.workers.metrics import WorkerMetrics, WorkerReport
 
+from .log_times import is_logged_now
 from .run_dir import default_run_dir
 
 _LOGGED = (
@@ -131,7 +132,7 @@ class WorkerConsistency(Callback):
         found = {
             f"workers/{name}": value for name, value in values.items() if not math.isnan(value)
         }
-        if found and not trainer.barebones:
+        if found and not trainer.barebones and is_logged_now(trainer):
             pl_module.log_dict(found, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

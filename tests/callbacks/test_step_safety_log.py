@@ -69,6 +69,31 @@ def test_step_safety_logs_at_every_n_steps_only(fit, tmp_path):
     assert [step for step, metrics in rows if "safestep/scale" in metrics] == [2, 5]
 
 
+def test_after_the_first_steps_numbers_are_logged_only_where_loggers_write_them(
+    fit, loader, tmp_path
+):
+    class Counting(Classifier):
+        logged = ()
+
+        def log(self, name, *args, **kwargs):
+            self.logged = (*self.logged, (name, self.trainer.global_step))
+            super().log(name, *args, **kwargs)
+
+    logger = CSVLogger(tmp_path, name="logs", flush_logs_every_n_steps=1000)
+    rows = []
+    logger.log_metrics = lambda metrics, step: rows.append((step, metrics))
+    module = Counting()
+
+    options = {"logger": logger, "log_every_n_steps": 7, "max_epochs": 4}
+    fit(module, StepSafety(), data=loader(batch_size=4), **options)
+
+    steps = [step for name, step in module.logged if name == "safestep/scale"]
+    assert steps == [*range(1, 51), 56, 63]
+    written = [step + 1 for step, metrics in rows if "safestep/scale" in metrics]
+    assert written == list(range(7, 64, 7))
+    assert len({metrics["safestep/step_norm"] for _, metrics in rows}) == len(rows)  # none is old
+
+
 @pytest.mark.parametrize("plugins", [None, scaler], ids=["float32", "scaled"])
 def test_step_safety_writes_the_mean_loss_of_accumulated_batches(fit, tmp_path, plugins):
     class Remembering(Classifier):
