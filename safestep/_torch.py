@@ -104,6 +104,8 @@ ATTRIBUTES = {
     "_buffers": "Module: to put copies of buffers in their place, and the originals back",
     "_parameters": "Module: to put back a parameter that a forward pass rebinds",
     "_modules": "Module: to walk modules without their named_ methods, at every step",
+    "_backward_hooks": "Tensor and Module: to leave hooks on gradients out of a second gradient",
+    "_backward_pre_hooks": "Module: to leave hooks on gradients out of a second gradient",
     "_current_level": "forward_ad: to leave levels that an interrupt left open",
     "_enabled": "autocast: to keep a model's own region switched off",
     "_get_backend": "ProcessGroup: to read the timeout of a group",

@@ -110,7 +110,8 @@ def holders():
     ddp, group = nn.parallel.DistributedDataParallel, torch.distributed.ProcessGroup
     found = dict.fromkeys(["_version", "_is_zerotensor", "_base"], tensor)
     found |= dict.fromkeys(["_indices", "_values"], tensor.detach().to_sparse())
-    found |= dict.fromkeys(["_buffers", "_parameters", "_modules"], nn.Module())
+    tables = ["_buffers", "_parameters", "_modules", "_backward_hooks", "_backward_pre_hooks"]
+    found |= dict.fromkeys(tables, nn.Module())
     return found | {
         "_input_metadata": (tensor * 2).grad_fn,
         "_forward_cls": checkpoint.CheckpointFunction._backward_cls,

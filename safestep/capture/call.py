@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -239,6 +241,15 @@ class Call:
             return self.function(*leaves)
         args, kwargs = tree_unflatten(leaves, self.structure)
         return self.function(*args, **kwargs)
+
+
+def is_running_again() -> bool:
+    """Return whether a recorded call is being run again, of this guard or of another one."""
+    # The stack cannot be left wrong by an interrupt, as a flag could.
+    step: FrameType | None = sys._getframe()
+    while step is not None and step.f_code is not Call._again.__code__:
+        step = step.f_back
+    return step is not None
 
 
 def _is_as_long(value: Any, length: int) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from safestep._torch import current_graph_task
 from safestep._warn import warn_user
 from safestep.capture.autograd_graph import operations_of_loss, trains_any
-from safestep.capture.call import Call
+from safestep.capture.call import Call, is_running_again
 from safestep.capture.evidence import SMALL, EvidenceKeeper, OutputValues
 from safestep.capture.failures import Failures
 from safestep.capture.hooks import ModuleHooks, kept_out
@@ -174,7 +174,7 @@ class Recorder:
             del self._open[max(0, calls_under_way(module) - 1) :]
         is_within = bool(self._open)
         self._open.append(None)
-        if is_within or not torch.is_grad_enabled():
+        if is_within or not torch.is_grad_enabled() or is_running_again():
             return
         if self._is_in_step and not self._is_at_start():
             return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from safestep.capture.gradient_hooks import without_gradient_hooks
 from safestep.capture.isolation import without_side_effects
 from safestep.measure.loss_ends import LossEnds
 
@@ -100,7 +101,8 @@ def _gradients(update: Update, params: Sequence[Tensor], module: nn.Module) -> l
     total = [torch.zeros_like(param, memory_format=torch.preserve_format) for param in params]
     for call in update.calls:
         isolated = without_side_effects(module, call.unused_generators)
-        with update.alone(), isolated, torch.enable_grad():
+        unhooked = without_gradient_hooks(module, params)
+        with update.alone(), isolated, unhooked, torch.enable_grad():
             pairs = list(ends.of(call, call.run(), _has_graph))
             roots, seeds = map(list, zip(*pairs, strict=True))
             found = torch.autograd.grad(roots, params, seeds, allow_unused=True)

@@ -141,17 +141,53 @@ def test_a_loss_with_terms_outside_of_the_outputs_is_not_audited(tmp_path):
     assert event["step"] == 0
 
 
-def test_a_backward_function_that_is_wrong_from_some_step_on_is_a_fault(tmp_path):
+class Scaled(torch.autograd.Function):
+    """Does nothing, with the right derivative forwards and `factor` times that backwards."""
+
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx, inputs):
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return Scaled.factor * gradients[0]
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return tangents[0].clone()
+
+
+class WrongBackwards(nn.Module):
+    def forward(self, inputs):
+        return Scaled.apply(inputs)
+
+
+def test_a_backward_function_that_is_wrong_from_some_step_on_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(Scaled, "factor", 1.0)
+
+    def change(model, step):
+        Scaled.factor = 1.0 if step < FAULTY_FROM else 1.3
+
+    model = network().insert(2, WrongBackwards())
+    with pytest.warns(UserWarning, match="a second backward pass gives the same gradient"):
+        _, (event,) = watched(tmp_path, change, model=model)
+
+    assert event["since"] == FAULTY_FROM + 1  # the first backward pass with another factor
+
+
+def test_a_hook_that_changes_the_gradient_from_some_step_on_is_named_as_a_change(tmp_path):
     model, state = network(), {"factor": 1.0}
     model[2].register_full_backward_hook(lambda *args: (args[1][0] * state["factor"],))
 
     def change(model, step):
         state["factor"] = 1.0 if step < FAULTY_FROM else 1.3
 
-    with pytest.warns(UserWarning, match="a second backward pass gives the same gradient"):
+    with pytest.warns(UserWarning, match="differs most from a second backward pass.*a hook"):
         _, (event,) = watched(tmp_path, change, model=model)
 
-    assert event["since"] == FAULTY_FROM + 1  # the first backward pass with another factor
+    assert event["since"] == FAULTY_FROM + 1
 
 
 def test_clean_training_raises_no_alarm(tmp_path):
