@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from safestep._warn import RaisedOnPurpose
+from safestep.capture.failures import one_line
 from safestep.guard.health import Health
 from safestep.guard.optimizer_state import OptimizerState
 from safestep.guard.options import check_replica_interval
@@ -23,6 +25,7 @@ from safestep.guard.setup import STAGES, demand_same_setup, names_and_shapes
 from safestep.measure.second_gradient import Mean, SecondGradient
 from safestep.measure.update import Finding, Measurement, Update
 from safestep.parallel.checksum import checksum
+from safestep.parallel.collectives import is_of_collective
 from safestep.parallel.placements import Layout
 from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import are_sharded
@@ -155,6 +158,10 @@ class Agreement:
         if columns.finding.any():
             is_any_new = bool(columns.is_new.any())
             reasons = self._reasons_of_all(mine.reason, columns.finding, is_new=is_any_new)
+        if (columns.is_lost == 1).any():
+            told = zip(columns.is_lost.tolist(), reasons, strict=True)
+            causes = [f"rank {r}: {why}" for r, (is_lost, why) in enumerate(told) if not is_lost]
+            raise self.ranks.missing("to run the model again", "; ".join(causes) or str(reasons[0]))
         copies = self._copies if mine.is_partial else None
         return agreed_measurement(mine, rows, reasons, copies)
 
@@ -173,6 +180,33 @@ class Agreement:
             self._idle_at = step
         self._reasons = step, reasons
         return reasons
+
+    def obstacle(self, mine: str | None, *, is_due: bool) -> str | None:
+        """Return why this rank does not measure: where ranks hold shards, none does so alone.
+
+        Args:
+            mine: What stands in the way on this rank, None if nothing does.
+            is_due: Whether it would try.
+        """
+        if self.is_alone or self._are_whole:
+            return mine
+        what = "whether it can run the model again"
+        (can,) = self.ranks.all_are(mine is None and is_due, what=what)
+        is_held_up = is_due and not can
+        return mine or ("another rank cannot run the model again" if is_held_up else None)
+
+    def failure(self, error: Exception) -> tuple[str, bool]:
+        """Return why a measurement failed, and whether another rank left this one waiting.
+
+        Args:
+            error: What it raised.
+
+        Raises:
+            RaisedOnPurpose: If a rank did not say how it went.
+        """
+        if isinstance(error, RaisedOnPurpose):
+            raise error
+        return one_line(error), is_of_collective(error)
 
     def averaged(
         self, second: Callable[[Update, Mean | None], SecondGradient]

@@ -86,6 +86,7 @@ class MeasurementMessage(NamedTuple):
     loss_slope: Any
     loss_weight: Any
     is_new: Any  # whether its reason is another one than at the step before
+    is_lost: Any  # whether another rank left it waiting
     slopes: SlopesMessage
 
     @classmethod
@@ -96,6 +97,7 @@ class MeasurementMessage(NamedTuple):
         return cls(
             mine.finding, mine.radius, mine.spread, mine.bottleneck, mine.step_norm, fingerprint,
             mine.loss.divergence, mine.loss.slope, mine.loss.weight, is_new,
+            mine.is_lost,
             SlopesMessage.of(mine.slopes, state),
         )  # fmt: skip
 

@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from safestep.capture import LogitsFn
-from safestep.capture.failures import one_line
 from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import Agreement
 from safestep.guard.attach import (
@@ -196,7 +195,7 @@ class SafeStep(StepLifecycle):
         first = Estimator.JVP if estimator == "auto" else Estimator(estimator)
         sampler, own = PartOfBatch() if is_sparing else None, self._agreement.own_gradients
         rule = controller.rule
-        self._estimator = CheckedEstimator(module, rule, first, logits, inside, sampler, own)
+        self._estimator = CheckedEstimator(module, rule, ranks, first, logits, inside, sampler, own)
         self._retries = Retries()
         again = self._agreement.averaged(self._estimator.second_gradient)
         self._audit = GradientWatch(audit_interval, self._journal.tell_gradient, self._names, again)
@@ -364,19 +363,20 @@ class SafeStep(StepLifecycle):
 
     def _measured_here(self, update: Update, health: Health, how: Measure) -> Measurement:
         """Return what this worker measured; an obstacle is in the reason."""
-        quick = _QUICK.get(how)
+        quick, is_lost = _QUICK.get(how), False
         # Of a secant too: whether it suffices is a question that all workers answer alike.
         measurement = Measurement(quick or self._estimator.estimator)
         reason = self._obstacle or (None if update.calls else why_no_calls())
+        # Ranks that share parameters must try at the same steps, whatever their data show.
+        looks = [] if update.is_sharded else update.calls
+        reason = self._agreement.obstacle(reason, is_due=not self._retries.is_pausing)
         if reason is None:
-            # Ranks that share parameters must try at the same steps, whatever their data show.
-            looks = [] if update.is_sharded else update.calls
             measure = partial(self._estimator.measure, update, quick)
             try:
                 found = self._retries.attempt(looks, measure, counts=quick is None)
                 measurement, reason = found or measurement, self._retries.reason
             except Exception as error:  # training goes on; the report and a warning say why
-                reason = one_line(error)
+                reason, is_lost = self._agreement.failure(error)
         if update is _NO_UPDATE:
             return replace(measurement, finding=Finding.UNMEASURED, reason=reason)
         finding = health.finding(measurement.radius, reason)
@@ -384,7 +384,7 @@ class SafeStep(StepLifecycle):
             reason = where_not_finite(finding, update, self._names)
         return replace(
             measurement, finding=finding, reason=reason or measurement.reason,
-            step_norm=health.step_norm, is_partial=update.is_sharded,
+            step_norm=health.step_norm, is_partial=update.is_sharded, is_lost=is_lost,
             bottleneck=measurement.bottleneck if finding is Finding.MEASURED else -1,
         )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from math import inf, isfinite, nan, pi
@@ -17,6 +17,7 @@ from safestep.measure.doubts import (
     INSTEAD,
     first_sentence,
     lacks_derivative,
+    may_lack_derivative,
     of_a_difference,
     of_another_draw,
 )
@@ -31,7 +32,8 @@ from safestep.measure.part_of_batch import PartOfBatch
 from safestep.measure.precision import coarsest, is_half
 from safestep.measure.second_gradient import Mean, SecondGradient
 from safestep.measure.update import Estimator, Measurement, Update
-from safestep.parallel.placements import any_over_ranks, is_tensor_parallel
+from safestep.parallel.placements import is_tensor_parallel
+from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import is_flattened, refuse_hybrids
 from safestep.radius.batch import BatchRadius, BatchRule
 
@@ -56,6 +58,7 @@ class CheckedEstimator:
     Args:
         module: The root module of the calls.
         rule: How the rows of a batch become one radius.
+        ranks: The ranks that measure together where they hold shards.
         estimator: The estimator to begin with.
         logits: The user's way from an output to its logits.
         inside: Looks inside the model wherever the estimator is "jvp".
@@ -71,6 +74,7 @@ class CheckedEstimator:
         self,
         module: nn.Module,
         rule: BatchRule,
+        ranks: Ranks,
         estimator: Estimator = Estimator.JVP,
         logits: LogitsFn | None = None,
         inside: InnerWatch | None = None,
@@ -82,7 +86,7 @@ class CheckedEstimator:
         self._rule = rule
         self._inside = inside
         self.finder = LogitFinder(logits)
-        self._part, self._own = part, own
+        self._part, self._own, self._ranks = part, own, ranks
         self._checks = Schedule(FIRST_CHECKS)
         self._retries = Schedule()
         self._has_fallen_back = False
@@ -185,22 +189,30 @@ class CheckedEstimator:
         return _measurement(self.estimator, found.smallest, remarks=remarks, warning=warning)
 
     def _of_pieces(self, update: Update) -> tuple[Measurement | None, str | None]:
-        # What forward mode measures under tensor parallelism, or None and why it fails.
-        try:
-            found = self._measured(update)
-        except (LogitsNotFoundError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError as error:  # on every rank: all run the same code
+        # What forward mode measures under tensor parallelism, or None and why it fails. A rank
+        # that fell back alone would answer the others' collectives with its own.
+        found, error = _tried(self._measured, update)
+        is_measured, lacks = self._all_are(error is None, may_lack_derivative(error))
+        if lacks and error is not None:
             return None, lacks_derivative(error, self._module) + INSTEAD
-        if not self._checks.is_due():
+        if error is not None:
+            raise error
+        if not (is_measured and self._checks.is_due()):
             return found, None
-        second, r = self._difference(update), found.spread / pi
-        error = self._usual_error(Estimator.JVP, update)
-        is_other = isfinite(r) and second.compare(r, error) is Outcome.DIFFERS
-        if any_over_ranks(update.params, is_other):
+        second, error = _tried(self._difference, update)
+        r, usual = found.spread / pi, self._usual_error(Estimator.JVP, update)
+        is_other = error is None and isfinite(r) and second.compare(r, usual) is Outcome.DIFFERS
+        is_checked, is_same = self._all_are(error is None, not is_other)
+        if error is not None:
+            raise error
+        if not is_same and is_checked:
             return None, of_a_difference(found.estimator, r, second)
-        self._checks.relax()
+        if is_checked:
+            self._checks.relax()
         return found, None
+
+    def _all_are(self, *flags: bool) -> list[bool]:
+        return self._ranks.all_are(*flags, what="whether it could run the model again")
 
     def _measured(self, update: Update) -> Measurement:
         """Return what the estimator in use measures, and the slopes of the loss if it is exact."""
@@ -378,3 +390,11 @@ def _measurement(estimator: Estimator, smallest: BatchRadius, **others: Any) -> 
 _EVERY_ROW = (
     "no row has a gradient, so the update is momentum alone, and all rows of the batch count"
 )
+
+
+def _tried(measure: Callable[[Update], Any], update: Update) -> tuple[Any, Exception | None]:
+    """Return what is measured, or None and the error."""
+    try:
+        return measure(update), None
+    except Exception as error:
+        return None, error

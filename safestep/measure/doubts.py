@@ -7,8 +7,10 @@ import traceback
 import torch
 from torch import nn
 
+from safestep.capture import LogitsNotFoundError
 from safestep.measure.audit import Difference
 from safestep.measure.estimator_registry import Estimator
+from safestep.parallel.collectives import is_of_collective
 
 INSTEAD = "; r is measured by finite difference instead"
 
@@ -41,7 +43,7 @@ def of_a_difference(estimator: Estimator, r: float, second: Difference) -> str:
     )
 
 
-def lacks_derivative(error: RuntimeError, module: nn.Module) -> str:
+def lacks_derivative(error: BaseException, module: nn.Module) -> str:
     """Return which part of a model forward mode failed in, and why.
 
     Args:
@@ -49,6 +51,16 @@ def lacks_derivative(error: RuntimeError, module: nn.Module) -> str:
         module: The model.
     """
     return f"{culprit(error, module)} has no forward-mode derivative ({first_sentence(error)})"
+
+
+def may_lack_derivative(error: BaseException | None) -> bool:
+    """Return whether an error may tell that a model has no forward-mode derivative.
+
+    Args:
+        error: What was raised, if anything was.
+    """
+    is_other = isinstance(error, (LogitsNotFoundError, torch.OutOfMemoryError))
+    return isinstance(error, RuntimeError) and not (is_other or is_of_collective(error))
 
 
 def culprit(error: BaseException, module: nn.Module) -> str:

@@ -106,6 +106,7 @@ class Measurement:
         warning: What the user should be told once, else None.
         examples: Of a sampled one, how many examples were measured, and of how many.
         is_partial: Whether `step_norm` is that of this worker's shard alone.
+        is_lost: Whether another worker left this one waiting, and their group is lost.
         slopes: The loss's slope along the update, by forward mode and from the gradient.
         loss: What linearised logits predict of the loss.
         row: Where the row is in this worker's batch; None where it may be another worker's.
@@ -122,6 +123,7 @@ class Measurement:
     remarks: tuple[str, ...] = ()
     warning: str | None = None
     is_partial: bool = False
+    is_lost: bool = False
     examples: tuple[int, int] | None = None
     slopes: Slopes = UNSEEN
     loss: LossChange = NO_CHANGE

@@ -59,6 +59,16 @@ def apart_from_shards(
     return dist.new_group(ranks, **options)  # type: ignore[return-value]
 
 
+def is_of_collective(error: BaseException) -> bool:
+    """Return whether a collective failed, after which its group is lost: a rank did not take part.
+
+    Args:
+        error: What was raised.
+    """
+    kinds = getattr(dist, "DistError", ()), getattr(dist, "DistBackendError", ())
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def group_timeout(group: ProcessGroup | None = None) -> timedelta:
     """Return how long the collectives of a group wait for a rank."""
     whole = group or dist.group.WORLD

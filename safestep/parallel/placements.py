@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -76,24 +75,6 @@ def shares(params: Sequence[Tensor]) -> list[float]:
     if None in sizes:  # flattened: they are cut, and the others are whole on every rank
         return [1.0 if is_flattened(param) else 1.0 / sizes[None] for param in params]
     return [1.0 / prod(sizes[dim] for dim in sizes.keys() - _cut(param)) for param in params]
-
-
-def any_over_ranks(params: Sequence[Tensor], is_so: bool) -> bool:
-    """Return whether something is true on any rank that holds shards; all these must call it.
-
-    Args:
-        params: The parameters, at least one of which is distributed.
-        is_so: Whether it is true on this rank.
-
-    Returns:
-        The same on every rank.
-    """
-    meshes = [placing[0] for placing in map(_placing, params) if placing is not None]
-    widest = max(meshes, key=lambda mesh: mesh.ndim)
-    number = torch.tensor(float(is_so), device=widest.device_type)
-    for group in widest.get_all_groups():
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
-    return bool(number)
 
 
 def sharding_groups(param: Tensor) -> tuple[Any, ...]:

@@ -55,7 +55,7 @@ class Ranks:
         try:
             self._group = apart_from_shards(params, group)
         except RuntimeError as error:
-            raise self._missing("to attach its SafeStep", error) from error
+            raise self.missing("to attach its SafeStep", str(error)) from error
         inner = getattr(model, "_orig_mod", model)  # torch.compile wraps
         is_ddp = self.size > 1 and isinstance(inner, DistributedDataParallel)
         self._shadow: JoinShadow | None = None
@@ -92,7 +92,7 @@ class Ranks:
                 return self._present.gathered(numbers)
             return gathered(numbers, self._group)
         except RuntimeError as error:
-            raise self._missing(f"to send {what}", error) from error
+            raise self.missing(f"to send {what}", str(error)) from error
 
     def gather_texts(self, text: str | None, what: str) -> list[str | None]:
         """Return the texts of every rank.
@@ -113,6 +113,20 @@ class Ranks:
             else bytes(map(int, rows[index, : int(length)])).decode() if rows is not None else ""
             for index, length in enumerate(lengths)
         ]  # fmt: skip
+
+    def all_are(self, *flags: bool, what: str) -> list[bool]:
+        """Return whether each of some things is so on every rank.
+
+        Args:
+            *flags: Whether they are so on this one.
+            what: What they are, for the message if a rank does not send them.
+
+        Returns:
+            The same on every rank.
+        """
+        if self.size == 1:
+            return list(flags)
+        return (self.gather(flags, what) == 1).all(0).tolist()
 
     def mean(self, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         """Return the mean over the ranks of tensors that each rank computes.
@@ -183,8 +197,17 @@ class Ranks:
         assert group is not None
         return group
 
-    def _missing(self, what: str, error: RuntimeError) -> RuntimeError:
-        reason = _BLAME.sub("", " ".join(str(error).split()))
+    def missing(self, what: str, why: str) -> MissingRankError:
+        """Return the error of a rank that waited for others in vain.
+
+        Args:
+            what: What it waited for them to do.
+            why: What happened then.
+
+        Returns:
+            The error.
+        """
+        reason = _BLAME.sub("", " ".join(why.split()))
         return MissingRankError(
             f"SafeStep: expected each of {self.size} ranks {what} at step {self.step}, got nothing "
             f"from at least one of them ({reason[:200].rstrip('.')}). Look first for the error of "

@@ -1,6 +1,6 @@
 """Rank 1 raises between two all-gathers of a re-run: ``raising_shard.py OUTPUT``.
 
-Each rank writes how long its optimizer step took, its report, and whether it could go on.
+Each rank writes how long its optimizer step took, and what that raised.
 """
 
 import json
@@ -38,15 +38,14 @@ def main(rank, output):
     for module in (first, second, model):
         fully_shard(module)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = SafeStep(optimizer, model)
+    SafeStep(optimizer, model)
     nn.functional.cross_entropy(model(torch.randn(8, 6)), torch.arange(8) % 5).backward()
-    start = time.monotonic()
-    optimizer.step()
-    found = {"seconds": time.monotonic() - start, "reason": guard.last.reason}
+    start, found = time.monotonic(), {}
     try:
-        model(torch.randn(8, 6))
+        optimizer.step()
     except RuntimeError as error:
         found["error"] = str(error)
+    found["seconds"] = time.monotonic() - start
     Path(output, f"rank{rank}.json").write_text(json.dumps(found))
     os._exit(0)
 
