@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -76,13 +76,38 @@ def joined(scenario, what):
     return row
 
 
-def drifted(scenario, what, *, since=6, rank=2):
+def drifted(scenario, what, *, since=6, rank=2, before=6, script="differing_ranks.py", size=3):
     """Return the row of a replica that is no longer one."""
 
     def row(_):
-        event = ranks("differing_ranks.py", num_ranks=3)[0][scenario]["events"][0]
+        event = ranks(script, num_ranks=size)[0][scenario]["events"][0]
         is_right = (event["step"], event["rank"]) == (since, rank)
-        return f"{what}, before step 6", event["message"], tell(not is_right, "event")
+        return f"{what}, before step {before}", event["message"], tell(not is_right, "event")
+
+    return row
+
+
+replicated = partial(drifted, rank=1, script="replicated_shards.py", size=4)
+
+
+def failing(fault, *, is_raised=False):
+    """Return the row of ranks of which one cannot run the model that they run together."""
+
+    def row(folder):
+        folder.mkdir(parents=True)
+        start([str(PROCESSES / "raising_piece.py"), str(folder), fault])
+        found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+        tried = f"2 ranks, timeout 5 s, step 1 of {len(found[0])}"
+        if is_raised:
+            last = found[0][-1]
+            error = last["error"].partition("(")[2].partition(")")[0]
+            survived = f"both raise after {last['seconds']:.1f} s, before the step: {error}"
+            return tried, survived, tell(not all(rank[-1]["is_unmoved"] for rank in found))
+        alike = found[0] and all(len(rank) == 4 for rank in found)
+        kinds = ", ".join(f"{e['status']} by {e['estimator']}" for e in found[0][:2])
+        reason = (found[0][1]["reason"] or "").partition("; pass")[0]
+        survived = f"4 steps: {kinds}" + (f" ({reason})" if reason else "") + ", ..."
+        return tried, survived, tell(not alike)
 
     return row
 
@@ -187,6 +212,17 @@ FAULTS = {
     "optimizer state moved by 0.01 %": drifted("momentum", "1 of 3 ranks"),
     "one bit of a replica, checksums each 4 steps": drifted("one bit", "1 of 3 ranks", since=7),
     "one replica of two moved": drifted("two replicas", "1 of 2 ranks", rank=0),
+    "shard of one of two replicas moved (HSDP)": replicated("weights", "1 of 2 x 2 ranks"),
+    "its optimizer state moved": replicated("state", "1 of 2 x 2 ranks"),
+    "shard of one of four replicas moved": replicated("majority", "1 of 4 x 1 ranks", rank=3),
+    "replicas of shards that begin with other weights": replicated(
+        "another start", "2 of 2 x 2 ranks", since=0, rank=0, before=0
+    ),
+    "piece of a layer moved (tensor parallelism in DDP)": replicated("pieces", "1 of 2 x 2 ranks"),
+    "rank that cannot run its piece of the model again": failing("calls"),
+    "rank that raises in it at the end": failing("after"),
+    "rank that raises in it while the other waits": failing("before", is_raised=True),
+    "pieces without a forward-mode derivative": failing("forward"),
     "pieces of layers (tensor parallelism), steps over the limit": tensor_parallel(
         "clipped", "2 ranks, 3 steps"
     ),

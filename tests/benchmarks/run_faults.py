@@ -219,16 +219,28 @@ def peak(folder, *, num_steps=0, num_keys=1):
 
 @fault("training killed at random moments, resumed from checkpoints")
 def kill_training(folder):
-    script = Path(__file__).parents[1] / "processes" / "killed_run.py"
+    return killed(folder, "killed_run.py", 30)
+
+
+@fault("the same under Lightning, checkpoints of ModelCheckpoint")
+def kill_trainer(folder):
+    return killed(folder, "killed_trainer.py", 10)
+
+
+def killed(folder, script, kills):
+    """Return the row of a run that was killed so often."""
     final = {}
-    for name, kills in (("whole", 0), ("killed", 30)):
-        command = [sys.executable, str(script), str(folder / name), str(kills), "0"]
+    for name, number in (("whole", 0), ("killed", kills)):
+        place = Path(__file__).parents[1] / "processes" / script
+        command = [sys.executable, str(place), str(folder / name), str(number), "0"]
         subprocess.run(command, check=True, capture_output=True)
-        final[name] = torch.load(folder / name / "final.pt", weights_only=True)["parts"][0]
-    is_same = all(torch.equal(value, final["whole"][key]) for key, value in final["killed"].items())
-    steps = count(folder / "whole") - count(folder / "killed")
+        final[name] = torch.load(folder / name / "final.pt", weights_only=True)
+    whole, again = (state.get("parts", [state])[0] for state in final.values())
+    is_same = all(torch.equal(value, whole[key]) for key, value in again.items())
+    steps = len(set(read_run(folder / "whole")["step"]))
+    lost = steps - len(set(read_run(folder / "killed")["step"]))
     survived = "final weights bitwise as uninterrupted" if is_same else "other weights"
-    return "30 x kill -9 in 400 steps", survived, f"{steps or 'no'} steps of the log"
+    return f"{kills} x kill -9 in {steps} steps", survived, tell_lost(lost)
 
 
 @fault("links to strangers' files at the report's names")
