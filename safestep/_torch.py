@@ -80,7 +80,7 @@ DisableTorchFunction = _find(
 )
 
 # Inside torch.func.vmap.
-is_batchedtensor = _find("_C._functorch.is_batchedtensor", "to tell that a tensor stands for many")
+is_batched = _find("_C._functorch.is_batchedtensor", "to tell that a tensor stands for many")
 get_unwrapped = _find("_C._functorch.get_unwrapped", "to see the tensor that holds all examples")
 maybe_get_bdim = _find("_C._functorch.maybe_get_bdim", "to see which axis holds the examples")
 

@@ -58,7 +58,8 @@ def walk(module: nn.Module) -> list[Held]:
 
 def _held(child: nn.Module, tree: Collection[int], seen: set[int]) -> list[Any]:
     """Return the objects that the attributes of a module hold, those in containers included."""
-    queue = list(own_attributes(child).values())
+    ((_, own),) = own_attributes([child])
+    queue = list(own.values())
     if not queue:  # most modules: this runs in every forward pass
         return queue
     leaves = []
@@ -75,10 +76,13 @@ def _held(child: nn.Module, tree: Collection[int], seen: set[int]) -> list[Any]:
     return leaves
 
 
-def own_attributes(child: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that are not nn.Module's own."""
+def own_attributes(children: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Return each module with those of its attributes that are not nn.Module's own."""
     hidden = MODULE_TABLES | _BOOKKEEPING
-    return {name: value for name, value in vars(child).items() if name not in hidden}
+    return [
+        (child, {name: value for name, value in vars(child).items() if name not in hidden})
+        for child in children
+    ]
 
 
 def changeable(items: Iterable[Any]) -> Iterable[Any]:

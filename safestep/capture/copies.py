@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -162,7 +162,7 @@ class Look:
         found = {
             id(value): isinstance(value, (Tensor, np.ndarray))
             for value, before in pairs
-            if not are_same(before, _contents(value))
+            if not _are_same(before, _contents(value))
         }
         if self._is_close:
             tensors = self._tensors()
@@ -201,6 +201,11 @@ def is_plain(tensor: Any) -> bool:
         and tensor.layout is torch.strided
         and not tensor.is_meta
     )
+
+
+def only_plain(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return those of some tensors that are plain."""
+    return [tensor for tensor in tensors if is_plain(tensor)]
 
 
 @torch.no_grad()
@@ -255,7 +260,7 @@ def _contents(value: Any) -> Any:
     return [*attributes, *attributes.values()]
 
 
-def are_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
+def _are_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
     """Return whether two lists hold the same objects, or equal plain numbers and text."""
     if PLAIN.issuperset(map(type, before)):
         return before == after
@@ -263,3 +268,10 @@ def are_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
         one is other or (type(one) in PLAIN and type(one) is type(other) and one == other)
         for one, other in zip(before, after, strict=True)
     )
+
+
+def differing(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> list[Any]:
+    """Return the keys that one mapping lacks, or whose values are not the same in both."""
+    shared = before.keys() & after.keys()
+    others = [key for key in shared if not _are_same([before[key]], [after[key]])]
+    return [*others, *(before.keys() ^ after.keys())]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from safestep._torch import foreach_mul
 from safestep.capture.attributes import CONTAINERS, Modes, has_attributes, own_attributes
-from safestep.capture.copies import Copier, Look, are_same, is_plain, reached
+from safestep.capture.copies import Copier, Look, differing, is_plain, reached
 from safestep.capture.written_parameters import Mark, WrittenParameters
 
 # Calls that must have run again without a new effect before only known effects are kept.
@@ -209,8 +209,8 @@ class ForwardEffects:
 def _places(children: Iterable[nn.Module], leaves: Sequence[Any]) -> dict[Place, Any]:
     """Return everything that a call may change, by its place."""
     found: dict[Place, Any] = {}
-    for child in children:
-        held = own_attributes(child) | dict(child._buffers)
+    for child, own in own_attributes(children):
+        held = own | dict(child._buffers)
         found.update({(id(child), name): value for name, value in held.items()})
     found.update(
         {
@@ -242,8 +242,8 @@ def _argument(copier: Copier, start: Start, index: int, leaf: Any) -> Any:
 
 def _install(start: Start, children: Iterable[nn.Module], copier: Copier) -> None:
     by_identity = {id(child): child for child in children}
-    for child in start.whole:
-        for name in own_attributes(child):
+    for child, own in own_attributes(start.whole):
+        for name in own:
             if (id(child), name) not in start.values:
                 del vars(child)[name]
     for (where, name), value in start.values.items():
@@ -261,10 +261,8 @@ def _changed(
     before: Mapping[Place, Any], after: Mapping[Place, Any], objects: Mapping[int, bool]
 ) -> dict[Place, bool]:
     """Return the places that changed, and whether the numbers of tensors did."""
-    changed: dict[Place, bool] = {}
-    for place in before.keys() | after.keys():
-        old, new = before.get(place, _ABSENT), after.get(place, _ABSENT)
-        found = reached(old, objects) if objects else ()
-        if found or not are_same([old], [new]):
+    changed = dict.fromkeys(differing(before, after), False)
+    for place, value in before.items() if objects else ():
+        if found := reached(value, objects):
             changed[place] = any(objects[each] for each in found)
     return changed

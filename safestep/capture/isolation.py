@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safestep.capture.attributes import Held, own_attributes, walk
-from safestep.capture.copies import Copier, is_plain
+from safestep.capture.copies import Copier, only_plain
 from safestep.capture.random_state import RandomState, generators_in
 from safestep.capture.unwinding import undone
 from safestep.parallel.shards import reshard
@@ -44,8 +44,9 @@ def without_side_effects(module: nn.Module, unused: Collection[str] = ()) -> Ite
     _refuse_writers(within)
     reshard(module)
     random_state = RandomState.capture(generators_in(within))
-    saved = [_Saved(child) for child, _ in within]
-    params = [param for param in module.parameters() if is_plain(param)]
+    children = [child for child, _ in within]
+    saved = list(map(_Saved, children))
+    params = only_plain(module.parameters())
     storages = [param.data for param in params]
 
     def put_back() -> None:
@@ -59,9 +60,7 @@ def without_side_effects(module: nn.Module, unused: Collection[str] = ()) -> Ite
         random_state.restore(unused)
 
     with undone(put_back):
-        copier = Copier(module)
-        for each in saved:
-            each.put_copies(copier)
+        _put_copies(children, Copier(module))
         torch.clear_autocast_cache()
         with _eager():
             yield
@@ -76,13 +75,6 @@ class _Saved:
         self._buffers = dict(child._buffers)
         self._parameters = dict(child._parameters)
 
-    def put_copies(self, copier: Copier) -> None:
-        """Let the module work on copies."""
-        vars(self._child).update(
-            {name: copier.copied(value) for name, value in own_attributes(self._child).items()}
-        )
-        _rebind(self._child, {name: copier.copied(it) for name, it in self._buffers.items()})
-
     def put_back(self) -> None:
         """Let the module have its own again."""
         vars(self._child).clear()
@@ -91,6 +83,16 @@ class _Saved:
         if not isinstance(self._child, torch.jit.ScriptModule):
             self._child._parameters.clear()
             self._child._parameters.update(self._parameters)
+
+
+def _put_copies(children: list[nn.Module], copier: Copier) -> None:
+    """Let modules work on copies of what they hold."""
+    attributes = [own for _, own in own_attributes(children)]
+    buffers = [dict(child._buffers) for child in children]
+    copies = copier.copied([attributes, buffers])
+    for child, own, table in zip(children, *copies, strict=True):
+        vars(child).update(own)
+        _rebind(child, table)
 
 
 def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:

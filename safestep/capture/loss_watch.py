@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, is_tensor
 from torch.overrides import TorchFunctionMode
 
-from safestep._torch import DisableTorchFunction, tree_map
+from safestep._torch import DisableTorchFunction, is_batched, tree_map
 from safestep.capture import fused_logits as tiles
 from safestep.capture.autograd_graph import Node
 from safestep.capture.losses import LossFunction, Part, class_axis, loss_function
-from safestep.capture.vmap import all_examples, held, is_batched
+from safestep.capture.vmap import all_examples, held
 from safestep.radius.loss_change import RowLoss
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from safestep.capture.attributes import Held, Modes, walk
 from safestep.capture.effects import ForwardEffects
-from safestep.capture.unused_generators import UnusedGenerators, host_state, torch_state
+from safestep.capture.unused_generators import UnusedGenerators, global_states
 
 # Calls that must have run again without news before less of the next ones is recorded.
 _SETTLED = 16
@@ -165,19 +165,18 @@ class CallConditions:
         within = walk(self._module)
         recorded = {id(generator) for generator, _ in state.own}
         others = [each for each in generators_in(within) if id(each) not in recorded]
-        torchs, host, own = torch_state(), host_state(), _states_of(others)
+        before, own = global_states(), _states_of(others)
         yield news
-        draws_from_torch, draws_from_host = torch_state() != torchs, host_state() != host
-        still = {"torch": not draws_from_torch, "host": not draws_from_host}
-        self.unused_generators.learn(modes, (name for name, is_still in still.items() if is_still))
-        unused = self.unused_generators.of(modes)  # by the call: it was another thread
-        draws_from_torch &= "torch" not in unused
+        after = global_states()
+        drawn = {name for name in before if before[name] != after[name]}
+        self.unused_generators.learn(modes, before.keys() - drawn)
+        drawn -= self.unused_generators.of(modes)  # by another thread, not by the call
         draws = {
-            "torch's generator": draws_from_torch and state.cpu is None,
-            "`random` or numpy.random": draws_from_host and "host" not in unused,
+            "torch's generator": "torch" in drawn and state.cpu is None,
+            "`random` or numpy.random": "host" in drawn,
             "a generator that its modules did not hold before": _states_of(others) != own,
         }
-        self._draws_from_torch |= draws_from_torch
+        self._draws_from_torch |= "torch" in drawn
         is_same = not others and {child for child, _ in within} == set(modes[0])
         if is_same and not any(draws.values()):
             is_in_row = modes == self._quiet_modes or self._quiet < 0

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from safestep._torch import forward_mode_enabled
+from safestep._torch import forward_mode_enabled, is_batched
 from safestep.capture.gradient import GradientEvidence
 from safestep.capture.isolation import without_side_effects
 from safestep.capture.loss_watch import LossInput
 from safestep.capture.losses import loss_function
 from safestep.capture.outputs import named_tensors, traced_loss
 from safestep.capture.row_losses import UNWEIGHED
-from safestep.capture.vmap import is_batched
 from safestep.radius.loss_change import RowLoss
 
 if TYPE_CHECKING:

@@ -72,10 +72,10 @@ class UnusedGenerators:
 
 def global_states() -> dict[str, Any]:
     """Return values that change with every draw from torch's generators, and from the others."""
-    return {"torch": torch_state(), "host": host_state()}
+    return {"torch": _torch_state(), "host": _host_state()}
 
 
-def torch_state() -> list[bytes]:
+def _torch_state() -> list[bytes]:
     """Return a value that changes with every draw from torch's global generators."""
     states = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
@@ -83,7 +83,7 @@ def torch_state() -> list[bytes]:
     return [each.numpy().tobytes() for each in states]
 
 
-def host_state() -> tuple[Any, bytes]:
+def _host_state() -> tuple[Any, bytes]:
     """Return a value that changes with every draw from ``random`` or numpy.random."""
     numpy = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(numpy) is not np.random.MT19937:

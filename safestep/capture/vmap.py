@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from safestep._torch import get_unwrapped, is_batchedtensor, maybe_get_bdim
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Return whether the tensor is one example of a batch inside ``torch.func.vmap``."""
-    return is_batchedtensor(tensor)
+from safestep._torch import get_unwrapped, is_batched, maybe_get_bdim
 
 
 def held(tensor: Tensor) -> Tensor:

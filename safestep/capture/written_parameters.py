@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safestep._torch import preserve_versions, tree_leaves
-from safestep.capture.copies import bits_of, is_plain
+from safestep.capture.copies import bits_of, only_plain
 from safestep.parallel.shards import are_sharded
 
 # Elements of a parameter that is kept before anything is known about it.
@@ -63,8 +63,7 @@ class WrittenParameters:
             is_new: Whether little is known about the calls of the module yet.
         """
         if is_new and not self._is_sharded:
-            own = (param for param in self._module.parameters() if param.is_leaf)
-            self._params = [param for param in own if is_plain(param)]
+            self._params = only_plain(p for p in self._module.parameters() if p.is_leaf)
         self._num_calls += 1
         count = self._num_calls
         is_close = count <= _CLOSE_LOOKS or count & (count - 1) == 0
@@ -206,8 +205,7 @@ class _Held(TorchFunctionMode):
     def _is_ours(self, args: Any) -> bool:
         return any(
             each.untyped_storage().data_ptr() in self._places
-            for each in tree_leaves(args)
-            if is_plain(each)
+            for each in only_plain(tree_leaves(args))
         )
 
     def _put_back(self) -> None:

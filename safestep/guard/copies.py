@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from safestep._torch import foreach_copy_, foreach_sub, unflatten_dense_tensors
-from safestep.measure.perturb import in_chunks, is_plain
+from safestep.capture.copies import is_plain
+from safestep.measure.perturb import in_chunks
 from safestep.parallel.norms import each_norm
 from safestep.parallel.placements import shares
-from safestep.parallel.shards import are_sharded, local
+from safestep.parallel.shards import are_sharded, local, local_parts
 
 # Tensors up to this size are copied together: alone, allocation would take longer than the copy.
 _SMALL = 2**16
@@ -124,7 +125,7 @@ class Copies:
         """
         if self._after is None:  # not asked for since the step
             is_there = _addresses(self._params) == self._addresses[: len(self._params)]
-            after = map(_without_graph, map(local, self._params))
+            after = map(_without_graph, local_parts(self._params))
             self._after = self.before if is_there else list(after)
         return self._after
 

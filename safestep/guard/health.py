@@ -12,7 +12,7 @@ from torch import Tensor
 from safestep.measure.update import Finding, Update
 from safestep.parallel.checksum import sum_of_words
 from safestep.parallel.norms import each_norm, joint_norm
-from safestep.parallel.shards import local
+from safestep.parallel.shards import local, local_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Health:
         moves = update.parts()
         gradients = [g for param in update.params if (g := param.grad) is not None]
         if update.is_sharded:
-            gradients = list(map(local, gradients))
+            gradients = local_parts(gradients)
         signals = [s for call in update.calls for s in call.signals] if watches else []
         sizes = [signal for signal in signals if not signal.ndim]  # whose norm is their size
         norms = each_norm([*moves, *gradients, *(signal for signal in signals if signal.ndim)])

@@ -16,7 +16,7 @@ from safestep.capture.call import Call
 from safestep.measure.update import Update
 from safestep.parallel.norms import joint_norm
 from safestep.parallel.placements import shares
-from safestep.parallel.shards import are_sharded, local
+from safestep.parallel.shards import are_sharded, local, local_parts
 
 # Proportional to lr, with a state that does not depend on it: a step is scaled by scaling lr.
 _NAMES = ("SGD", "Adam", "AdamW", "Muon")
@@ -73,7 +73,7 @@ class Lookahead:
         """
         groups = self._optimizer.param_groups
         self.params = [p for group in groups for p in group["params"] if p.grad is not None]
-        start = list(map(local, self.params))
+        start = local_parts(self.params)
         return _Proposal(
             calls, self.params, start, _Change(self),
             is_made=False, is_sharded=are_sharded(self.params),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from safestep.measure.perturb import is_plain
+from safestep.capture.copies import is_plain
 from safestep.parallel.shards import is_sharded, local
 
 _TENSORS, _DICTS = frozenset((Tensor,)), frozenset((dict,))

@@ -39,7 +39,7 @@ class Snapshot:
         self._gradients: list[tuple[Tensor, Tensor, int, Tensor]] = []
         self._keeps_gradients = True
         self._has_warned = False
-        self._used = UsedGradient([])
+        self._used = _NO_GRADIENT
         self.params: list[Tensor] = []
 
     def take(self) -> None:
@@ -117,7 +117,7 @@ class Snapshot:
         if self._gradients:  # most optimizers leave them as they are
             self._keeps_gradients = any(g._version != v for _, g, v, _ in self._gradients)
         self._state, self._copies, self._gradients, self.params = _NOTHING, _NO_COPIES, [], []
-        self._used = UsedGradient([])
+        self._used = _NO_GRADIENT
 
 
 @dataclass(slots=True)
@@ -164,4 +164,4 @@ class _Change(Sequence[Tensor]):
         return self._after[index].detach() - self._before[index].detach()
 
 
-_NOTHING, _NO_COPIES = OptimizerState(), Copies([], [])
+_NOTHING, _NO_COPIES, _NO_GRADIENT = OptimizerState(), Copies([], []), UsedGradient([])

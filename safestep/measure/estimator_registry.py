@@ -13,7 +13,7 @@ from safestep.capture import LogitFinder
 from safestep.measure.estimators import difference, jvp, secant
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.perturb import displaced_by, moved_back
-from safestep.parallel.shards import local
+from safestep.parallel.shards import local_parts
 from safestep.radius.batch import LogitTangent
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _secant(
     update: Update, module: nn.Module, finder: LogitFinder, inside: InnerWatch | None, reach: float
 ) -> Rows:
     params, is_made = update.params, update.is_made
-    start = update.start if is_made else displaced_by(list(map(local, params)), update.change)
+    start = update.start if is_made else displaced_by(local_parts(params), update.change)
     # Before the update is made, what was displaced is its end; exchanged, it is the start.
     with nullcontext() if is_made else moved_back(params, start):
         yield from secant(update.calls, module, params, start, finder, 1 / reach)

@@ -22,7 +22,7 @@ from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.perturb import displaced_by, moved_back
 from safestep.measure.precision import is_half, run_precisely, without_autocast
 from safestep.parallel.norms import joint_norm, norm_over_ranks
-from safestep.parallel.shards import are_sharded, local
+from safestep.parallel.shards import are_sharded, local_parts
 from safestep.radius.batch import LogitTangent
 from safestep.radius.masking import absent_classes, without_absent
 from safestep.radius.rows import row_spread
@@ -220,7 +220,7 @@ def _displaced(
     finder: LogitFinder,
 ) -> list[Callable[[], Tensor]]:
     """Return functions that return the logits of a call at params + eps * tangents."""
-    place = partial(moved_back, params, displaced_by(list(map(local, params)), tangents, eps))
+    place = partial(moved_back, params, displaced_by(local_parts(params), tangents, eps))
     with place():
         found = _run(call, module, finder)
     # Displaced parameters stay in memory only for logits that are computed from them on demand.
@@ -263,11 +263,11 @@ def secant(
         MissingTangentError: If the logits do not change though the parameters do.
         LogitsNotFoundError: If the output holds nothing that enters a softmax.
     """
-    has_changed = all(map(torch.equal, map(local, params), start))
+    has_changed = all(map(torch.equal, local_parts(params), start))
     at_start, at_end = partial(moved_back, params, start), nullcontext
     with torch.no_grad():
         if share < 1:
-            between = foreach_lerp(list(start), list(map(local, params)), share)
+            between = foreach_lerp(list(start), local_parts(params), share)
             at_end = partial(moved_back, params, between)
         for call in calls:
             with at_end():

@@ -20,8 +20,8 @@ from safestep.measure.dtensors import tangents_of_dtensors
 from safestep.measure.jvp_rules import TangentRules, dual_of
 from safestep.parallel.shards import (
     are_sharded,
-    distributed_like,
     gathered_params,
+    laid_out_like,
     local,
     tangents_when_gathered,
 )
@@ -73,8 +73,7 @@ def tangents_in_place(
                 if param in gathered:
                     shards[param] = local(tangent)
                 else:
-                    tangent = distributed_like(param, local(tangent).to(local(param)))
-                    param.copy_(dual_of(param.detach(), tangent))
+                    param.copy_(dual_of(param.detach(), laid_out_like(param, tangent)))
         if module is not None and shards:
             stack.enter_context(tangents_when_gathered(module, shards))
         yield

@@ -18,10 +18,9 @@ from safestep.capture.failures import one_line
 from safestep.capture.loss_watch import LossWatch
 from safestep.measure.loss_ends import LossEnds, UnknownGradientError
 from safestep.measure.perturb import in_chunks
-from safestep.measure.precision import is_half
 from safestep.measure.slopes import Slopes
 from safestep.parallel.placements import shares
-from safestep.parallel.shards import local
+from safestep.parallel.shards import local_parts
 
 if TYPE_CHECKING:
     from safestep.measure.update import Update
@@ -140,7 +139,7 @@ def _terms(update: Update, gradients: Sequence[Tensor | None]) -> Tensor:
     sums, norms = [], []
     for share in set(own_shares) - {0.0}:
         here = [each == share for each in own_shares]
-        found = [local(gradient) for gradient in compress(gradients, here) if gradient is not None]
+        found = local_parts([g for g in compress(gradients, here) if g is not None])
         for ones, others in in_chunks(found, compress(update.change, here)):
             pairs = map(_factors, ones, others)
             products = foreach_mul(*map(list, zip(*pairs, strict=True)))
@@ -156,6 +155,6 @@ def _factors(gradient: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is multiplied entry by entry, in float32 or wider."""
     if gradient.is_sparse:
         change, gradient = change[tuple(gradient._indices())], gradient._values()
-    is_coarse = is_half(gradient.dtype) or is_half(change.dtype)
-    dtype = torch.float32 if is_coarse else torch.promote_types(gradient.dtype, change.dtype)
+    dtype = torch.promote_types(gradient.dtype, change.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
     return gradient.to(dtype), change.to(dtype)

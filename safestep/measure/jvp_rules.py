@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from safestep._torch import make_dual, safe_softmax, softmax_backward, unpack_dual
-from safestep.capture.vmap import is_batched
+from safestep._torch import is_batched, make_dual, safe_softmax, softmax_backward, unpack_dual
 
 # Half precision and autocast keep torch's own rules, which decide where to round.
 _DTYPES = (torch.float32, torch.float64)

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safestep._torch import foreach_add_, foreach_copy_, foreach_mul_, preserve_versions
+from safestep.capture.copies import is_plain
 from safestep.capture.unwinding import undone
 from safestep.measure.forward_ad import Written
-from safestep.parallel.shards import local
+from safestep.parallel.shards import local_parts
 
 # Fewest elements per chunk, and most chunks in total: one chunk at a time is copied.
 _CHUNK, _CHUNKS = 2**16, 64
@@ -29,7 +30,7 @@ def moved_back(params: Sequence[Tensor], start: Sequence[Tensor]) -> Iterator[No
     Yields:
         Nothing.
     """
-    held = tuple(map(local, params))
+    held = tuple(local_parts(params))
     with torch.no_grad(), preserve_versions(held):
         exchange = _Exchange(in_chunks(held, start))
         with undone(exchange.undo):
@@ -136,13 +137,5 @@ def _pieces(
             yield from zip(*flat, strict=True)
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor certainly supports views; a subclass may not."""
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
-
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
 def _can_be_split(tensor: Tensor) -> bool:
-    return is_plain(tensor) and tensor.is_contiguous()
+    return is_plain(tensor) and tensor.is_contiguous()  # a subclass may not support views

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safestep._torch import foreach_norm
 from safestep.parallel.placements import sharding_groups
-from safestep.parallel.shards import local
+from safestep.parallel.shards import local_parts
 
 _HALVES = frozenset((torch.float16, torch.bfloat16))
 _is_sparse, _dtype = attrgetter("is_sparse"), attrgetter("dtype")
@@ -77,7 +77,7 @@ def norm_over_ranks(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> floa
         The norm of the whole tensors, the same on every rank.
     """
     squares: dict[tuple[Any, ...], Tensor] = {}
-    for param, norm in zip(params, each_norm(list(map(local, tensors))), strict=True):
+    for param, norm in zip(params, each_norm(local_parts(tensors)), strict=True):
         groups = sharding_groups(param)
         squares[groups] = squares.get(groups, 0) + norm.double().square()
     total = 0.0

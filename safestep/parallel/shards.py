@@ -21,6 +21,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()  # type: ignore[operator]
 
 
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each tensor."""
+    return list(map(local, tensors))
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is a DTensor, without importing DTensor, which is slow."""
     return hasattr(tensor, "to_local")
@@ -184,6 +189,11 @@ class _WriteTangents:
             gathered = getattr(owner, name)
             whole = _gathered(distributed_like(param, tangent), gathered)
             gathered.copy_(forward_ad.make_dual(gathered.detach(), whole.to(gathered)))
+
+
+def laid_out_like(param: Any, tensor: Tensor) -> Any:
+    """Return a tensor with a parameter's type, device and distribution over the ranks."""
+    return distributed_like(param, local(tensor).to(local(param)))
 
 
 def distributed_like(param: Any, shard: Tensor) -> Any:
