@@ -145,77 +145,89 @@ def _use_of_output(place: int) -> Use | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class _Path:
+    """A path from an output to a node of the loss's graph, and what lies on it before the node."""
+
     node: Node
+    kind: str
     change: str = ""
     is_cut: bool = False
     is_turned: bool = False
 
+    @property
+    def is_end(self) -> bool:
+        return self.kind in _SOFTMAXES or self.kind in _SIGMOIDS
+
+    @property
+    def change_before_end(self) -> str:
+        """What changes the output before the softmax or sigmoid at which the path ends."""
+        is_scaled = self.kind == "Softplus" and self.node._saved_beta != 1
+        is_mirrored = self.kind in _SIGMOIDS and self.change == _CHANGES["Neg"]
+        if is_mirrored and not is_scaled:
+            return ""  # sigmoid(-x) = 1 - sigmoid(x)
+        return self.change or (_CHANGES["Mul"] if is_scaled else "")
+
 
 def _use(output: Node, readers: Mapping[Node, list[Node]], roots: Collection[Node]) -> Use:
-    softmaxes, changes, ends, combined = set(), set(), set(), set()
-    has_sigmoid = is_cut = is_used_otherwise = False
-    for way in _ways(output, readers):
-        kind = kind_of(way.node)
-        combined |= {_COMBINING[kind]} if kind in _COMBINING else set()
-        is_end = kind in _SOFTMAXES or kind in _SIGMOIDS
-        is_used_otherwise |= way.node in roots and not is_end and way.change != _NESTED
-        if not is_end:
-            continue
-        ends.add(way.node)
-        is_cut |= way.is_cut
-        is_odd = way.change == _CHANGES["Neg"] and kind in _SIGMOIDS
-        if (way.change and not is_odd) or (kind == "Softplus" and way.node._saved_beta != 1):
-            changes.add(way.change or _CHANGES["Mul"])
-        elif kind in _SIGMOIDS:
-            has_sigmoid = True
-        else:
-            softmaxes |= set(_softmaxes_of(way))
-    is_split = is_cut and (is_used_otherwise or (has_sigmoid and bool(softmaxes)))
+    paths = list(_paths(output, readers))
+    ends = [path for path in paths if path.is_end]
+    changes = {path.change_before_end for path in ends} - {""}
+    direct = [path for path in ends if not path.change_before_end]
+    softmaxes = {it for path in direct if path.kind in _SOFTMAXES for it in _softmaxes_of(path)}
+    has_sigmoid = any(path.kind in _SIGMOIDS for path in direct)
+    others = [path for path in paths if path.node in roots and not path.is_end]
+    is_used_otherwise = any(path.change != _NESTED for path in others)
+    is_cut = any(path.is_cut for path in ends)
     hidden, is_mixed = (), False
     if may_hide(readers):
-        hidden, is_mixed = tuple(hidden_parts(roots, ends)), mixes_rows(roots, {*ends, output})
+        at_ends = {path.node for path in ends}
+        hidden = tuple(hidden_parts(roots, at_ends))
+        is_mixed = mixes_rows(roots, at_ends | {output})
     return Use(
-        frozenset(softmaxes), has_sigmoid, frozenset(changes), is_split, frozenset(combined),
+        frozenset(softmaxes), has_sigmoid, frozenset(changes),
+        is_cut and (is_used_otherwise or (has_sigmoid and bool(softmaxes))),
+        frozenset(_COMBINING[path.kind] for path in paths if path.kind in _COMBINING),
         hidden, is_mixed,
     )  # fmt: skip
 
 
-def _ways(output: Node, readers: Mapping[Node, list[Node]]) -> Iterator[_Way]:
+def _paths(output: Node, readers: Mapping[Node, list[Node]]) -> Iterator[_Path]:
     """Walk every path from an output towards the loss."""
-    queue, seen = [_Way(node) for node in readers[output]], set()
+    queue, seen = [_Path(node, kind_of(node)) for node in readers[output]], set()
     while queue:
-        way = queue.pop()
-        if way in seen:
+        path = queue.pop()
+        if path in seen:
             continue
-        seen.add(way)
-        yield way
-        beyond = _beyond(way, kind_of(way.node))
-        queue += [replace(beyond, node=reader) for reader in readers[way.node]]
+        seen.add(path)
+        yield path
+        beyond = _beyond(path)
+        queue += [replace(beyond, node=node, kind=kind_of(node)) for node in readers[path.node]]
 
 
-def _beyond(way: _Way, kind: str) -> _Way:
-    if kind in _SOFTMAXES or kind in _SIGMOIDS:
-        return replace(way, change=_NESTED)
+def _beyond(path: _Path) -> _Path:
+    """Return the path with what its node does to the output."""
+    node, kind = path.node, path.kind
+    if path.is_end:
+        return replace(path, change=_NESTED)
     if kind in _TURNS:
-        return replace(way, is_turned=True)
+        return replace(path, is_turned=True)
     if kind in _CUTS or kind in {"Select", "Slice"}:
-        return replace(way, is_cut=True)
-    if type(way.node).__name__ in VIEWS or kind == "_DDPSink" or way.change not in {"", _SHIFT}:
-        return way
-    if kind in _SHIFTS and sum(each is not None for each, _ in way.node.next_functions) == 1:
-        return replace(way, change=_SHIFT)
-    return replace(way, change=_CHANGES.get(kind, kind.lower()))
+        return replace(path, is_cut=True)
+    if type(node).__name__ in VIEWS or kind == "_DDPSink" or path.change not in {"", _SHIFT}:
+        return path
+    if kind in _SHIFTS and sum(each is not None for each, _ in node.next_functions) == 1:
+        return replace(path, change=_SHIFT)
+    return replace(path, change=_CHANGES.get(kind, kind.lower()))
 
 
 _CHANGES = {"Div": "a division", "Mul": "a product", "Neg": "a change of sign"}
 
 
-def _softmaxes_of(way: _Way) -> Iterator[SoftmaxOf]:
-    argument, index = way.node.next_functions[0]  # logsumexp's result lacks the axis
+def _softmaxes_of(path: _Path) -> Iterator[SoftmaxOf]:
+    argument, index = path.node.next_functions[0]  # logsumexp's result lacks the axis
     shape = tuple(argument._input_metadata[index].shape)
-    dims = way.node._saved_dim
+    dims = path.node._saved_dim
     dims = dims if isinstance(dims, tuple) else (dims,)
     for dim in dims:
         axis = signed(dim) % len(shape)
-        yield SoftmaxOf(axis, len(shape) - axis, shape[axis], way.is_turned)
+        yield SoftmaxOf(axis, len(shape) - axis, shape[axis], path.is_turned)

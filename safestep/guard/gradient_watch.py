@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import isnan, nan
 from typing import Any
 from zlib import crc32
 
 from torch import Tensor
 
-from safestep._warn import RaisedOnPurpose
 from safestep.guard.gradient_event import TO_AUDIT, TO_REPAIR, TO_REPAIR_RANK, GradientEvent
+from safestep.guard.gradient_judge import GradientJudge, Verdict
 from safestep.guard.health import Health
 from safestep.guard.options import check_audit_interval
-from safestep.guard.rank_gradients import OUTSIDE, WINDOW, RankGradients, words
-from safestep.measure.audit import Schedule
+from safestep.guard.rank_gradients import RankGradients, words
 from safestep.measure.second_gradient import SecondGradient
 from safestep.measure.slopes import Slopes
 from safestep.measure.update import Measurement, Update
-
-FIRST = 8  # matching steps, before which the ratio must be near 1
-CEILING = 1e-3  # a clipped gradient has the largest norm of all, up to this share
-CAUSE = 0.5  # share of the difference that the gradient in use makes if it is the cause
-STEADY, IN_A_ROW = 0.01, 3  # so many factors that are so much alike are no clipping's
 
 
 class GradientWatch:
@@ -69,14 +61,11 @@ class GradientWatch:
         again: Callable[[Update], SecondGradient] | None,
     ) -> None:
         check_audit_interval(interval)
-        self._interval, self._tell, self._names, self._again = interval, tell, names, again
-        self._usual: deque[float] = deque(maxlen=WINDOW)
+        self._interval, self._tell = interval, tell
+        self._judge = GradientJudge(names, again)
         self._matched: int | None = None  # the latest step at which the slopes matched
         self._since: int | None = None  # the step from which on they do not
-        self._ceiling = 0.0  # the largest norm of an audited gradient
-        self._factors: deque[float] = deque(maxlen=IN_A_ROW)  # since the latest match
         self._obstacle: str | None = None  # why the ratio says nothing
-        self._looks = Schedule(IN_A_ROW)
         self._ranks = RankGradients()
 
     def is_due(self, step: int) -> bool:
@@ -107,15 +96,16 @@ class GradientWatch:
         self._judge_ranks(step, slopes.ranks)
         if slopes.reason is not None:
             return measurement
-        norm = nan if update.is_sharded else health.gradient_norm  # NaN: any may be clipped
-        is_at_ceiling = not abs(norm - self._ceiling) > CEILING * self._ceiling
-        self._ceiling = max(self._ceiling, norm)
-        if self._ranks.named:
-            pass  # the cause is known, and the mean is off by a share of it
-        elif self._is_usual(slopes):
+        verdict, why = self._judge.verdict(
+            slopes, update, health,
+            is_explained=bool(self._ranks.named), is_known=self._since is not None,
+        )  # fmt: skip
+        if verdict is Verdict.MATCHES:
             self._match(step, slopes)
-        elif self._since is None and not (slopes.ratio < 1 and is_at_ceiling):
-            self._examine(step, slopes, update)
+        elif verdict is Verdict.DIFFERS and self._matched is None:
+            self._give_up(step, why)
+        elif verdict in {Verdict.DIFFERS, Verdict.WRONG}:
+            self._alarm(step, slopes, why)
         if self._obstacle is not None:
             measurement = replace(measurement, slopes=Slopes(obstacle=self._obstacle))
         return measurement
@@ -127,15 +117,15 @@ class GradientWatch:
             health: Sizes of the update under way.
             mine: What this rank measured of it.
         """
-        known = self.state_dict(), list(self._factors), self._obstacle, self._looks.state_dict()
+        known = self.state_dict(), self._judge.recent(), self._obstacle
         own = health.gradient_norm, mine.slopes.is_coarse
         return float(crc32(repr((known, own)).encode()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of the run, as plain numbers and lists."""
         return {
-            "usual": list(self._usual), "matched": self._matched, "since": self._since,
-            "ceiling": self._ceiling, "ranks": self._ranks.state_dict(),
+            **self._judge.state_dict(), "matched": self._matched, "since": self._since,
+            "ranks": self._ranks.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,77 +134,21 @@ class GradientWatch:
         Args:
             state: The state; it is not changed.
         """
-        self._usual = deque(state["usual"], maxlen=WINDOW)
+        self._judge.load_state_dict(state)
         self._matched, self._since = state["matched"], state["since"]
-        self._ceiling = state["ceiling"]
         if "ranks" in state:  # which older checkpoints lack
             self._ranks.load_state_dict(state["ranks"])
 
-    def _is_usual(self, slopes: Slopes) -> bool:
-        if abs(slopes.difference) <= OUTSIDE * max(self._usual, default=0.0):
-            return True
-        return len(self._usual) < FIRST and slopes.is_near
-
     def _match(self, step: int, slopes: Slopes) -> None:
         since, self._since, self._matched, self._obstacle = self._since, None, step, None
-        self._usual.append(abs(slopes.difference))
-        self._factors.clear()
-        self._looks.reset()
+        self._judge.match(slopes)
         if since is not None:
             text = f"the gradient matches the loss again: ratio {slopes.ratio:.3g} at step {step}"
             self._tell(GradientEvent(step, since, "right", text))
 
-    def _examine(self, step: int, slopes: Slopes, update: Update) -> None:
-        if not self._looks.is_due():
-            return
-        second = None
-        try:
-            if self._again is not None and slopes.is_agreed:
-                second = self._again(update)
-        except Exception as error:  # out of memory, or a call that has no second backward pass
-            if isinstance(error, RaisedOnPurpose):
-                raise
-        if second is None:
-            self._doubt(step, slopes)
-            return
-        whole = slopes.gradient - slopes.outputs
-        is_cause = abs(slopes.gradient - second.slope) >= CAUSE * abs(whole)
-        if not (is_cause or slopes.is_gross):
-            self._match(step, slopes)  # rounding
-        elif not is_cause:
-            why = "a second backward pass gives the same gradient, forward mode another slope"
-            self._mismatch(step, slopes, why)
-        elif second.is_shrunk:
-            self._shrink(step, slopes, second)
-        elif second.is_parallel:
-            why = f"the whole gradient is {second.factor:.3g} times that of a second backward pass"
-            self._alarm(step, slopes, why)
-        else:
-            name = self._names.get(update.params[second.place], "a parameter outside the model")
-            self._mismatch(step, slopes, f"{name} differs most from a second backward pass")
-
-    def _doubt(self, step: int, slopes: Slopes) -> None:
-        """Judge without a second gradient."""
-        if not slopes.is_gross:
-            return
-        self._factors.append(slopes.ratio)
-        *_, before, now = (nan, *self._factors)
-        may_be_clipped = 0 < now < 1 and abs(now - before) > STEADY * now
-        if not (isnan(before) or may_be_clipped):
-            self._mismatch(step, slopes, "a second gradient was not computed")
-
-    def _shrink(self, step: int, slopes: Slopes, second: SecondGradient) -> None:
-        self._looks.relax()
-        self._factors.append(second.factor if second.is_parallel else nan)
-        is_steady = max(self._factors) - min(self._factors) <= STEADY * second.factor
-        if is_steady and len(self._factors) == IN_A_ROW:
-            self._alarm(step, slopes, "the gradient is shorter by one factor at every step")
-
-    def _mismatch(self, step: int, slopes: Slopes, why: str) -> None:
-        if self._matched is not None:
-            self._alarm(step, slopes, why)
-            return
-        self._looks.relax()
+    def _give_up(self, step: int, why: str) -> None:
+        """Audit no longer until the two match: the loss may have terms that are not seen."""
+        self._judge.wait()
         is_new = self._obstacle is None
         self._obstacle = (
             f"the gradient is not that of the model's outputs from the start ({why}): the loss has "
