@@ -74,6 +74,10 @@ def hooked_optimizer(optimizer: Any) -> Any:
 
     Returns:
         The outermost optimizer that has a state or step hooks of its own, else the innermost.
+
+    Raises:
+        TypeError: If it is not an optimizer.
+        ValueError: If it has a SafeStep already, or steps one parameter at a time.
     """
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         # Fabric's wrapper shows the hooks of the optimizer inside as its own.
@@ -84,6 +88,7 @@ def hooked_optimizer(optimizer: Any) -> Any:
         if state is not None and state is not getattr(inner, "state", None):
             break  # such as slow weights, which its step moves together with the parameters
         optimizer = inner
+    _check(optimizer)
     return optimizer
 
 
@@ -116,16 +121,8 @@ def hook_steps(
     return (step,)
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Check that a SafeStep can be attached.
-
-    Args:
-        optimizer: What the user passed, inside wrappers.
-
-    Raises:
-        TypeError: If it is not an optimizer.
-        ValueError: If it has a SafeStep already, or steps one parameter at a time.
-    """
+def _check(optimizer: Any) -> None:
+    # That a SafeStep can be attached.
     if not (isinstance(optimizer, Optimizer) or is_optimizer_like(optimizer)):
         raise TypeError(
             "SafeStep: expected `optimizer` to be a torch.optim.Optimizer or to wrap one, got "

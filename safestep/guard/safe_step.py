@@ -17,7 +17,6 @@ from safestep.capture import LogitsFn
 from safestep.capture.recorder import Recorder
 from safestep.guard.agreement import Agreement
 from safestep.guard.attach import (
-    check_optimizer,
     hooked_optimizer,
     is_within_backward,
     steps_under_way,
@@ -157,7 +156,6 @@ class SafeStep(StepLifecycle):
         keep_batches: int = 0,
     ) -> None:
         optimizer = hooked_optimizer(optimizer)
-        check_optimizer(optimizer)
         check_arguments(model, estimator, logits, max_consecutive_skips)
         check_past(rollback, rollback_after, keep_batches, run_dir)
         controller = StepController(

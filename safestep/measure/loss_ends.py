@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from safestep.capture.call import Call
-from safestep.capture.loss_scale import running_loss_scale
 from safestep.capture.outputs import named_tensors
 
 
@@ -69,5 +70,27 @@ class LossEnds:
     def loss_scale(self) -> float:
         """Return the loss scale: a factor of gradients in backward that the step's do not have."""
         if self._scale is None:
-            self._scale = running_loss_scale(is_made=self._is_made)
+            self._scale = _loss_scale(is_made=self._is_made)
         return self._scale
+
+
+def _loss_scale(*, is_made: bool) -> float:
+    """Return the scale of the GradScaler whose ``step`` is running.
+
+    Args:
+        is_made: Whether the optimizer has made its step; a fused one divides by the scale in it.
+
+    Returns:
+        1.0 if there is none, or if the step's gradient is not divided yet.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _SCALER_STEP:
+        frame = frame.f_back
+    if frame is None:
+        return 1.0
+    scaler, optimizer = frame.f_locals["self"], frame.f_locals["optimizer"]
+    is_divided = is_made or getattr(optimizer, "grad_scale", None) is None
+    return float(scaler.get_scale()) if is_divided else 1.0
+
+
+_SCALER_STEP = GradScaler.step.__code__
