@@ -13,7 +13,7 @@ from torch import Tensor
 from safestep._warn import RaisedOnPurpose
 from safestep.guard.health import Health
 from safestep.guard.rank_gradients import OUTSIDE, WINDOW
-from safestep.measure.audit import Schedule
+from safestep.measure.schedule import Schedule
 from safestep.measure.second_gradient import SecondGradient
 from safestep.measure.slopes import Slopes
 from safestep.measure.update import Update

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from safestep.capture import LogitFinder, LogitsFn, LogitsNotFoundError
-from safestep.measure.audit import FIRST_CHECKS, Difference, ErrorBand, Outcome, Schedule
 from safestep.measure.doubts import (
     INSTEAD,
     first_sentence,
@@ -26,10 +25,12 @@ from safestep.measure.estimators import (
     MissingTangentError,
     is_repeatable,
 )
+from safestep.measure.finite_difference import Difference, ErrorBand, Outcome
 from safestep.measure.gradient_audit import GradientAudit, OwnGradients
 from safestep.measure.inner_radii import InnerWatch
 from safestep.measure.part_of_batch import PartOfBatch
 from safestep.measure.precision import coarsest, is_half
+from safestep.measure.schedule import Schedule
 from safestep.measure.second_gradient import Mean, SecondGradient
 from safestep.measure.update import Estimator, Measurement, Update
 from safestep.parallel.placements import is_tensor_parallel
@@ -37,6 +38,7 @@ from safestep.parallel.ranks import Ranks
 from safestep.parallel.shards import is_flattened, refuse_hybrids
 from safestep.radius.batch import BatchRadius, BatchRule
 
+_FIRST_CHECKS = 3  # measurements, all checked; after them the gaps grow
 _ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part of it
 # That the model has no forward-mode derivative is not the reason of these.
 _OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
@@ -87,7 +89,7 @@ class CheckedEstimator:
         self._inside = inside
         self.finder = LogitFinder(logits)
         self._part, self._own, self._ranks = part, own, ranks
-        self._checks = Schedule(FIRST_CHECKS)
+        self._checks = Schedule(_FIRST_CHECKS)
         self._retries = Schedule()
         self._has_fallen_back = False
         self._is_doubtful = False  # the last check found another r

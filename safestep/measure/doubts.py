@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from safestep.capture import LogitsNotFoundError
-from safestep.measure.audit import Difference
 from safestep.measure.estimator_registry import Estimator
+from safestep.measure.finite_difference import Difference
 from safestep.parallel.collectives import is_of_collective
 
 INSTEAD = "; r is measured by finite difference instead"

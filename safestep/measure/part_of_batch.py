@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from safestep.capture.call import Call
-from safestep.measure.audit import Schedule
+from safestep.measure.schedule import Schedule
 from safestep.measure.update import Estimator, Measurement, Update
 from safestep.radius.batch import BatchRadius, LogitTangent
 from safestep.radius.bounds import logit_spread

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from safestep import SafeStep
-from safestep.measure.audit import LONGEST_GAP, Difference, Outcome, Schedule
 from safestep.measure.estimators import difference_scale
+from safestep.measure.finite_difference import Difference, Outcome
+from safestep.measure.schedule import LONGEST_GAP, Schedule
 from safestep.radius.batch import BatchRadius
 
 
