@@ -125,9 +125,11 @@ class Copies:
         """
         if self._after is None:  # not asked for since the step
             is_there = _addresses(self._params) == self._addresses[: len(self._params)]
-            after = map(_without_graph, local_parts(self._params))
-            self._after = self.before if is_there else list(after)
+            self._after = self.before if is_there else self._parts()
         return self._after
+
+    def _parts(self) -> list[Tensor]:
+        return list(map(_without_graph, local_parts(self._params)))
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the copy of a tensor, None if there is none."""
