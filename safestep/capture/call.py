@@ -58,6 +58,9 @@ class Call:
             output, the loss's gradient there or its norm; of a call passed to `Recorder.record`,
             whose output is the loss, the largest input. Empty unless the Recorder watches.
         examples: How many of its first examples run again; None for all.
+        place: What tells whether the parameters have moved since; None where nothing does.
+        is_elsewhere: Whether they moved between the call and the step, as in sharpness-aware
+            minimization: its gradient is not that at the start of the update.
         is_fresh: Whether every gradient was zero when the backward pass of the call began: a
             boolean on the device, or None where that is known without reading the gradients.
     """
@@ -86,6 +89,8 @@ class Call:
     opened: int = 0
     queued: int = 0
     examples: int | None = None
+    place: tuple[int, int] | None = None
+    is_elsewhere: bool = False
     _gradients: dict[str, GradientEvidence] = field(default_factory=dict)
 
     @classmethod

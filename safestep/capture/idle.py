@@ -70,11 +70,12 @@ class IdleWatch:
     def _now(self) -> list[int]:
         own = set(module := list(self._module()))
         params = [param for param in self._params() if param in own] or module
-        return [place for param in params for place in (param._version, _address(param))]
+        return [place for param in params for place in place_of(param)]
 
 
-def _address(param: Tensor) -> int:
+def place_of(param: Tensor) -> tuple[int, int]:
+    """Return two numbers, of which one changes where a parameter is moved."""
     try:
-        return param.data_ptr()
-    except RuntimeError:  # a tensor subclass need not have one
-        return 0
+        return param._version, param.data_ptr()
+    except RuntimeError:  # a tensor subclass need not have an address
+        return param._version, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 from typing import Any
 
@@ -18,7 +18,7 @@ from safestep.capture.call import Call, is_running_again
 from safestep.capture.evidence import SMALL, EvidenceKeeper, OutputValues
 from safestep.capture.failures import Failures
 from safestep.capture.hooks import ModuleHooks, kept_out
-from safestep.capture.idle import IdleWatch
+from safestep.capture.idle import IdleWatch, place_of
 from safestep.capture.loss_notice import LossNotice
 from safestep.capture.output_gradients import ROOM, OutputOrder
 from safestep.capture.outputs import named_tensors
@@ -27,7 +27,7 @@ from safestep.capture.results import OutputResult
 from safestep.capture.stand_ins import StandIns
 from safestep.capture.wrappers import calls_under_way, eager_module, without_data_parallel
 from safestep.parallel.norms import each_norm
-from safestep.parallel.shards import is_sharded
+from safestep.parallel.shards import are_sharded, is_sharded
 
 # More micro-batches than anyone accumulates: beyond this, the optimizer that steps is another one.
 MAX_RECORDED_CALLS = 1024
@@ -120,9 +120,12 @@ class Recorder:
         return call
 
     def notice_effects(self) -> None:
-        """Learn, just before the step, what calls that were passed to `record` have changed."""
+        """Learn, just before the step, what calls have changed, and whether it starts elsewhere."""
         for call in self._told:
             call.notice_effects()
+        now = self._place()
+        for call in self._calls:
+            call.is_elsewhere = call.place is not None and call.place != now
         self._told.clear()
 
     def begin_step(self) -> None:
@@ -193,6 +196,7 @@ class Recorder:
         if call is None:
             return
         call.notice_effects()
+        call.place = self._place()
         if self._idle.is_looking:
             self._idle.after_call()
         outputs = _with_graph(output)
@@ -249,6 +253,15 @@ class Recorder:
         except Exception as error:
             self.failures.note(f"reading the norm of {name}'s gradient", error, is_needed=False)
             return (_UNKNOWN,)
+
+    @cached_property
+    def _one(self) -> Tensor | None:
+        # Where one parameter moves, all do. Shards have another address within a call.
+        params = self._params()
+        return None if are_sharded(params) else next(iter(params), None)
+
+    def _place(self) -> tuple[int, int] | None:
+        return None if self._one is None else place_of(self._one)
 
     def _is_at_start(self) -> bool:
         """Return whether the parameters are those of the first call of the step."""

@@ -109,6 +109,8 @@ class SecondRun:
             return Sameness.UNKNOWN, obstacle or "no forward call was recorded"
         if any(call.kept.have_moved(set(update.params)) for call in calls):
             return Sameness.UNKNOWN, "another optimizer has moved parameters since"
+        if any(call.is_elsewhere for call in calls):
+            return Sameness.UNKNOWN, "the parameters moved between the forward call and the step"
         try:
             outputs = self._outputs(update)
             sameness = _sameness(calls, outputs, self._journal.loss)

@@ -101,6 +101,8 @@ class GradientAudit:
             raise UnknownGradientError("a call drew random numbers that were not recorded")
         if call.kept.have_moved(self._own):
             raise UnknownGradientError("another optimizer moved parameters after the backward pass")
+        if call.is_elsewhere:
+            raise UnknownGradientError("the parameters moved between the forward call and the step")
         if watch.cut is not None:
             raise UnknownGradientError(f"{watch.cut} has no forward-mode derivative")
         for tensor, gradient in self._ends.of(call, output, _has_tangent):

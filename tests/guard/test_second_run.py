@@ -372,3 +372,40 @@ def test_a_step_of_another_optimizer_in_between_is_no_fault_of_the_machine():
     assert guards[0].last.second_run == "same"
     why = "another optimizer has moved parameters since"
     assert guards[1].last.second_run == f"unknown: {why}"
+
+
+def put_back_in_place(params, moves, starts):
+    for param, move in zip(params, moves, strict=True):
+        param.sub_(move)
+
+
+def put_back_as_data(params, moves, starts):
+    for param, start in zip(params, starts, strict=True):
+        param.data = start
+
+
+@pytest.mark.parametrize("put_back", [put_back_in_place, put_back_as_data])
+def test_a_gradient_from_elsewhere_is_no_fault_of_the_machine(put_back):
+    """Sharpness-aware minimization: the gradient is that at the top of a step uphill."""
+    model, optimizer, guard = run(mlp(), estimator="jvp")
+    params = list(model.parameters())
+    for rate in (1e-3, 1e4):
+        optimizer.param_groups[0]["lr"] = rate
+        inputs, labels = batch(), torch.arange(6) % 3
+        functional.cross_entropy(model(inputs), labels).backward()
+        with torch.no_grad():
+            moves = [0.1 * param.grad for param in params]
+            starts = [param.detach().clone() for param in params]
+            for param, move in zip(params, moves, strict=True):
+                param.add_(move)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs), labels).backward()
+        with torch.no_grad():
+            put_back(params, moves, starts)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    why = "the parameters moved between the forward call and the step"
+    assert guard.last.status == "clipped"
+    assert guard.last.second_run == f"unknown: {why}"
+    assert guard.last.gradient_reason == why
