@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from operator import is_
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,7 @@ from safestep.capture.gradient import GradientEvidence, first_rows, zero_sum_axi
 from safestep.capture.output_gradients import OutputGradients
 from safestep.capture.random_state import CallConditions, RandomState
 from safestep.capture.results import OutputResult
+from safestep.parallel.shards import whole
 
 _NO_GRAPH = "does not require grad"  # says torch to who asks for a gradient without a graph
 
@@ -224,7 +226,7 @@ class Call:
                     inner.enter_context(context)
                 if self.conditions.needs_graph:
                     inner.enter_context(torch.enable_grad())
-                return self._again(leaves)
+                return _whole(self._again(leaves))
 
     def lacks_graph(self, error: RuntimeError) -> bool:
         """Return whether `run` failed for want of an autograd graph; from now on it has one.
@@ -255,6 +257,14 @@ def is_running_again() -> bool:
     while step is not None and step.f_code is not Call._again.__code__:
         step = step.f_back
     return step is not None
+
+
+def _whole(output: Any) -> Any:
+    """Return an output with every part of it gathered that ranks hold pieces of."""
+    leaves, structure = tree_flatten(output)
+    gathered = list(map(whole, leaves))
+    are_same = all(map(is_, leaves, gathered))
+    return output if are_same else tree_unflatten(gathered, structure)
 
 
 def _is_as_long(value: Any, length: int) -> bool:

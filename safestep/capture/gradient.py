@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from safestep.capture.loss_graph import Use
+from safestep.parallel.shards import whole
 
 # |sum| / sum|.| of dL/dlogits over the classes: measured 1e-8 (float32), 7e-4 (bfloat16) for losses
 # of softmax probabilities, .2 to .5 for MSE and binary cross-entropy.
@@ -81,6 +82,7 @@ class GradientEvidence:
         Returns:
             The class axis, the rows that count, and the largest gradients.
         """
+        gradient, output = whole(gradient), whole(output)  # logits of `loss_parallel` are cut
         if class_axis is None:
             class_axis = zero_sum_axis(gradient)
         if class_axis is None:

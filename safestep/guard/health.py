@@ -48,7 +48,7 @@ class Health:
         gradients = [g for param in update.params if (g := param.grad) is not None]
         if update.is_sharded:
             gradients = local_parts(gradients)
-        signals = [s for call in update.calls for s in call.signals] if watches else []
+        signals = local_parts(s for call in update.calls for s in call.signals) if watches else []
         sizes = [signal for signal in signals if not signal.ndim]  # whose norm is their size
         norms = each_norm([*moves, *gradients, *(signal for signal in signals if signal.ndim)])
         words = [sum_of_words(move).double() for move in moves if move.ndim] if prints else []

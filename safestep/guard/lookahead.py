@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from safestep.capture.call import Call
 from safestep.measure.update import Update
 from safestep.parallel.norms import joint_norm
-from safestep.parallel.placements import shares
+from safestep.parallel.placements import placed_like, shares
 from safestep.parallel.shards import are_sharded, local, local_parts
 
 # Proportional to lr, with a state that does not depend on it: a step is scaled by scaling lr.
@@ -60,6 +60,7 @@ class Lookahead:
         self._by_rows = type(optimizer).__name__ != "Muon"  # which needs whole matrices
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
         self._rates: list[Any] = []
+        self._own: list[Tensor] = []  # this rank's part of each gradient
         self.params: list[Tensor] = []
 
     def take(self) -> None:
@@ -74,6 +75,7 @@ class Lookahead:
         groups = self._optimizer.param_groups
         self.params = [p for group in groups for p in group["params"] if p.grad is not None]
         start = local_parts(self.params)
+        self._own = [placed_like(param.grad, param) for param in self.params]
         return _Proposal(
             calls, self.params, start, _Change(self),
             is_made=False, is_sharded=are_sharded(self.params),
@@ -101,7 +103,7 @@ class Lookahead:
             param.grad = gradient
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate
-        self._gradients, self._rates, self.params = [], [], []
+        self._gradients, self._rates, self.params, self._own = [], [], [], []
 
     @torch.no_grad()
     def pieces(self) -> Iterator[list[_Piece]]:
@@ -135,7 +137,7 @@ class Lookahead:
         double, state = self._double, self._optimizer.state
         moved = [piece.of(piece.param).clone() for piece in pieces]
         for piece, copy in zip(pieces, moved, strict=True):
-            gradient = piece.of(piece.param.grad)  # type: ignore[arg-type]
+            gradient = piece.of(self._own[piece.index])
             # SGD writes to it, foreach with nesterov and fused with a scaler; Muon does not.
             copy.grad = gradient.clone() if self._by_rows else gradient
         double.param_groups = [{**group, "params": moved}]

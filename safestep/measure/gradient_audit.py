@@ -19,8 +19,7 @@ from safestep.capture.loss_watch import LossWatch
 from safestep.measure.loss_ends import LossEnds, UnknownGradientError
 from safestep.measure.perturb import in_chunks
 from safestep.measure.slopes import Slopes
-from safestep.parallel.placements import shares
-from safestep.parallel.shards import local_parts
+from safestep.parallel.placements import placed_like, shares
 
 if TYPE_CHECKING:
     from safestep.measure.update import Update
@@ -141,10 +140,11 @@ def _terms(update: Update, gradients: Sequence[Tensor | None]) -> Tensor:
     sums, norms = [], []
     for share in set(own_shares) - {0.0}:
         here = [each == share for each in own_shares]
-        found = local_parts([g for g in compress(gradients, here) if g is not None])
+        pairs = zip(compress(gradients, here), compress(update.params, here), strict=True)
+        found = [placed_like(gradient, param) for gradient, param in pairs]
         for ones, others in in_chunks(found, compress(update.change, here)):
-            pairs = map(_factors, ones, others)
-            products = foreach_mul(*map(list, zip(*pairs, strict=True)))
+            factors = map(_factors, ones, others)
+            products = foreach_mul(*map(list, zip(*factors, strict=True)))
             sums += [product.sum(dtype=torch.float64) * share for product in products]
             norms += [norm * sqrt(share) for norm in foreach_norm(products)]
     if not sums:

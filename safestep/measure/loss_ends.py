@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 
 from safestep.capture.call import Call
 from safestep.capture.outputs import named_tensors
+from safestep.parallel.shards import whole
 
 
 class UnknownGradientError(RuntimeError):
@@ -65,7 +66,7 @@ class LossEnds:
             if tensor is None or tensor.shape != gradient.shape:
                 raise UnknownGradientError(f"{name} is another tensor when the call runs again")
             if is_live(tensor):
-                yield tensor, gradient / self.loss_scale()
+                yield tensor, whole(gradient) / self.loss_scale()
 
     def loss_scale(self) -> float:
         """Return the loss scale: a factor of gradients in backward that the step's do not have."""

@@ -10,7 +10,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from safestep.parallel.shards import are_sharded, gathered_params, is_flattened, is_sharded
+from safestep.parallel.shards import (
+    are_sharded,
+    gathered_params,
+    is_flattened,
+    is_sharded,
+    local,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,21 @@ def shares(params: Sequence[Tensor]) -> list[float]:
     if None in sizes:  # flattened: they are cut, and the others are whole on every rank
         return [1.0 if is_flattened(param) else 1.0 / sizes[None] for param in params]
     return [1.0 / prod(sizes[dim] for dim in sizes.keys() - _cut(param)) for param in params]
+
+
+def placed_like(tensor: Any, param: Any) -> Tensor:
+    """Return this rank's part of a gradient, cut as its parameter is.
+
+    Under tensor parallelism a gradient may be whole, or still to be summed, where the parameter is
+    in pieces; its ranks then redistribute it together, as the optimizer's step does.
+
+    Args:
+        tensor: The gradient.
+        param: The parameter.
+    """
+    if is_sharded(tensor) and is_sharded(param) and tensor.placements != param.placements:
+        tensor = tensor.redistribute(placements=param.placements)
+    return local(tensor)
 
 
 def sharding_groups(param: Tensor) -> tuple[Any, ...]:

@@ -26,6 +26,12 @@ def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(map(local, tensors))
 
 
+def whole(value: Any) -> Any:
+    """Return all of a DTensor, which its ranks gather together; any other value as it is."""
+    is_cut = isinstance(value, Tensor) and is_sharded(value)
+    return value.full_tensor() if is_cut else value  # type: ignore[union-attr]
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is a DTensor, without importing DTensor, which is slow."""
     return hasattr(tensor, "to_local")
