@@ -11,6 +11,7 @@ import torch
 from loops.loop import Loop, draw, network
 from loops.optimizers import OPTIMIZERS
 from loops.published import PUBLISHED
+from loops.techniques import TECHNIQUES
 from torch import nn, optim
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, softmax
@@ -304,6 +305,7 @@ LOOPS = {
     "PEFT LoRA": Lora,
     "PEFT DoRA": Dora,
     **PUBLISHED,
+    **TECHNIQUES,
 }
 COMBINED = r".*sums over combinations of classes"
 # What the guard says of a loop, and is right to.
