@@ -50,6 +50,10 @@ have_same_size = _find(
 # Kernels that have no public name.
 safe_softmax = _find("_safe_softmax", "for attention rows that a mask hides whole")
 softmax_backward = _find("_softmax_backward_data", "as the forward derivative of a softmax")
+attention_kernels = _find(
+    "nn.attention._cur_sdpa_kernel_backends", "to put attention's kernels back after an interrupt"
+)
+set_attention_kernels = _find("nn.attention._sdpa_kernel", "to let only one kernel attend")
 mkldnn_enabled = _find("_C._get_mkldnn_enabled", "to leave mkldnn's LSTM out, and it alone")
 set_mkldnn_enabled = _find("_C._set_mkldnn_enabled", "to leave mkldnn's LSTM out, and it alone")
 
@@ -107,6 +111,8 @@ ATTRIBUTES = {
     "_backward_hooks": "Tensor and Module: to leave hooks on gradients out of a second gradient",
     "_backward_pre_hooks": "Module: to leave hooks on gradients out of a second gradient",
     "_current_level": "forward_ad: to leave levels that an interrupt left open",
+    "_stance": "torch._dynamo.eval_frame: to know the stance that a re-run leaves",
+    "_set_stance": "torch._dynamo.eval_frame: to go back to it, whatever interrupts the re-run",
     "_enabled": "autocast: to keep a model's own region switched off",
     "_get_backend": "ProcessGroup: to read the timeout of a group",
     "_timeout": "options of a backend: the timeout itself",

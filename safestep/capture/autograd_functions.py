@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
 from safestep.capture.losses import LOSS_FUNCTIONS
+from safestep.capture.unwinding import undone
 
 
 @contextmanager
@@ -41,8 +42,11 @@ def _visible(function: type[Function], name: str) -> Iterator[None]:
 
     apply.__name__ = name
     visible: Callable[..., Any] = staticmethod(apply)  # type: ignore[assignment]
-    function.apply = visible  # type: ignore[method-assign, assignment]
-    try:
+
+    def undo() -> None:
+        if vars(function).get("apply") is visible:
+            del function.apply  # the inherited one shows again
+
+    with undone(undo):
+        function.apply = visible  # type: ignore[method-assign, assignment]
         yield
-    finally:
-        del function.apply  # the inherited one shows again

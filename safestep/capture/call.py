@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safestep._torch import is_any_autocast_enabled, tree_flatten, tree_unflatten
+from safestep._torch import tree_flatten, tree_unflatten
 from safestep.capture.attributes import Modes
+from safestep.capture.autocast import autocast_regions, autocast_state
 from safestep.capture.autograd_functions import visible_functions
 from safestep.capture.effects import Start
 from safestep.capture.evidence import EvidenceKeeper
@@ -23,6 +24,7 @@ from safestep.capture.gradient import GradientEvidence, first_rows, zero_sum_axi
 from safestep.capture.output_gradients import OutputGradients
 from safestep.capture.random_state import CallConditions, RandomState
 from safestep.capture.results import OutputResult
+from safestep.capture.unwinding import undone
 from safestep.parallel.shards import whole
 
 _NO_GRAPH = "does not require grad"  # says torch to who asks for a gradient without a graph
@@ -112,7 +114,7 @@ class Call:
         random, modes = conditions.record()
         are_threads = threading.active_count() > 1  # which may draw while the call runs again
         return cls(
-            function, leaves, structure, random, _autocast_regions(), modes,
+            function, leaves, structure, random, autocast_regions(), modes,
             conditions.effects.before(leaves, modes),
             conditions.unused_generators.before(modes) if are_threads else None, conditions,
         )  # fmt: skip
@@ -208,8 +210,8 @@ class Call:
             if child.training is not mode:
                 child.training = mode
         regions, recorded = ExitStack(), dict(self.autocast)
-        with regions:
-            for device_type in recorded.keys() | dict(_autocast_regions()).keys():
+        with undone(autocast_state()), regions:
+            for device_type in recorded.keys() | dict(autocast_regions()).keys():
                 # A weight cast before the parameters moved must not be reused: no cache.
                 regions.enter_context(
                     torch.autocast(
@@ -273,13 +275,3 @@ def _is_as_long(value: Any, length: int) -> bool:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
-
-
-def _autocast_regions() -> tuple[tuple[str, torch.dtype], ...]:
-    if not is_any_autocast_enabled():
-        return ()
-    return tuple(
-        (device_type, torch.get_autocast_dtype(device_type))
-        for device_type in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device_type)
-    )

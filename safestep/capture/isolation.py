@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +79,10 @@ class _Saved:
 
     def put_back(self) -> None:
         """Let the module have its own again."""
-        vars(self._child).clear()
-        vars(self._child).update(self._attributes)
+        _refill(vars(self._child), self._attributes)
         _rebind(self._child, self._buffers)
         if not isinstance(self._child, torch.jit.ScriptModule):
-            self._child._parameters.clear()
-            self._child._parameters.update(self._parameters)
+            _refill_in_order(self._child._parameters, self._parameters)
 
 
 def _put_copies(children: list[nn.Module], copier: Copier) -> None:
@@ -100,8 +100,21 @@ def _rebind(child: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
         for name, buffer in buffers.items():  # its table takes no other operation
             child._buffers[name] = buffer
         return
-    child._buffers.clear()
-    child._buffers.update(buffers)
+    _refill_in_order(child._buffers, buffers)
+
+
+def _refill(table: dict[str, Any], content: Mapping[str, Any]) -> None:
+    # Never empty in between: an interrupt would leave a module that nothing can walk.
+    table.update(content)
+    for name in [name for name in table if name not in content]:
+        del table[name]
+
+
+def _refill_in_order(table: dict[str, Any], content: Mapping[str, Any]) -> None:
+    _refill(table, content)
+    if list(table) != list(content):  # one was deleted and set again
+        table.clear()
+        table.update(content)
 
 
 def _refuse_writers(within: list[Held]) -> None:
@@ -119,5 +132,7 @@ def _eager() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    compiler = sys.modules["torch._dynamo.eval_frame"]
+    with undone(partial(compiler._set_stance, compiler._stance)):
+        torch.compiler.set_stance("force_eager")
         yield

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_tensor
-from torch.overrides import TorchFunctionMode
 
 from safestep._torch import DisableTorchFunction, is_batched, tree_map
 from safestep.capture import fused_logits as tiles
 from safestep.capture.autograd_graph import Node
 from safestep.capture.losses import LossFunction, Part, class_axis, loss_function
+from safestep.capture.unwinding import FunctionMode
 from safestep.capture.vmap import all_examples, held
 from safestep.radius.loss_change import RowLoss
 
@@ -49,7 +49,7 @@ class LossInput:
     row_losses: Callable[[Tensor | None], list[RowLoss | str]] = _no_losses
 
 
-class LossWatch(TorchFunctionMode):
+class LossWatch(FunctionMode):
     """Record the calls of loss functions, softmaxes and sigmoids inside a ``with`` block.
 
     It surrounds a re-run, never the user's own loop.
@@ -80,10 +80,6 @@ class LossWatch(TorchFunctionMode):
         self.seen: dict[int, LossInput] = {}
         self.dtypes: set[torch.dtype] = set()
         self.cut: str | None = None
-
-    def __enter__(self) -> LossWatch:
-        super().__enter__()
-        return self
 
     def __torch_function__(
         self,

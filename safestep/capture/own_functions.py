@@ -16,6 +16,7 @@ from safestep.capture.gradient import GradientEvidence
 from safestep.capture.losses import LOSS_FUNCTIONS, LossFunction
 from safestep.capture.output_form import OutputForm, examine
 from safestep.capture.outputs import traced_loss
+from safestep.capture.unwinding import undone
 
 _SAME_WAY = 1 - 1e-3  # cosine of two gradients of a row that are the same up to rounding
 _unclear: set[str] = set()  # functions whose gradient did not show their logits
@@ -50,11 +51,12 @@ def _learn(name: str, run: Callable[[], Any]) -> bool:
         calls.append(args)
         return iter(())
 
-    LOSS_FUNCTIONS[name] = LossFunction(name=name, reader=listen, example=None, is_fused=True)
-    try:
+    def forget() -> None:
+        LOSS_FUNCTIONS.pop(name, None)
+
+    with undone(forget):
+        LOSS_FUNCTIONS[name] = LossFunction(name=name, reader=listen, example=None, is_fused=True)
         loss = [tensor for _, tensor in traced_loss(run())]
-    finally:
-        del LOSS_FUNCTIONS[name]
     reader = _reader(loss, calls[0]) if calls else None
     if reader is None:
         _unclear.add(name)

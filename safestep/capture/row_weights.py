@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from safestep._torch import forward_mode_enabled, is_batched
 from safestep.capture.gradient import GradientEvidence
@@ -16,6 +15,7 @@ from safestep.capture.loss_watch import LossInput
 from safestep.capture.losses import loss_function
 from safestep.capture.outputs import named_tensors, traced_loss
 from safestep.capture.row_losses import UNWEIGHED
+from safestep.capture.unwinding import FunctionMode
 from safestep.radius.loss_change import RowLoss
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _whole_gradient(call: Call, name: str) -> Tensor | None:
     return call.kept.sums.get(name)
 
 
-class _Results(TorchFunctionMode):
+class _Results(FunctionMode):
     """Begin the autograd graph at the results of some functions.
 
     Args:
@@ -136,10 +136,6 @@ class _Results(TorchFunctionMode):
         self._count = 0
         self.results: dict[int, Tensor] = {}
         self.flags: dict[int, Callable[[Tensor], Tensor]] = {}
-
-    def __enter__(self) -> _Results:
-        super().__enter__()
-        return self
 
     def __torch_function__(
         self,

@@ -1,20 +1,28 @@
 """Undo what a re-run changes around it, even where an exception comes between any two lines.
 
 An interrupt (Ctrl-C) can strike after a context manager has changed something and before the
-``with`` statement knows of it. Its exit then never runs. So each change is announced before it is
-made, and the step hook, which knows how everything was when it began, undoes what is left.
+``with`` statement knows of it. Its exit then runs when Python frees it, at some later time, or
+never. So each change is announced before it is made, and the step hook, which knows how everything
+was when it began, frees what the interrupt left and undoes what is still announced.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import clear_frames
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from safestep._torch import exit_dual_level, function_modes, pop_function_mode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _TRIES = 3  # of what an interrupt may strike again
 
@@ -66,29 +74,78 @@ class Surroundings:
     """
 
     def __init__(self) -> None:
-        self._announced = len(_announced.undos)
-        self._has_graph = torch.is_grad_enabled()
-        self._level = forward_ad._current_level
-        self._modes = function_modes()
+        self._handled = sys.exc_info()[1]  # by the caller, before anything of ours ran
+        self._found = _as_found()
 
-    def restore(self) -> None:
-        """Put back everything that an exception has left otherwise; again if interrupted."""
+    def restore(self, error: BaseException | None = None) -> None:
+        """Put back everything that an exception has left otherwise; again if interrupted.
+
+        Args:
+            error: The exception. The frames that it passed are cleared: a context manager that one
+                of them holds would exit when the exception is freed, long after this.
+        """
+        for each in self._chain(error):
+            clear_frames(each.__traceback__)
         completed(self._restore)
 
+    def settle(self) -> None:
+        """Restore what was left by an interrupt that Python dropped while it freed something."""
+        if _as_found() != self._found:
+            self.restore()
+
+    def interrupt(self, error: BaseException) -> BaseException | None:
+        """Return the interrupt that an exception is, or that it took the place of.
+
+        Args:
+            error: An exception; one that is raised while an interrupt unwinds hides it.
+
+        Returns:
+            KeyboardInterrupt, SystemExit or the like; None where there was none.
+        """
+        return next((e for e in self._chain(error) if not isinstance(e, Exception)), None)
+
+    def _chain(self, error: BaseException | None) -> Iterator[BaseException]:
+        while error is not None and error is not self._handled:
+            yield error
+            error = error.__context__
+
     def _restore(self) -> None:
-        while function_modes() > self._modes:
+        announced, has_graph, outer_level, modes = self._found
+        while function_modes() > modes:
             pop_function_mode()
         undos = _announced.undos
-        while len(undos) > self._announced:
+        while len(undos) > announced:
             with torch.no_grad():
                 undos[-1]()
             undos.pop()
-        while forward_ad._current_level > self._level:
+        while forward_ad._current_level > outer_level:
             _leave_level(forward_ad._current_level)
             forward_ad._current_level -= 1
-        if self._level < 0:
+        if outer_level < 0:
             _leave_level(0)  # torch enters a level before it counts it
-        torch.set_grad_enabled(self._has_graph)
+        torch.set_grad_enabled(has_graph)
+
+
+def _as_found() -> tuple[int, bool, int, int]:
+    level = forward_ad._current_level
+    return len(_announced.undos), torch.is_grad_enabled(), level, function_modes()
+
+
+class FunctionMode(TorchFunctionMode):
+    """A mode whose exit leaves as many modes as its entry found, and never raises.
+
+    torch takes the modes off while it calls one. Where an interrupt keeps them off, the exit of
+    torch's class raises, and its error would take the place of the interrupt.
+    """
+
+    def __enter__(self) -> Self:
+        self._outside = function_modes()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        while function_modes() > self._outside:
+            pop_function_mode()
 
 
 def completed(action: Callable[[], None]) -> None:

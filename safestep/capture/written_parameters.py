@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from safestep._torch import preserve_versions, tree_leaves
 from safestep.capture.copies import bits_of, only_plain
+from safestep.capture.unwinding import FunctionMode, undone
 from safestep.parallel.shards import are_sharded
 
 # Elements of a parameter that is kept before anything is known about it.
@@ -129,18 +129,25 @@ class WrittenParameters:
         moved = tuple(self._moved)
         now = [param.detach().clone() for param in moved]
         storages = [param.data for param in moved]
-        with preserve_versions(moved) if moved else nullcontext():
-            try:
-                _write(moved, (mark.values[param] for param in moved))
-                yield
-            finally:
-                for param, storage in zip(moved, storages, strict=True):
-                    if param.data_ptr() != storage.data_ptr():
-                        param.data = storage
-                _write(moved, now)
 
-    def _holding(self) -> AbstractContextManager[Any]:
-        return _Held(tuple(self._held)) if self._held else nullcontext()
+        def put_back() -> None:
+            for param, storage in zip(moved, storages, strict=True):
+                if param.data_ptr() != storage.data_ptr():
+                    param.data = storage
+            _write(moved, now)
+
+        with preserve_versions(moved) if moved else nullcontext(), undone(put_back):
+            _write(moved, (mark.values[param] for param in moved))
+            yield
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        if not self._held:
+            yield
+            return
+        held = _Held(tuple(self._held))
+        with preserve_versions(tuple(self._held)), undone(held.put_back), held:
+            yield
 
     def _unknown(self, params: list[Tensor]) -> str:
         names: dict[Tensor, str] = {it: name for name, it in self._module.named_parameters()}
@@ -157,7 +164,7 @@ def _write(params: Iterable[Tensor], values: Iterable[Tensor]) -> None:
         param.copy_(value)
 
 
-class _Held(TorchFunctionMode):
+class _Held(FunctionMode):
     """Undo at once whatever is written into some parameters.
 
     Args:
@@ -171,17 +178,7 @@ class _Held(TorchFunctionMode):
             self._values = [param.clone() for param in params]
         self._storages = [param.data for param in params]
         self._places = {storage.untyped_storage().data_ptr() for storage in self._storages}
-        self._preserved = preserve_versions(params)
-
-    def __enter__(self) -> _Held:
-        self._preserved.__enter__()
-        self._versions = [param._version for param in self._params]
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._put_back()
-        self._preserved.__exit__(*exception)
+        self._versions = [param._version for param in params]
 
     def __torch_function__(
         self,
@@ -193,8 +190,16 @@ class _Held(TorchFunctionMode):
         """Return what the function returns."""
         result = func(*args, **(kwargs or {}))
         if self._are_touched() or (_writes(func) and self._is_ours(args)):
-            self._put_back()
+            self.put_back()
         return result
+
+    def put_back(self) -> None:
+        """Give the parameters the storage and the values that they had."""
+        for param, storage in zip(self._params, self._storages, strict=True):
+            if param.data_ptr() != storage.data_ptr():
+                param.data = storage
+        _write(self._params, self._values)
+        self._versions = [param._version for param in self._params]
 
     def _are_touched(self) -> bool:
         return self._versions != [param._version for param in self._params] or any(
@@ -207,13 +212,6 @@ class _Held(TorchFunctionMode):
             each.untyped_storage().data_ptr() in self._places
             for each in only_plain(tree_leaves(args))
         )
-
-    def _put_back(self) -> None:
-        for param, storage in zip(self._params, self._storages, strict=True):
-            if param.data_ptr() != storage.data_ptr():
-                param.data = storage
-        _write(self._params, self._values)
-        self._versions = [param._version for param in self._params]
 
 
 def _writes(func: Callable[..., Any]) -> bool:

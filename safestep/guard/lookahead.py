@@ -105,7 +105,6 @@ class Lookahead:
             group["lr"] = rate
         self._gradients, self._rates, self.params, self._own = [], [], [], []
 
-    @torch.no_grad()
     def pieces(self) -> Iterator[list[_Piece]]:
         """Yield lists of pieces of the update, in the order of `params`."""
         limit = max(MIN_PIECE, sum(local(param).numel() for param in self.params) // _PIECES)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safestep._torch import foreach_add_, foreach_copy_, foreach_sub
+from safestep.capture.unwinding import undone
 from safestep.guard.copies import Copies
 from safestep.guard.optimizer_state import OptimizerState
 from safestep.measure.perturb import in_chunks
@@ -125,15 +126,17 @@ def _without_hooks(optimizers: list[Any]) -> Iterator[None]:
     """Let the optimizers have no step hooks inside."""
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     kept = [(each, name, getattr(each, name, None)) for each in optimizers for name in names]
-    try:
+
+    def put_back() -> None:
+        for each, name, hooks in kept:
+            if hooks is not None:
+                setattr(each, name, hooks)
+
+    with undone(put_back):
         for each, name, hooks in kept:
             if hooks is not None:  # exchanged, not cleared: torch may be iterating over them
                 setattr(each, name, OrderedDict())
         yield
-    finally:
-        for each, name, hooks in kept:
-            if hooks is not None:
-                setattr(each, name, hooks)
 
 
 def _is_at(again: OptimizerState, starts: list[Tensor], after: Copies, scale: float) -> bool:

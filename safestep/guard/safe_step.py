@@ -308,7 +308,7 @@ class SafeStep(StepLifecycle):
             watches, prints = self._predictor is not None, self._agreement.has_replicas
             return update, Health.of(update, watches=watches, prints=prints)
         except Exception as error:
-            self._surroundings.restore()
+            self._surroundings.restore(error)
             self._obstacle = own_failure(error)
             return _NO_UPDATE, Health(nan, nan)
 

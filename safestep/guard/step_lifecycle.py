@@ -218,13 +218,18 @@ class StepLifecycle:
 
     def _judge(self) -> None:
         """Come to a verdict, whatever fails."""
+        self._surroundings = Surroundings()
         try:
             with torch.no_grad():
                 self._verdict = self._judged_step()
+            self._surroundings.settle()
         except Exception as error:
             if is_passed_on(error):
                 raise
-            self._surroundings.restore()
+            interrupt = self._surroundings.interrupt(error)
+            if interrupt is not None:
+                raise interrupt from None
+            self._surroundings.restore(error)
             self._put_counts_back()
             blank = Measurement.failed(own_failure(error))
             self._verdict = self._controller.decide(blank, nan), blank
@@ -239,7 +244,7 @@ class StepLifecycle:
 
     def _not_begun(self, error: BaseException) -> None:
         """Let a step go unmeasured that could not be prepared; an interrupt ends it."""
-        self._surroundings.restore()
+        self._surroundings.restore(error)
         if is_passed_on(error):
             self._put_counts_back()
             completed(self._undo.release)
@@ -249,12 +254,13 @@ class StepLifecycle:
 
     def _not_ended(self, error: BaseException) -> None:
         """Go on where the report of a step failed; an interrupt undoes the step."""
-        self._surroundings.restore()
+        self._surroundings.restore(error)
         if is_passed_on(error):
-            if self._seconds is not None:
-                if not self._is_ahead:
-                    completed(self._undo.restore)
+            if self._seconds is not None and not self._is_ahead:
+                completed(self._undo.restore)
                 self._put_counts_back()
+            elif self._seconds is not None and self._verdict is not None:
+                self.last = self._verdict[0]  # of a step that was made as it was judged
             completed(self._undo.release)
             self._seconds = None
             return

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from safestep._torch import have_same_size, unpack_dual
-from safestep.capture.unwinding import undone
+from safestep.capture.unwinding import FunctionMode, undone
 from safestep.measure.jvp_rules import dual_of
 from safestep.parallel.shards import is_sharded
 
@@ -54,7 +53,7 @@ def tangents_of_dtensors() -> Iterator[None]:
         yield
 
 
-class _ZeroTangents(TorchFunctionMode):
+class _ZeroTangents(FunctionMode):
     """Give a zero tangent to a DTensor beside one with a tangent: torch's zeros are no DTensors."""
 
     def __torch_function__(

@@ -12,9 +12,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
-from safestep._torch import mkldnn_enabled, preserve_versions, set_mkldnn_enabled, unpack_dual
+from safestep._torch import (
+    attention_kernels,
+    mkldnn_enabled,
+    preserve_versions,
+    set_attention_kernels,
+    set_mkldnn_enabled,
+    unpack_dual,
+)
 from safestep.capture.unwinding import undone
 from safestep.measure.dtensors import tangents_of_dtensors
 from safestep.measure.jvp_rules import TangentRules, dual_of
@@ -93,10 +100,10 @@ def differentiable_kernels(module: nn.Module) -> Iterator[None]:
         Nothing.
     """
     with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_without(_ENCODER_FAST_PATH))
+        stack.enter_context(_set(_ATTENTION, [SDPBackend.MATH]))
+        stack.enter_context(_set(_ENCODER_FAST_PATH, False))
         if any(isinstance(child, nn.LSTM) for child in module.modules()):
-            stack.enter_context(_without(_MKLDNN))
+            stack.enter_context(_set(_MKLDNN, False))
         if checkpoints := sys.modules.get("torch.utils.checkpoint"):
             stack.enter_context(_plain_calls(checkpoints.CheckpointFunction))
         stack.enter_context(TangentRules())
@@ -125,19 +132,20 @@ def _load_forward_ad() -> None:
 
 
 # Getter and setter of a switch. ``torch.backends.mkldnn.flags`` would set other switches too.
-_Switch = tuple[Callable[[], bool], Callable[[bool], None]]
+_Switch = tuple[Callable[[], Any], Callable[[Any], None]]
 _ENCODER_FAST_PATH: _Switch = (
     torch.backends.mha.get_fastpath_enabled,
     torch.backends.mha.set_fastpath_enabled,
 )
 _MKLDNN: _Switch = (mkldnn_enabled, set_mkldnn_enabled)
+_ATTENTION: _Switch = (attention_kernels, set_attention_kernels)
 
 
 @contextmanager
-def _without(switch: _Switch) -> Iterator[None]:
+def _set(switch: _Switch, value: Any) -> Iterator[None]:
     get, put = switch
     with undone(partial(put, get())):
-        put(False)
+        put(value)
         yield
 
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from safestep.capture.unwinding import FunctionMode
 from safestep.radius.inner import attention_radius, kink_radius
 from safestep.radius.masking import absent_classes
 
@@ -26,7 +26,7 @@ _LOOKED_AT = _ACTIVATIONS | {"scaled_dot_product_attention", "softmax"}
 _PRODUCTS = frozenset(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"))
 
 
-class InnerWatch(TorchFunctionMode):
+class InnerWatch(FunctionMode):
     """Collect radii inside a model while it runs on dual numbers.
 
     Attention is a call of ``scaled_dot_product_attention``, or a softmax whose result is multiplied
@@ -57,10 +57,6 @@ class InnerWatch(TorchFunctionMode):
         self._names: dict[int, str] = {}
         self._radii: dict[str, dict[str, Tensor]] = {}
         self._weights: Any = WeakTensorKeyDictionary()
-
-    def __enter__(self) -> InnerWatch:
-        super().__enter__()
-        return self
 
     def take(self) -> dict[str, dict[str, Tensor]]:
         """Return the smallest radius of each layer, by kind and name, and clear them.

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from safestep._torch import is_batched, make_dual, safe_softmax, softmax_backward, unpack_dual
+from safestep.capture.unwinding import FunctionMode
 
 # Half precision and autocast keep torch's own rules, which decide where to round.
 _DTYPES = (torch.float32, torch.float64)
 
 
-class TangentRules(TorchFunctionMode):
+class TangentRules(FunctionMode):
     """Answer linear, layer_norm, batch_norm and scaled_dot_product_attention on dual tensors.
 
     torch handles whatever no rule covers.

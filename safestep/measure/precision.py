@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from safestep.capture import LogitFinder, Logits
 from safestep.capture.call import Call
 from safestep.capture.isolation import without_side_effects
+from safestep.capture.unwinding import undone
 
 
 def coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
@@ -35,11 +37,9 @@ def without_autocast() -> Iterator[None]:
         finally:
             region._enabled = wanted
 
-    torch.autocast.__enter__ = switched_off  # type: ignore[method-assign]
-    try:
+    with undone(partial(setattr, torch.autocast, "__enter__", enter)):
+        torch.autocast.__enter__ = switched_off  # type: ignore[method-assign]
         yield
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def run_precisely(

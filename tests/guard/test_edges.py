@@ -158,6 +158,68 @@ def test_an_interrupt_in_any_function_of_ours_undoes_the_step(options, steps, ev
         assert run.guard.state_dict()["step"] == steps + (not is_before), code
 
 
+class Lines:
+    """Count the lines that run within the package's functions; raise at one of them."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at, self.count, self.place = stop_at, 0, None
+
+    def of(self, work):
+        sys.settrace(self._enter)
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+        return self.count
+
+    def _enter(self, frame, event, _):
+        outer = frame
+        while outer is not None:
+            code = outer.f_code
+            if code.co_filename.startswith(PACKAGE) and code.co_name not in EDGE:
+                return self._line
+            outer = outer.f_back
+        return None
+
+    def _line(self, frame, event, _):
+        if event == "line":
+            self.count += 1
+            if self.count == self.stop_at:
+                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._line
+
+
+MOMENTS = [
+    *CASES,
+    pytest.param({"lr": 1e-4, "copy": False}, 20, id="predicted ahead"),
+    pytest.param({"lr": 1.0, "rollback": 3, "rollback_after": 3}, 2, id="rolled back"),
+]
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("options", "steps"), MOMENTS)
+def test_an_interrupt_at_any_line_leaves_a_whole_step_or_none(options, steps, count):
+    """Of ours, or of what ours calls: torch, the model, context managers of Python."""
+    warnings.simplefilter("ignore")
+    prepared(options, steps).step()  # what runs once a process
+    example = prepared(options, steps)
+    before = example.numbers()
+    total = Lines().of(example.step)
+    after = example.numbers()
+    for moment in range(total // count // 2, total, total // count):
+        run, lines = prepared(options, steps), Lines(moment)
+        with contextlib.suppress(KeyboardInterrupt):
+            lines.of(run.step)
+        assert lines.place is not None or moment > 0.9 * total  # some lines run only at times
+        assert is_clean(run), lines.place
+        ours = parameters(run.numbers())
+        is_whole = are_equal(ours, parameters(after))
+        assert is_whole or are_equal(ours, parameters(before)), lines.place
+        run.step()
+        assert is_clean(run), lines.place
+
+
 def parameters(numbers):
     """Return what an optimizer step changes: all but BatchNorm's three buffers."""
     return [*numbers[:4], *numbers[7:]]
