@@ -273,6 +273,41 @@ def spares_likely_classes(logits: Tensor, gradient: Tensor) -> bool:
     return bool((gradient.ne(0).any(-1, keepdim=True) & likely & gradient.eq(0)).any())
 
 
+def pulls_alike(logits: Tensor, gradient: Tensor) -> bool:
+    """Return whether a loss pulls alike at classes whose logits differ, which no softmax does.
+
+    A hinge pulls by the same amount at every class within its margin.
+
+    Args:
+        logits: Rows of logits. Shape ``[S, C]``.
+        gradient: Gradient of the loss with respect to them. Shape ``[S, C]``.
+
+    Returns:
+        True if the gradients of all unlabelled classes that have one are the same in each row, and
+        their logits are not.
+
+    Example:
+        >>> z = torch.tensor([[2.0, 1.5, 1.0, 1.2]], requires_grad=True)
+        >>> loss = torch.nn.functional.multi_margin_loss(z, torch.tensor([0]))
+        >>> pulls_alike(z.detach(), *torch.autograd.grad(loss, z))
+        True
+    """
+    label = gradient.abs().argmax(-1, keepdim=True)
+    others = gradient.ne(0).scatter(-1, label, False) & logits.isfinite()
+    tells = others.sum(-1) > 1
+    if not bool(tells.any()):
+        return False
+    ranges = [
+        values.masked_fill(~others, -math.inf).amax(-1)
+        - values.masked_fill(~others, math.inf).amin(-1)
+        for values in (logits.detach().double(), gradient.double())
+    ]
+    # A softmax at temperature T differs by the share (range of logits) / T.
+    size = gradient.double().masked_fill(~others, 0.0).abs().amax(-1)
+    tolerance = _ZERO_SUM_TOLERANCE.get(gradient.dtype, _ZERO_SUM_TOLERANCE_HALF)
+    return bool((ranges[1] <= tolerance * ranges[0] * size)[tells].all())
+
+
 def lowers_labels(logits: Tensor, gradient: Tensor) -> bool:
     """Return whether the label of some row has a negative weight.
 

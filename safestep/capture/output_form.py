@@ -16,6 +16,7 @@ from safestep.capture.gradient import (
     is_masked_softmax,
     lowers_labels,
     masked_classes,
+    pulls_alike,
     spares_likely_classes,
 )
 from safestep.capture.loss_graph import Use
@@ -198,6 +199,8 @@ def examine(output: Tensor, evidence: GradientEvidence) -> OutputForm | None:
     form, use = _by_gradient(output, evidence), evidence.use
     if use is None or evidence.is_changed:
         return form
+    if form is not None and math.isnan(form.temperature) and use.is_harmless:
+        return None  # a loss that sums to zero as a softmax does, and holds none
     if form is not None and form.is_checked:
         is_inner = form.is_of_values and bool(use.changes or use.has_sigmoid)
         return None if is_inner else form  # the loss is not a function of these probabilities alone
@@ -229,6 +232,8 @@ def _by_gradient(output: Tensor, evidence: GradientEvidence) -> OutputForm | Non
         output = output if evidence.values is None else evidence.values
         return _normalised(output) or _sigmoid(output, evidence.sample)
     sample, rows = evidence.sample, _sampled(output, evidence)
+    if pulls_alike(rows, sample):
+        return None
     is_spared = spares_likely_classes(rows, sample) and not is_masked_softmax(rows, sample)
     rows = _without_masked(rows, sample.eq(0), sample.abs().amax(-1), sample.dtype)
     temperature = label_temperature(rows, sample)

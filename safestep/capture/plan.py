@@ -256,6 +256,12 @@ def plan_of_outputs(
     hidden += [part for name in open_forms for part in uses[name].hidden]
     if hidden and not events and not outputs:
         raise LogitsNotFoundError("; ".join(map(_not_seen, hidden)))
+    if not events and not outputs and uses and all(use.is_harmless for use in uses.values()):
+        raise LogitsNotFoundError(
+            "the loss holds no softmax, sigmoid or log-sum-exp of what the model returns, as far "
+            "as its graph shows; a squared error or a hinge has no convergence radius. "
+            f"{_HOW_TO_TELL}"
+        )
     if not events and not outputs:
         raise LogitsNotFoundError(
             "the gradient of the loss does not sum to zero over the classes of any tensor that the "

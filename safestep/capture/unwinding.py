@@ -76,6 +76,7 @@ class Surroundings:
     def __init__(self) -> None:
         self._handled = sys.exc_info()[1]  # by the caller, before anything of ours ran
         self._found = _as_found()
+        self._level = forward_ad._current_level  # of all threads; the rest is this thread's own
 
     def restore(self, error: BaseException | None = None) -> None:
         """Put back everything that an exception has left otherwise; again if interrupted.
@@ -110,7 +111,7 @@ class Surroundings:
             error = error.__context__
 
     def _restore(self) -> None:
-        announced, has_graph, outer_level, modes = self._found
+        announced, has_graph, modes = self._found
         while function_modes() > modes:
             pop_function_mode()
         undos = _announced.undos
@@ -118,17 +119,16 @@ class Surroundings:
             with torch.no_grad():
                 undos[-1]()
             undos.pop()
-        while forward_ad._current_level > outer_level:
+        while forward_ad._current_level > self._level:
             _leave_level(forward_ad._current_level)
             forward_ad._current_level -= 1
-        if outer_level < 0:
+        if self._level < 0:
             _leave_level(0)  # torch enters a level before it counts it
         torch.set_grad_enabled(has_graph)
 
 
-def _as_found() -> tuple[int, bool, int, int]:
-    level = forward_ad._current_level
-    return len(_announced.undos), torch.is_grad_enabled(), level, function_modes()
+def _as_found() -> tuple[int, bool, int]:
+    return len(_announced.undos), torch.is_grad_enabled(), function_modes()
 
 
 class FunctionMode(TorchFunctionMode):

@@ -206,3 +206,74 @@ def test_a_hook_in_a_devices_own_thread_sees_who_waits(monkeypatch):
 
 def test_the_graph_of_a_loss_without_the_output_tells_nothing():
     assert use_of_output(0) is None
+
+
+def rival(z):
+    """Crammer and Singer's: the largest wrong logit alone is pushed away."""
+    wrong = z.scatter(1, LABELS[:, None], -1e9).amax(1)
+    return (1 + wrong - z.gather(1, LABELS[:, None])[:, 0]).clamp(min=0).mean()
+
+
+def margin_by_hand(z):
+    return (1 + z - z.gather(1, LABELS[:, None])).clamp(min=0).sum(1).mean()
+
+
+def several_labels(z):
+    target = torch.stack((LABELS, (LABELS + 1) % 4, *(torch.full_like(LABELS, -1),) * 2), dim=1)
+    return functional.multilabel_margin_loss(z, target)
+
+
+HINGES = {
+    "multi_margin": lambda z: functional.multi_margin_loss(z, LABELS),
+    "squared margin": lambda z: functional.multi_margin_loss(z, LABELS, p=2),
+    "several labels": several_labels,
+    "by hand": margin_by_hand,
+    "rival": rival,
+    "binary": lambda z: (1 - (2 * ONE_HOT - 1) * z).relu().mean(),
+}
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("name", HINGES)
+@pytest.mark.filterwarnings("ignore:SafeStep")
+def test_a_hinge_holds_no_softmax_and_says_so(name, spread):
+    model = network()
+    with torch.no_grad():
+        model[2].weight.mul_(spread)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, model)
+
+    HINGES[name](model(INPUTS)).backward()
+    optimizer.step()
+
+    assert guard.last.status == "unmeasured"
+    assert "holds no softmax" in guard.last.reason
+
+
+@pytest.mark.filterwarnings("ignore:SafeStep")
+def test_the_gradient_tells_a_hinge_where_the_graph_cannot():
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(z):
+            with torch.enable_grad():
+                return margin_by_hand(z)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            z = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                return grad * torch.autograd.grad(margin_by_hand(z), z)[0]
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = SafeStep(optimizer, model)
+
+    Hidden.apply(model(INPUTS)).backward()
+    optimizer.step()
+
+    assert guard.last.status == "unmeasured"
+    assert "Hidden, a torch.autograd.Function" in guard.last.reason
