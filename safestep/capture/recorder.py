@@ -51,6 +51,8 @@ class Recorder:
         failures: What could not be recorded of the calls since the last step.
         resting: Looks (see ``Call.look``) of calls that are not measured for now: their gradients
             are not kept.
+        seen: Whether the forward of the module ran before the step that `take` ended, and whether
+            any of its calls returned a tensor with a graph.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Recorder:
         self._count = 0  # of calls that began
         self._trained_by = (-1, True)  # the latest backward pass, and whether it trains
         self._backward = -1  # torch's number of the backward pass that queued the latest call
+        self._has_run = self._had_graph = False  # since the last step
+        self.seen = False, False
         self._is_in_step = False
         self._step_start: tuple[int, ...] | None = None  # parameters of its first call
         self._evidence = EvidenceKeeper()
@@ -145,6 +149,8 @@ class Recorder:
         self._told.clear()
         self._notice.end_step()
         self._idle.stepped()
+        self.seen = self._has_run, self._had_graph
+        self._has_run = self._had_graph = False
         self._is_in_step, self._step_start = False, None
         self._conditions.effects.end_step()
         return calls
@@ -177,7 +183,10 @@ class Recorder:
             del self._open[max(0, calls_under_way(module) - 1) :]
         is_within = bool(self._open)
         self._open.append(None)
-        if is_within or not torch.is_grad_enabled() or is_running_again():
+        if is_within or is_running_again():
+            return
+        self._has_run = True
+        if not torch.is_grad_enabled():
             return
         if self._is_in_step and not self._is_at_start():
             return
@@ -200,6 +209,7 @@ class Recorder:
         if self._idle.is_looking:
             self._idle.after_call()
         outputs = _with_graph(output)
+        self._had_graph |= bool(outputs)
         call.kept.inside = self._order.of(outputs)
         call.results, call.keeper = {}, self._evidence
         for name, tensor in outputs:

@@ -50,16 +50,30 @@ def is_within_backward() -> bool:
     return current_graph_task() != -1
 
 
-def why_no_calls() -> str:
-    """Return why no recorded call belongs to the step under way."""
-    return _IN_BACKWARD if is_within_backward() else _NO_CALLS
+def why_no_calls(has_run: bool, had_graph: bool) -> str:
+    """Return why no recorded call belongs to the step under way.
+
+    Args:
+        has_run: Whether the forward of the model was called since the last step.
+        had_graph: Whether a call of it returned a tensor that requires a gradient.
+
+    Returns:
+        The reason, with what to do.
+    """
+    if is_within_backward():
+        return _IN_BACKWARD
+    why = _FROZEN if has_run and not had_graph else _UNUSED if has_run else _NOT_CALLED
+    return _NO_CALLS.format(why)
 
 
 _NO_CALLS = (
-    "no gradient came back through a forward call of `model` since the last step; pass the module "
-    "whose forward computes the logits, or tell the guard the whole step with "
-    "guard.record(training_step, batch)"
+    "no gradient came back through a forward call of `model` since the last step: {}; pass the "
+    "module whose forward computes the logits from trained parameters, or tell the guard the whole "
+    "step with guard.record(training_step, batch)"
 )
+_NOT_CALLED = "its forward was not called, though its submodules or other methods may have been"
+_FROZEN = "what it returned requires no gradient, since it is frozen or ran under torch.no_grad"
+_UNUSED = "what it returned is no part of a loss that trains this optimizer's parameters"
 _IN_BACKWARD = (
     "the optimizer steps within the backward pass, where the step of the other parameters is not "
     "known yet; step after backward() to measure the radius"

@@ -168,6 +168,29 @@ def test_a_step_without_a_recorded_forward_pass_is_said_to_be_unmeasured(model, 
     train_step(optimizer, model, batch)  # the warning came once
 
 
+@pytest.mark.parametrize(
+    ("guarded", "why"),
+    [
+        ("model", "its forward was not called, though its submodules"),
+        ("backbone", "what it returned requires no gradient, since it is frozen"),
+        ("head", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:SafeStep")
+def test_fine_tuning_a_head_says_which_module_to_pass(guarded, why):
+    backbone, head = nn.Linear(4, 8).requires_grad_(False), nn.Linear(8, 3)
+    modules = nn.ModuleDict({"backbone": backbone, "head": head})
+    optimizer = optim.AdamW(head.parameters())
+    guard = SafeStep(optimizer, modules if guarded == "model" else modules[guarded])
+
+    inputs, labels = torch.randn(6, 4), torch.arange(6) % 3
+    cross_entropy(head(backbone(inputs)), labels).backward()
+    optimizer.step()
+
+    assert guard.last.status == ("ok" if why is None else "unmeasured")
+    assert why is None or why in guard.last.reason
+
+
 def test_the_run_log_holds_the_reports_and_what_was_noted(model, batch, tmp_path, train_step):
     optimizer = optim.SGD(model.parameters(), lr=100.0)
 
