@@ -364,9 +364,7 @@ class SafeStep(StepLifecycle):
         quick, is_lost = _QUICK.get(how), False
         # Of a secant too: whether it suffices is a question that all workers answer alike.
         measurement = Measurement(quick or self._estimator.estimator)
-        reason = self._obstacle
-        if reason is None and not update.calls:
-            reason = why_no_calls(*self._recorder.seen)
+        reason = self._obstacle or (None if update.calls else why_no_calls(*self._recorder.seen))
         # Ranks that share parameters must try at the same steps, whatever their data show.
         looks = [] if update.is_sharded else update.calls
         reason = self._agreement.obstacle(reason, is_due=not self._retries.is_pausing)
