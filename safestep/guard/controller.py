@@ -134,7 +134,7 @@ class StepController:
         if self.skips_in_a_row >= self.max_consecutive_skips:
             raise TooManySkipsError(
                 f"SafeStep: {self.skips_in_a_row} steps in a row were not taken; the last because "
-                f"{report.explanation}. Parameters and optimizer state are those of the last step "
+                f"{report.reason}. Parameters and optimizer state are those of the last step "
                 "that was. Look for the cause there, lower the learning rate, or raise "
                 "`max_consecutive_skips`."
             )

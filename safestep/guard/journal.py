@@ -137,7 +137,7 @@ class Journal:
                 own[name] = None if isnan(own[name]) else own[name]
             self._log.write("step", {**own, "time": time.time(), **values})
         if report.status == "unmeasured":
-            self.warn_once(f"a step was not measured and left alone: {report.explanation}")
+            self.warn_once(f"a step was not measured and left alone: {report.reason}")
         if report.status in ("clipped", "skipped"):
             self._tell(report)
         if report.status == "rolled back":
@@ -203,12 +203,12 @@ class Journal:
         if not self._is_writer or (count > 10 and count & (count - 1)):
             return
         if report.status == "skipped":
-            _logger.info("step %d was not taken: %s", report.step, report.explanation)
+            _logger.info("step %d was not taken: %s", report.step, report.reason)
             return
         _logger.info(
             "step %d: r = %.3g, radius %.3g, scaled by %.3g (row %s; intervention %d%s)",
             report.step, report.normalized_step, report.radius, report.scale, report.bottleneck,
-            count, f"; {report.explanation}" if report.explanation else "",
+            count, f"; {report.reason}" if report.reason else "",
         )  # fmt: skip
 
 

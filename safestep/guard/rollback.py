@@ -95,7 +95,7 @@ class Rollback:
         if self._steps is None:
             return report
         if report is not None and self._is_due(report):
-            r, reason = report.normalized_step, report.explanation
+            r, reason = report.normalized_step, report.reason
             last = "; ".join(text for text in (f"r = {r:.3g}" * isfinite(r), reason) if text)
             why = f"{self._after} steps in a row were clipped or skipped (the last: {last})"
             return self._go_back(report, why)

@@ -63,14 +63,15 @@ class SecondRun:
             return report
         try:
             report = _with_reason(report, _place(measurement, update.calls))
-            report = replace(report, second_run=self._rerun(update))
-            run, why = self._journal.run, report.explanation or ""
-            name = self._kept.keep(run, report.step, why, update.calls)
+            report = _with_result(report, self._rerun(update))
+            name = self._kept.keep(
+                self._journal.run, report.step, report.reason or "", update.calls
+            )
             return _with_reason(report, name and f"its inputs are in {name}")
         except Exception as error:  # the decision stands
             if is_passed_on(error):
                 raise
-            return replace(report, second_run=f"unknown: {one_line(error)}")
+            return _with_result(report, f"unknown: {one_line(error)}")
 
     def _rerun(self, update: Update) -> str | None:
         count = self._same_in_a_row + 1
@@ -134,6 +135,31 @@ _UNSEEN = (
     "the result of the first run was not kept, as that of a recorded function whose loss is not "
     "logged with guard.log(loss=loss), or a large output that 'auto' does not watch"
 )
+
+
+_SECOND_RUNS = {
+    "same": (
+        "run again, its batch gives the same result bit for bit: the data or the rate is the "
+        "cause, not this machine"
+    ),
+    "rounded": (
+        "run again, its batch gives the same result up to rounding: the data or the rate is the "
+        "cause, not this machine"
+    ),
+    "other": (
+        "run again, its batch gives another result{where}: this machine, or state outside the "
+        "model, is the cause"
+    ),
+    "unknown": "its batch was not compared with a second run: {why}",
+}
+
+
+def _with_result(report: StepReport, result: str | None) -> StepReport:
+    if result is None:
+        return report
+    kind, _, detail = result.partition(": ")
+    told = _SECOND_RUNS[kind].format(why=detail, where=f" on {detail}" if detail else "")
+    return replace(_with_reason(report, told), second_run=result)
 
 
 def _with_reason(report: StepReport, more: str | None) -> StepReport:

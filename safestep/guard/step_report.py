@@ -32,7 +32,8 @@ class StepReport:
         bottleneck: Index of the row that set the radius, counted over the rows of all calls.
         reason: Why the step was skipped, rolled back or not measured, or which rows it was measured
             on where that is not as usual; with `sufficient_decrease`, also why a step over the
-            limit was shortened or left alone; else None.
+            limit was shortened or left alone; of a clipped or skipped step, which row set the
+            radius and what a second run of the batch showed; else None.
         gradient_ratio: Slope of the loss along the update from the gradient that the optimizer
             used, over the slope from forward mode: 1 where that gradient is the loss's; where it
             was clipped, the factor. NaN where the step was not measured exactly.
@@ -43,10 +44,10 @@ class StepReport:
         loss_slope: Derivative of the mean loss of a row along the proposed update. NaN where that
             is not known.
         loss_reason: Why `loss_slope` of a measured step is NaN, else None.
-        second_run: What the batch of a clipped, skipped or non-finite step gave when it was run
-            again: "same", "rounded" (the same up to rounding), "other" or "unknown"; after a colon,
-            the ranks on which it was another result, or why that is unknown. None where the batch
-            was not run again.
+        second_run: In a word, what the batch of a clipped, skipped or non-finite step gave when it
+            was run again: "same", "rounded" (the same up to rounding), "other" or "unknown"; after
+            a colon, the ranks on which it was another result, or why that is unknown. None where
+            the batch was not run again.
     """
 
     step: int
@@ -73,28 +74,3 @@ class StepReport:
     def predicted_change(self) -> float:
         """Change of the mean loss of a row that linearised logits predict of the whole update."""
         return self.loss_slope + self.divergence
-
-    @property
-    def explanation(self) -> str | None:
-        """`reason` and `second_run` in a sentence, None where there is neither."""
-        result, _, detail = (self.second_run or "").partition(": ")
-        where = f" on {detail}" if detail else ""
-        second_run = _SECOND_RUNS[result].format(why=detail, where=where) if result else None
-        return "; ".join(filter(None, (self.reason, second_run))) or None
-
-
-_SECOND_RUNS = {
-    "same": (
-        "run again, its batch gives the same result bit for bit: the data or the rate is the "
-        "cause, not this machine"
-    ),
-    "rounded": (
-        "run again, its batch gives the same result up to rounding: the data or the rate is the "
-        "cause, not this machine"
-    ),
-    "other": (
-        "run again, its batch gives another result{where}: this machine, or state outside the "
-        "model, is the cause"
-    ),
-    "unknown": "its batch was not compared with a second run: {why}",
-}

@@ -21,7 +21,7 @@ _TOLD = {
     ),
     "unknown": "{whose} {was} not compared with a second run: {why}",
 }
-# Older logs say it within the reason.
+# How the reason says it too, and older logs nothing else.
 _SENTENCES = [
     (re.compile(pattern), result)
     for pattern, result in (
@@ -55,7 +55,7 @@ def second_runs(run: Run) -> dict[int, str]:
 
 
 def without_second_run(reason: str) -> str:
-    """Return a reason without what an older log says in it of a second run.
+    """Return a reason without what it says of a second run.
 
     Args:
         reason: The reason in the log.

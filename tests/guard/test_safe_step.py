@@ -37,7 +37,7 @@ def test_the_report_says_what_happened(model, batch, dense_normalized_step, trai
     assert report.bottleneck in range(len(batch[0]))
     assert 0 < report.seconds < 60
     row = report.bottleneck
-    assert report.explanation.startswith(f"row {row} (example {row}) set the radius; run again, ")
+    assert report.reason.startswith(f"row {row} (example {row}) set the radius; run again, ")
 
 
 def test_the_bottleneck_is_the_row_with_the_largest_spread(

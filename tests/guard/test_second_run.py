@@ -79,17 +79,17 @@ def test_rate_and_data_repeat_their_result_bit_for_bit(estimator, copy):
     """With dropout and BatchNorm, whose state a second run must find as the first did."""
     model, optimizer, guard = run(estimator=estimator, copy=copy)
     train(model, optimizer, batch())
-    assert (guard.last.status, guard.last.explanation) == ("ok", None)
+    assert (guard.last.status, guard.last.reason) == ("ok", None)
 
     train(model, optimizer, batch(2), rate=1e4)
 
     assert guard.last.status == "clipped"
     row = guard.last.bottleneck
-    assert guard.last.explanation == f"row {row} (example {row}) set the radius; {SAME}"
+    assert guard.last.reason == f"row {row} (example {row}) set the radius; {SAME}"
     train(model, optimizer, batch(3).fill_(torch.nan))
     assert guard.last.status == "skipped"
     assert guard.last.second_run == "same"
-    assert guard.last.explanation == f"the gradient is not finite: 0.0.weight; {SAME}"
+    assert guard.last.reason == f"the gradient is not finite: 0.0.weight; {SAME}"
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1e5, "clipped"), (torch.nan, "skipped")], ids=str)
@@ -102,7 +102,7 @@ def test_planted_fault_gives_another_result_and_is_called_this_machine(factor, s
     train(model, optimizer, batch(2), rate=5.0)
 
     assert guard.last.status == status
-    assert guard.last.explanation.endswith(OTHER)
+    assert guard.last.reason.endswith(OTHER)
 
 
 def test_fault_of_rounding_is_told_from_one_beyond_it():
@@ -111,7 +111,7 @@ def test_fault_of_rounding_is_told_from_one_beyond_it():
         model, optimizer, guard = run()
         CALLS.update(left=1, factor=factor)
         train(model, optimizer, batch(), rate=1e4)
-        reasons.append(guard.last.explanation)
+        reasons.append(guard.last.reason)
 
     assert "the same result up to rounding: the data or the rate is" in reasons[0]
     assert reasons[1].endswith(OTHER)
@@ -132,7 +132,7 @@ def test_large_output_is_compared_by_its_ends_where_they_are_known():
         model, optimizer, guard = run(Wide(), estimator=estimator)
         CALLS.update(left=1, factor=factor)
         train(model, optimizer, batch(rows=2), rate=1e4)
-        assert told in guard.last.explanation
+        assert told in guard.last.reason
 
 
 def test_second_run_leaves_no_trace(monkeypatch):
@@ -157,7 +157,7 @@ def test_step_that_is_left_alone_runs_nothing_again(monkeypatch):
     monkeypatch.setattr(SecondRun, "_compare", refuse)
     for seed in range(4):
         train(model, optimizer, batch(seed), rate=5.0)
-        assert (guard.last.status, guard.last.explanation) == ("ok", None)
+        assert (guard.last.status, guard.last.reason) == ("ok", None)
 
 
 def test_long_row_of_same_results_is_run_again_ever_more_rarely(monkeypatch):
@@ -165,11 +165,11 @@ def test_long_row_of_same_results_is_run_again_ever_more_rarely(monkeypatch):
     again = []
     for seed in range(40):
         train(model, optimizer, batch(seed), rate=1.0)
-        if "run again" in guard.last.explanation:
+        if "run again" in guard.last.reason:
             again.append(seed)
 
     assert again == [*range(10), 15, 31]
-    assert guard.last.explanation.endswith("set the radius")
+    assert guard.last.reason.endswith("set the radius")
 
 
 def spiked(*places, shape=(4, 5, 6)):
@@ -183,7 +183,7 @@ def test_row_is_told_as_example_and_token():
     model, optimizer, guard = run(LanguageModel())
     train(model, optimizer, spiked((2, 3)), rate=1e4)
 
-    assert guard.last.explanation.startswith("row 13 (example 2, token 3) set the radius; ")
+    assert guard.last.reason.startswith("row 13 (example 2, token 3) set the radius; ")
 
 
 def test_row_of_accumulated_batches_is_told_with_its_micro_batch():
@@ -194,8 +194,8 @@ def test_row_of_accumulated_batches_is_told_with_its_micro_batch():
     optimizer.step()
 
     told = "row 29 (micro-batch 1, example 1, token 4) set the radius; "
-    assert guard.last.explanation.startswith(told)
-    assert guard.last.explanation.endswith(SAME)
+    assert guard.last.reason.startswith(told)
+    assert guard.last.reason.endswith(SAME)
 
 
 @pytest.mark.parametrize("is_logged", [True, False], ids=["logged", "not logged"])
@@ -218,7 +218,7 @@ def test_recorded_function_is_compared_by_the_loss_that_was_logged(is_logged):
             guard.log(loss=loss)
         optimizer.step()
         assert guard.last.status == "clipped"
-        reasons.append(guard.last.explanation)
+        reasons.append(guard.last.reason)
 
     if is_logged:
         assert reasons[0].endswith(SAME)
@@ -238,12 +238,12 @@ def test_inputs_that_changed_since_are_those_of_then_or_the_reason_says_so(rows,
 
     assert guard.last.status == "skipped"
     if rows == 6:
-        assert SAME in guard.last.explanation
+        assert SAME in guard.last.reason
         kept = torch.load(next(tmp_path.glob("*.pt")), weights_only=True)["calls"][0]["args"][0]
         assert torch.equal(kept, batch(rows=rows))
     else:
         told = "with a second run: argument 1 of the model (Tensor) was changed in place"
-        assert told in guard.last.explanation
+        assert told in guard.last.reason
 
 
 def test_step_without_a_recorded_call_says_so():
@@ -252,7 +252,7 @@ def test_step_without_a_recorded_call_says_so():
         param.grad = torch.full_like(param, torch.nan)
     optimizer.step()
 
-    assert guard.last.explanation.endswith("with a second run: no forward call was recorded")
+    assert guard.last.reason.endswith("with a second run: no forward call was recorded")
 
 
 def test_offending_inputs_are_kept_as_files_that_load_without_code(tmp_path):
@@ -268,12 +268,12 @@ def test_offending_inputs_are_kept_as_files_that_load_without_code(tmp_path):
             assert kept["step"] == seed + 1
             assert (kept["run"], kept["rank"]) == (guard.state_dict()["run"], 0)
             where = f"; its inputs are in {name}"
-            assert guard.last.explanation.replace(where, "") == kept["reason"]
+            assert guard.last.reason.replace(where, "") == kept["reason"]
             assert torch.equal(kept["calls"][0]["args"][0], tokens)
             assert kept["calls"][0]["kwargs"] == {"scale": 1.0}
 
     assert len(list(tmp_path.glob("*.pt"))) == 2
-    assert "inputs are in" not in guard.last.explanation
+    assert "inputs are in" not in guard.last.reason
 
 
 def test_no_inputs_are_kept_unless_asked_for(tmp_path):
@@ -315,7 +315,7 @@ def test_file_that_cannot_be_written_is_told_once_and_training_goes_on(tmp_path,
     train(model, optimizer, batch(2), rate=1e4)
 
     assert guard.last.status == "clipped"
-    assert guard.last.explanation.endswith(SAME)
+    assert guard.last.reason.endswith(SAME)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_a_gradient_that_is_not_finite_is_as_if_it_never_was(
     train_step(optimizer, model, (batch[0] / 0.0, batch[1]))
 
     assert guard.last.status == "skipped"
-    assert guard.last.explanation.startswith("the gradient is not finite: 0.weight;")
+    assert guard.last.reason.startswith("the gradient is not finite: 0.weight;")
     assert guard.last.scale == guard.last.effective_learning_rate == 0.0
     assert_bitwise_equal(numbers_of(model, optimizer), before)
 
@@ -81,7 +81,7 @@ def test_an_update_that_is_not_finite_is_undone(value, make_model, make_batch, t
     train_step(optimizer, model, batch)
 
     assert guard.last.status == "skipped"
-    assert guard.last.explanation.startswith("the update is not finite: 0.weight;")
+    assert guard.last.reason.startswith("the update is not finite: 0.weight;")
     assert guard.last.effective_learning_rate == 0.0
     # assert_close takes one NaN for another only where told to.
     torch.testing.assert_close(numbers_of(model, optimizer), before, rtol=0, atol=0, equal_nan=True)
@@ -97,7 +97,7 @@ def test_a_division_by_zero_in_the_optimizer_is_undone(make_model, make_batch, t
     train_step(optimizer, model, (inputs, targets))
 
     assert guard.last.status == "skipped"
-    assert guard.last.explanation.startswith("the update is not finite: weight;")
+    assert guard.last.reason.startswith("the update is not finite: weight;")
     assert_bitwise_equal(numbers_of(model, optimizer), before)
 
 
@@ -110,7 +110,7 @@ def test_an_update_whose_norm_overflows_is_undone(make_model, make_batch, train_
     train_step(optimizer, model, batch)
 
     assert guard.last.status == "skipped"
-    assert guard.last.explanation.startswith("the update is not finite: weight;")
+    assert guard.last.reason.startswith("the update is not finite: weight;")
     assert_bitwise_equal(numbers_of(model, optimizer), before)
 
 
@@ -125,7 +125,7 @@ def test_a_tangent_that_overflows_forbids_a_step_of_finite_gradient_and_update(t
     train_step(optimizer, model, (torch.tensor([[1e30, 0.0]]), torch.tensor([0])))
 
     assert guard.last.status == "skipped"
-    assert guard.last.explanation.startswith("the logits or their tangent are not finite;")
+    assert guard.last.reason.startswith("the logits or their tangent are not finite;")
     assert guard.last.step_norm < 1e11
     assert_bitwise_equal(numbers_of(model, optimizer), before)
 
@@ -157,7 +157,7 @@ def test_a_parameter_outside_the_model_is_named_as_such(make_model, make_batch):
 
     optimizer.step()
 
-    assert guard.last.explanation.startswith(
+    assert guard.last.reason.startswith(
         "the gradient is not finite: a parameter outside the model;"
     )
     assert torch.equal(stray.detach(), torch.ones(2))
