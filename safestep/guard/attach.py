@@ -71,7 +71,10 @@ _NO_CALLS = (
     "module whose forward computes the logits from trained parameters, or tell the guard the whole "
     "step with guard.record(training_step, batch)"
 )
-_NOT_CALLED = "its forward was not called, though its submodules or other methods may have been"
+_NOT_CALLED = (
+    "its forward was not called, though its submodules, its other methods or what torch.compile "
+    "made of it may have been"
+)
 _FROZEN = "what it returned requires no gradient, since it is frozen or ran under torch.no_grad"
 _UNUSED = "what it returned is no part of a loss that trains this optimizer's parameters"
 _IN_BACKWARD = (
