@@ -259,8 +259,7 @@ def plan_of_outputs(
     if not events and not outputs and uses and all(use.is_harmless for use in uses.values()):
         raise LogitsNotFoundError(
             "the loss holds no softmax, sigmoid or log-sum-exp of what the model returns, as far "
-            "as its graph shows; a squared error or a hinge has no convergence radius. "
-            f"{_HOW_TO_TELL}"
+            f"as its graph shows (a squared error does not, nor does a hinge). {_HOW_TO_TELL}"
         )
     if not events and not outputs:
         raise LogitsNotFoundError(

@@ -15,7 +15,7 @@ from safestep.measure.forward_ad import Written
 from safestep.parallel.shards import local_parts
 
 # Fewest elements per chunk, and most chunks in total: one chunk at a time is copied.
-_CHUNK, _CHUNKS = 2**20, 64
+_CHUNK, _CHUNKS = 2**18, 64
 _Chunk = tuple[list[Tensor], list[Tensor]]
 
 
