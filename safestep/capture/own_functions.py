@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from safestep.capture.output_form import OutputForm, examine
 from safestep.capture.outputs import traced_loss
 from safestep.capture.unwinding import undone
 
-_SAME_WAY = 1 - 1e-3  # cosine of two gradients of a row that are the same up to rounding
+# What may be left of a row's gradient beside the pull of a softmax, as a share of it.
+_ROUNDING, _ROUNDING_HALF = 1e-3, 5e-2
+_MOST_ROWS = 256  # that are looked at
 _unclear: set[str] = set()  # functions whose gradient did not show their logits
 
 
@@ -26,8 +28,8 @@ def learn(output: Any, run: Callable[[], Any]) -> bool:
     """Add to LOSS_FUNCTIONS the user's Functions whose gradient shows where their logits are.
 
     An argument holds the logits if the gradient there is that of a softmax with one label in each
-    row. Else the arguments may hold the inputs, weight and labels of a last layer: they do if the
-    gradient at the inputs is that of the cross-entropy of their product.
+    row, smoothed or not. Else the arguments may hold the inputs, weight and labels of a last layer:
+    they do if the gradient at the inputs is that of the cross-entropy of their product.
 
     Args:
         output: What a recorded function returned, with its graph.
@@ -81,10 +83,11 @@ def _reader(loss: Sequence[Tensor], args: tuple[Any, ...]) -> _Direct | _Linear 
         values = args[at].detach()
         form = examine(values, GradientEvidence.of(gradient, output=values))
         if form is not None and form.is_checked and form.class_axis is not None:
-            return _Direct(at, form)
+            rows = gradient.movedim(form.class_axis, -1)
+            return _Direct.of(args, at, form, rows)
         linear = _Linear.of(args, at)
         if linear is not None and linear.explains(args, gradient):
-            return linear
+            return replace(linear, ignored=_ignored(args, gradient))
     return None
 
 
@@ -94,15 +97,36 @@ def _is_computed(arg: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Direct:
-    """An argument holds the logits; rows with a negative label do not count."""
+    """An argument holds the logits; rows with a negative label or an ignored one do not count."""
 
     at: int
-    form: OutputForm
+    class_axis: int
+    temperature: float
+    ignored: int | None
+
+    @classmethod
+    def of(
+        cls, args: tuple[Any, ...], at: int, form: OutputForm, gradient: Tensor
+    ) -> _Direct | None:
+        """Return the reader if the labels, where they are known, explain the gradient."""
+        assert form.class_axis is not None
+        temperature, ignored = float(form.temperature), _ignored(args, gradient)
+        logits = args[at].movedim(form.class_axis, -1)
+        labels = _labels(args, logits.shape[:-1])
+        if labels is None:
+            return cls(at, form.class_axis, temperature, ignored)
+        rows, labels, gradient = _live(logits, labels, gradient)
+
+        def rest(temperature: float) -> float:
+            return _rest(_pulls(rows / temperature, labels), gradient)
+
+        temperature = _lowest(rest, temperature)
+        is_it = rest(temperature) < _tolerance(gradient)
+        return cls(at, form.class_axis, temperature, ignored) if is_it else None
 
     def __call__(self, *args: Any) -> Iterator[Part]:
-        assert self.form.class_axis is not None
-        logits = args[self.at].movedim(self.form.class_axis, -1) / self.form.temperature
-        yield logits, _counted(args, logits.shape[:-1])
+        logits = args[self.at].movedim(self.class_axis, -1) / self.temperature
+        yield logits, _counted(args, logits.shape[:-1], self.ignored)
 
     def row_flags(self, flags: Tensor, *args: Any) -> Tensor:
         (logits, _), *_ = self(*args)
@@ -116,6 +140,7 @@ class _Linear:
     rows: int
     weight: int
     bias: int | None
+    ignored: int | None = None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], rows: int) -> _Linear | None:
@@ -138,22 +163,16 @@ class _Linear:
         """Return whether a gradient at the rows is that of a cross-entropy, up to row weights."""
         labels = _labels(args, args[self.rows].shape[:-1])
         assert labels is not None
-        rows, gradient = args[self.rows].detach().flatten(0, -2), gradient.flatten(0, -2)
-        live, labels = gradient.ne(0).any(-1), labels.flatten()
-        if bool((labels[live] < 0).any()):
-            return False
+        rows, labels, gradient = _live(args[self.rows], labels, gradient)
         weight = args[self.weight].detach().double()
-        logits = rows[live].double() @ weight.T
+        logits = rows.double() @ weight.T
         if self.bias is not None:
             logits = logits + args[self.bias].detach().double()
-        pull = logits.softmax(-1)
-        pull.scatter_add_(-1, labels[live, None], torch.full_like(pull[:, :1], -1.0))
-        same = torch.cosine_similarity(pull @ weight, gradient[live].double(), dim=-1)
-        return bool((same > _SAME_WAY).all())
+        return _rest(_pulls(logits, labels) @ weight, gradient) < _tolerance(gradient)
 
     def __call__(self, *args: Any) -> Iterator[Part]:
         rows, bias = args[self.rows], None if self.bias is None else args[self.bias]
-        counted = _counted(args, rows.shape[:-1])
+        counted = _counted(args, rows.shape[:-1], self.ignored)
         mask = None if counted is None else counted.flatten()
         return tiled_logits(rows.flatten(0, -2), args[self.weight], bias, mask)
 
@@ -172,6 +191,54 @@ def _labels(args: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
     return fitting[0].long().reshape(shape) if len(fitting) == 1 else None
 
 
-def _counted(args: tuple[Any, ...], shape: torch.Size) -> Tensor | None:
+def _counted(args: tuple[Any, ...], shape: torch.Size, ignored: int | None) -> Tensor | None:
     labels = _labels(args, shape)
-    return None if labels is None else labels >= 0
+    if labels is None or ignored is None:
+        return None if labels is None else labels >= 0
+    return (labels >= 0) & (labels != ignored)
+
+
+def _ignored(args: tuple[Any, ...], gradient: Tensor) -> int | None:
+    """Return the label of the rows without a gradient, if no other row has it."""
+    labels = _labels(args, gradient.shape[:-1])
+    if labels is None:
+        return None
+    live = gradient.ne(0).any(-1)
+    idle = labels[~live & (labels >= 0)].unique()
+    is_apart = len(idle) == 1 and not bool((labels[live] == idle).any())
+    return int(idle) if is_apart else None
+
+
+def _live(rows: Tensor, labels: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return some of the rows that have a gradient, with their labels and gradients."""
+    rows, gradient = rows.detach().flatten(0, -2), gradient.flatten(0, -2)
+    some = gradient.ne(0).any(-1).nonzero().flatten()[:_MOST_ROWS]
+    return rows[some], labels.flatten()[some], gradient[some]
+
+
+def _pulls(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return what the gradient of a cross-entropy is a sum of, smoothing and z-loss included."""
+    probabilities = logits.double().softmax(-1)
+    target = torch.zeros_like(probabilities)
+    target.scatter_(-1, labels.clamp(0, target.shape[-1] - 1).unsqueeze(-1), 1.0)
+    return torch.stack((probabilities, target, torch.ones_like(target)), dim=1)
+
+
+def _rest(pulls: Tensor, gradient: Tensor) -> float:
+    """Return the largest share of a row's gradient that is no sum of multiples of its pulls."""
+    columns, wanted = pulls.transpose(1, 2).cpu(), gradient.double().unsqueeze(-1).cpu()
+    rest = columns @ torch.linalg.lstsq(columns, wanted, driver="gelsd").solution - wanted
+    return float((rest.norm(dim=1) / wanted.norm(dim=1)).max())
+
+
+def _tolerance(gradient: Tensor) -> float:
+    return _ROUNDING_HALF if torch.finfo(gradient.dtype).bits < 32 else _ROUNDING
+
+
+def _lowest(function: Callable[[float], float], near: float) -> float:
+    """Return where a function of a positive number is lowest within a fifth of a guess."""
+    low, high = 0.8 * near, 1.25 * near
+    for _ in range(40):
+        left, right = low ** (2 / 3) * high ** (1 / 3), low ** (1 / 3) * high ** (2 / 3)
+        low, high = (low, right) if function(left) < function(right) else (left, high)
+    return (low * high) ** 0.5

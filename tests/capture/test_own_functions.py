@@ -164,7 +164,51 @@ def test_an_own_function_of_another_kind_is_named_as_the_obstacle():
         assert "SquaredError" in guard.last.reason
 
 
-def expected(before, after, scale):
+class Variant(torch.autograd.Function):
+    """Cross-entropy with a label that does not count, smoothing, and a cap on the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ignored, smoothing, cap):
+        with torch.enable_grad():
+            inner = logits.detach().requires_grad_()
+            capped = inner if cap is None else cap * torch.tanh(inner / cap)
+            loss = functional.cross_entropy(
+                capped, labels, ignore_index=ignored, label_smoothing=smoothing
+            )
+            ctx.save_for_backward(*torch.autograd.grad(loss, inner))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None, None, None, None
+
+
+@pytest.mark.parametrize(
+    ("ignored", "smoothing", "cap"),
+    [(-100, 0.0, None), (3, 0.0, None), (3, 0.1, None), (-100, 0.1, None), (3, 0.0, 3.0),
+     (-100, 0.1, 3.0)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:SafeStep")
+def test_an_own_function_is_measured_right_or_not_at_all(ignored, smoothing, cap):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4)
+    guard = SafeStep(torch.optim.SGD(model.parameters(), 0.02), model)
+    labels = LABELS if ignored < 0 else torch.tensor([0, 3, 1, 3, 2, 2, 3, 1])
+    for _ in range(3):
+        before = copy.deepcopy(model)
+        guard.optimizer.zero_grad()
+        guard.record(lambda: Variant.apply(4 * model(INPUTS), labels, ignored, smoothing, cap))
+        Variant.apply(4 * model(INPUTS), labels, ignored, smoothing, cap).backward()
+        guard.optimizer.step()
+        if cap is not None or smoothing:
+            assert guard.last.status == "unmeasured"
+            assert "Variant" in guard.last.reason
+        else:
+            r = expected(before, model, 4, labels != ignored)
+            assert guard.last.normalized_step == pytest.approx(r, rel=5e-3)
+
+
+def expected(before, after, scale, counted=COUNTED):
     """Return r of the rows that count, by a central difference in float64."""
     probe, share, ends = copy.deepcopy(before).double(), 1e-6, []
     params = list(probe.parameters())
@@ -172,6 +216,6 @@ def expected(before, after, scale):
     for sign in (1, -1):
         for param, start, end in zip(params, starts, after.parameters(), strict=True):
             param.data = start + sign * share * (end.detach().double() - start)
-        ends.append(scale * probe(INPUTS.double())[COUNTED].detach())
+        ends.append(scale * probe(INPUTS.double())[counted].detach())
     tangent = (ends[0] - ends[1]) / (2 * share)
     return float((tangent.amax(-1) - tangent.amin(-1)).max()) / torch.pi
