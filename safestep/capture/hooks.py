@@ -129,9 +129,11 @@ def kept_out(
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        has_graph = torch.is_grad_enabled()
         try:
             return function(*args, **kwargs)
         except BaseException as error:
+            torch.set_grad_enabled(has_graph)  # an interrupt may skip the exit of no_grad
             with suppress(Exception):
                 failed(error)
             if is_passed_on(error):

@@ -53,7 +53,7 @@ def test_the_last_stage_alone_is_measured_for_its_own_parameters(ranks, dense_no
 def test_an_earlier_stage_is_unmeasured_and_says_why(ranks):
     for status, reason in ranks[0]["each"]["reports"]:
         assert status == "unmeasured"
-        assert "none is known to enter a softmax" in reason
+        assert "the loss holds no softmax" in reason
 
 
 @pytest.mark.parametrize("scenario", ["last", "each"])
