@@ -44,9 +44,9 @@ _ROUNDING, _ROUNDING_HALF = 1e-3, 0.05  # relative, between a batch and a part o
 _OTHER_REASONS = (MissingTangentError, LogitsNotFoundError, torch.OutOfMemoryError)
 # Differences that go ever nearer where r is over 1, until two in a row have this ratio or less.
 _APPROACHES, _SETTLED = 4, 1.2
-# A secant of the whole update finds half of r now and then, where the logits curve; of a quarter of
-# it, 0.8 of r or more.
-_NEARER = 4.0
+_NEARER = (
+    4.0  # where logits curve, secants of whole updates find half of r; of a quarter, most of it
+)
 
 
 class CheckedEstimator:
@@ -146,8 +146,7 @@ class CheckedEstimator:
             update: The update.
             mean: Averages gradients over the ranks; None on a lone one.
         """
-        is_coarse = self._is_half(update)
-        return SecondGradient.of(update, self._module, is_coarse=is_coarse, mean=mean)
+        return SecondGradient.of(update, self._module, is_coarse=self._is_half(update), mean=mean)
 
     def _found(self, update: Update, quick: Estimator | None) -> Measurement:
         if quick is Estimator.SAMPLED:
@@ -262,8 +261,8 @@ class CheckedEstimator:
     def _by_secant(self, update: Update) -> Measurement:
         # Rounding hides a part of an update in half precision.
         is_coarse = self._is_half(update) or any(call.autocast for call in update.calls)
-        nearer = 1.0 if is_coarse else _NEARER
-        return _measurement(Estimator.SECANT, self._smallest(Estimator.SECANT, update, nearer))
+        smallest = self._smallest(Estimator.SECANT, update, 1.0 if is_coarse else _NEARER)
+        return _measurement(Estimator.SECANT, smallest)
 
     def _smallest(self, estimator: Estimator, update: Update, reach: float = 1.0) -> BatchRadius:
         """Return the smallest radius of the batch."""
