@@ -20,11 +20,7 @@ from safestep.measure.doubts import (
     of_a_difference,
     of_another_draw,
 )
-from safestep.measure.estimators import (
-    LogitTangent,
-    MissingTangentError,
-    is_repeatable,
-)
+from safestep.measure.estimators import LogitTangent, MissingTangentError, is_repeatable
 from safestep.measure.finite_difference import Difference, ErrorBand, Outcome
 from safestep.measure.gradient_audit import GradientAudit, OwnGradients
 from safestep.measure.inner_radii import InnerWatch
