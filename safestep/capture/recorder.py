@@ -79,6 +79,7 @@ class Recorder:
         self._is_in_step = False
         self._step_start: tuple[int, ...] | None = None  # parameters of its first call
         self._evidence = EvidenceKeeper()
+        self._loss: str | None = None  # operations of the latest one
         self._order = OutputOrder()
         self._others: list[Tensor] | None = None  # parameters that the optimizer does not hold
         self._conditions = CallConditions(self.module)
@@ -233,7 +234,11 @@ class Recorder:
             if call not in self._calls:
                 call.is_fresh = self._void_cleared(call)
                 self._queue(call)
-            call.losses.add(operations_of_loss())
+            operations = operations_of_loss()
+            if operations != self._loss:  # what earlier gradients showed was of another loss
+                self._loss = operations
+                self._evidence.forget()
+            call.losses.add(operations)
             if self.resting and None not in call.losses and call.look() in self.resting:
                 call.is_resting = True
                 return

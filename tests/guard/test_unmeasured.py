@@ -312,3 +312,19 @@ def test_another_loss_in_a_recorded_step_is_noticed_at_once():
     assert [step()[1] for _ in range(2)] == ["unmeasured"] * 2
     loss = entropy
     assert step()[0] != "predicted"
+
+
+def test_another_loss_of_large_outputs_is_not_read_as_the_one_before():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 700)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    guard, labels = SafeStep(optimizer, model), torch.arange(100)
+    statuses = []
+    for step in range(66):
+        optimizer.zero_grad()
+        output = model(torch.randn(100, 4))
+        loss = cross_entropy(output, labels) if step < 60 or step > 63 else output.square().mean()
+        loss.backward()
+        optimizer.step()
+        statuses.append(guard.last.status)
+    assert statuses == ["ok"] * 60 + ["unmeasured"] * 4 + ["ok"] * 2
